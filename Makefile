@@ -1,0 +1,56 @@
+# Targets are called by CI as they are. `make` alone lists them.
+PYTHON ?= python3
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+SOUND := -c 'import sys; sys.exit(sys.version_info < (3, 11) or sys.prefix == sys.base_prefix)'
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint format clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.installed ## render a few small videos on this machine into outputs/demo
+	$(BIN)/pyramid-render demo --output outputs/demo
+
+test: .venv/.test-installed ## the default tests, a few minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-all: .venv/.test-installed ## every test, the slow ones too
+	$(BIN)/python -m pytest -m ""
+
+lint: .venv/.test-installed ## ruff and mypy, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.test-installed ## let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove the virtual environment, caches and outputs/demo
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache dist outputs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A virtual environment that cannot run, or whose last installation was cut off (.installing is left), is made anew;
+# a sound one is kept, also one that was not made here.
+.venv/.installed: pyproject.toml
+	@if [ -e .venv/.installing ] || ! $(BIN)/python $(SOUND) 2>/dev/null; then \
+		$(PYTHON) $(NEW_ENOUGH) 2>/dev/null || { \
+			echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12" >&2; \
+			exit 1; \
+		}; \
+		rm -rf .venv && $(PYTHON) -m venv .venv; \
+	fi
+	@$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
+	@rm -f .venv/.installed .venv/.test-installed && touch .venv/.installing
+	$(PIP) install --editable . || { rm -f .venv/.installing; exit 1; }
+	@rm -f .venv/.installing && touch $@
+
+.venv/.test-installed: .venv/.installed
+	@touch .venv/.installing
+	$(PIP) install --editable '.[test]' || { rm -f .venv/.installing; exit 1; }
+	@rm -f .venv/.installing && touch $@

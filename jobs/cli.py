@@ -1,0 +1,35 @@
+"""The `pyramid-render` command: a table of subcommands, each loaded only when it is called."""
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+COMMANDS = {
+    "render": ("jobs.render", "render a table of prompts to videos"),
+    "demo": ("jobs.demo", "render the sample table with a tiny random model"),
+}
+
+
+def main() -> int:
+    """Run the subcommand named first; returns its exit code."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(version("pyramid-render"))
+        return 0
+    if name not in COMMANDS:
+        print(f"pyramid-render: no command {name!r}\n\n{_help()}", file=sys.stderr)
+        return 2
+    code: int = import_module(COMMANDS[name][0]).main(arguments)
+    return code
+
+
+def _help() -> str:
+    lines = [f"  {name:<8} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(["usage: pyramid-render COMMAND [--help | options]", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

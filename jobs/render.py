@@ -1,0 +1,152 @@
+"""Render a table of prompts: parse, validate, run (`pyramid-render render`, `python -m jobs.render`)."""
+
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+import torch
+
+from jobs.progress import Progress
+from jobs.settings import EXIT_WRONG_JOB, RenderSettings, parse
+from jobs.summary import plan_text, summary_text
+from pipeline import ledger, runner
+from pipeline.inputs import list_parts
+from pipeline.job import RenderJob
+from pipeline.plan import Job, Resources, make_plan
+from pipeline.storage import Storage
+from pipeline.worklist import RowRules, scan
+from pyramid_flow import Checkpoint
+from pyramid_flow.errors import PyramidFlowError
+
+EXIT_BROKEN, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 3, 130, 143
+
+logger = logging.getLogger("pyramid-render")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; returns the exit code."""
+    settings = parse(RenderSettings, sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with ExitStack() as stack:
+        try:
+            resources = _resources(settings, stack)
+            job = prepare(settings, resources)
+        except PyramidFlowError as error:
+            logger.error("pyramid-render render: %s", error)
+            return EXIT_WRONG_JOB
+        if settings.dry_run:
+            print(plan_text(job))
+            return 0
+        return _run(job, settings, resources, stack)
+
+
+def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
+    """Check everything that can be checked before a model is loaded; raises a PyramidFlowError if the job is wrong."""
+    checkpoint = Checkpoint.open(settings.model, settings.variant)
+    checkpoint.check()
+    storage = Storage(settings.output)
+    device = _device(settings, resources)
+    dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    request = Job(
+        model_path=str(checkpoint.root),
+        variant=checkpoint.transformer_folder.name,
+        device=device,
+        dtype=dtype,
+        output=settings.output,
+        image_root=settings.image_root or _folder(settings.input[0]),
+        decode_window=settings.decode_window,
+        tile=settings.tile,
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+    )
+    plan = make_plan(request, resources)
+    rules = RowRules(checkpoint.preset, settings.allow_untrained)
+    worklist = scan(list_parts(settings.input), rules)
+    if not settings.dry_run:
+        storage.probe()
+        pixels = {"model_fingerprint": checkpoint.fingerprint, "dtype": dtype, "tile": settings.tile}
+        ledger.claim(storage, _job_record(settings), pixels)
+    return RenderJob(
+        run=ledger.new_run_id(),
+        storage=storage,
+        worklist=worklist,
+        rules=rules,
+        plan=plan,
+        constants={
+            "model": f"{checkpoint.root.name}/{checkpoint.variant}",
+            "model_fingerprint": checkpoint.fingerprint,
+            "software_version": version("pyramid-render"),
+        },
+        retry_failed=settings.retry_failed,
+        flush_rows=settings.ledger_rows,
+        flush_seconds=settings.ledger_seconds,
+    )
+
+
+def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: ExitStack) -> int:
+    started = time.monotonic()
+    try:
+        total = job.pending().num_rows
+        if total and settings.address is None:
+            stack.enter_context(runner.session(None, resources))
+        signal.signal(signal.SIGTERM, _terminate)  # only now: ray.init replaces handlers
+        with Progress(total) as progress:
+            job.execute(progress.update)
+        gallery = job.write_gallery()
+    except KeyboardInterrupt as stop:
+        logger.error("interrupted: what has finished is in the ledger, run the same command again to resume")
+        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
+    except Exception:
+        logger.exception("the job broke; run the same command again to resume")
+        return EXIT_BROKEN
+    view = job.view()
+    print(summary_text(view, job, gallery, rendered=total, seconds=time.monotonic() - started))
+    failed = view["status"].to_pylist().count("failed")
+    return 0 if settings.tolerates(failed, len(view)) else EXIT_SOME_FAILED
+
+
+def _terminate(_signum: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _resources(settings: RenderSettings, stack: ExitStack) -> Resources:
+    """Return what the job may use: of this machine, or of the running cluster, which is connected to."""
+    if settings.address is not None:
+        found = stack.enter_context(runner.session(settings.address))
+    else:
+        found = Resources(os.cpu_count() or 1, torch.cuda.device_count())
+    return found if settings.gpus is None else Resources(found.cpus, settings.gpus)
+
+
+def _device(settings: RenderSettings, resources: Resources) -> str:
+    if settings.device == "auto":
+        return "cuda" if resources.gpus else "cpu"
+    return settings.device
+
+
+def _folder(url: str) -> str:
+    return url.rsplit("/", 1)[0] if url.endswith(".parquet") and "/" in url else ("." if "/" not in url else url)
+
+
+def _job_record(settings: RenderSettings) -> dict[str, Any]:
+    packages = ("pyramid-render", "torch", "ray", "diffusers", "transformers", "pyarrow")
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The rendering farm: tables of prompts in, videos and a ledger out."""

@@ -1,0 +1,107 @@
+"""The ledger: append-only Parquet parts, read as a view that holds every row's best state; and the job's record."""
+
+import io
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.rows import LEDGER_SCHEMA
+from pipeline.storage import Storage
+from pyramid_flow.errors import PyramidFlowError
+
+PARTS = "metadata"
+JOB_FILE = "job.json"
+FLUSH_ROWS = 1000
+FLUSH_SECONDS = 30.0
+
+
+class LedgerError(PyramidFlowError):
+    """The output belongs to another job."""
+
+
+def new_run_id() -> str:
+    """Return an id that sorts by time: 20260131T235959-1a2b3c."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+@dataclass
+class LedgerWriter:
+    """The one writer of a run: collects rows and writes a part every 1000 rows or 30 s, and when flushed."""
+
+    storage: Storage
+    run: str
+    flush_rows: int = FLUSH_ROWS
+    flush_seconds: float = FLUSH_SECONDS
+    _tables: list[pa.Table] = field(default_factory=list)
+    _parts: int = 0
+    _written_at: float = field(default_factory=time.monotonic)
+
+    def append(self, table: pa.Table) -> None:
+        """Take rows over; they are durable once a part is written."""
+        self._tables.append(table)
+        self.tick()
+
+    def tick(self) -> None:
+        """Write a part if it is due; called while nothing arrives, too."""
+        due = time.monotonic() - self._written_at >= self.flush_seconds
+        if due or sum(map(len, self._tables)) >= self.flush_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is open as one part."""
+        self._written_at = time.monotonic()
+        if not self._tables:
+            return
+        sink = io.BytesIO()
+        pq.write_table(_joined(self._tables), sink)
+        self.storage.put(f"{PARTS}/part-{self.run}-{self._parts:06d}.parquet", sink.getvalue())
+        self._parts += 1
+        self._tables = []
+
+
+def read(storage: Storage) -> pa.Table:
+    """Return the ledger: per id the succeeded row if there is one, else the latest; in order of first appearance."""
+    names = [name for name in storage.list(PARTS) if name.endswith(".parquet")]
+    if not names:
+        return LEDGER_SCHEMA.empty_table()
+    rows = _joined([pq.read_table(io.BytesIO(storage.get(name))) for name in names])
+    order = pa.array(range(len(rows)), pa.int64())
+    succeeded = pc.cast(pc.equal(rows["status"], "succeeded"), pa.int64())
+    rank = pc.add(pc.multiply(succeeded, len(rows)), order)
+    groups = pa.table({"id": rows["id"], "rank": rank, "order": order}).group_by("id")
+    best = groups.aggregate([("rank", "max"), ("order", "min")]).sort_by("order_min")
+    chosen = [value % len(rows) for value in best["rank_max"].to_pylist()]
+    return rows.take(pa.array(chosen, pa.int64()))
+
+
+def claim(storage: Storage, record: Mapping[str, Any], pixel_settings: Mapping[str, Any]) -> None:
+    """Write job.json, or check that the OUTPUT's own agrees in everything that changes pixels; raises LedgerError."""
+    if storage.exists(JOB_FILE):
+        earlier = json.loads(storage.get(JOB_FILE)).get("pixels", {})
+        for name, value in pixel_settings.items():
+            if earlier.get(name) != value:
+                raise LedgerError(
+                    f"{storage.url(JOB_FILE)} was rendered with {name} {earlier.get(name)!r}, this job has {value!r}: "
+                    "use another --output"
+                )
+        return
+    text = json.dumps({**record, "pixels": dict(pixel_settings)}, indent=2, default=str)
+    storage.put(JOB_FILE, text.encode())
+
+
+def write_run(storage: Storage, run: str, state: Mapping[str, Any]) -> None:
+    """Write the state of a run to runs/<run>.json."""
+    heartbeat = {"run": run, "at": datetime.now(UTC).isoformat(), **state}
+    storage.put(f"runs/{run}.json", json.dumps(heartbeat, indent=2).encode())
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    return pa.concat_tables(tables, promote_options="permissive")

@@ -1,0 +1,216 @@
+"""RenderRequest: the one schema behind Parquet rows, HTTP bodies and command-line flags, and its resolution."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pyramid_flow import InvalidValueError, Preset, SamplingParams
+from pyramid_flow.sampling import check_guidance, check_num_frames, check_size, check_steps
+
+ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MAX_SEED = 2**63 - 1
+MAX_COPIES = 1000
+RECOMMENDED_GUIDANCE = (1.0, 15.0)
+
+Steps = int | tuple[int, ...]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+class RequestError(ValueError):
+    """A request breaks a rule; the message names the field, the value and the rule."""
+
+
+class RenderRequest(BaseModel):
+    """One video as the user asks for it; what is left out comes from the checkpoint's preset.
+
+    image: an encoded picture, or a URI below the image root -> image-to-video. Sizes in pixels, multiples of 64;
+    num_frames = 1 + 8k; steps: one count or one per level, lowest first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: str
+    id: str | None = None
+    negative_prompt: str | None = None
+    image: bytes | str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: Annotated[int, Field(ge=1, le=120)] | None = None
+    num_inference_steps: Steps | None = None
+    video_num_inference_steps: Steps | None = None
+    guidance_scale: float | None = None
+    video_guidance_scale: float | None = None
+    seed: Seed | None = None
+    num_videos_per_prompt: Annotated[int, Field(ge=1, le=MAX_COPIES)] | None = None
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> "RenderRequest":
+        """Validate a row's values; raises RequestError."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RequestError(_first_message(error)) from error
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise InvalidValueError("prompt", repr(value), "is empty")
+        return value
+
+    @field_validator("id")
+    @classmethod
+    def _plain_id(cls, value: str | None) -> str | None:
+        if value is not None and not ID_PATTERN.fullmatch(value):
+            rule = "is not made of 1 to 128 letters, digits, '.', '_' and '-', beginning with a letter or digit"
+            raise InvalidValueError("id", repr(value), rule)
+        return value
+
+    @field_validator("height", "width", "num_frames", "num_inference_steps", "video_num_inference_steps")
+    @classmethod
+    def _renderable(cls, value: Any, info: Any) -> Any:  # noqa: ANN401 - one validator for several types
+        if value is None:
+            return None
+        if info.field_name == "num_frames":
+            check_num_frames(value)
+        elif info.field_name in ("height", "width"):
+            check_size(info.field_name, value)
+        else:
+            check_steps(info.field_name, value)
+        return value
+
+    @field_validator("guidance_scale", "video_guidance_scale")
+    @classmethod
+    def _sensible_guidance(cls, value: float | None, info: Any) -> float | None:  # noqa: ANN401
+        if value is not None:
+            check_guidance(info.field_name, value)
+        return value
+
+    @property
+    def content_hash(self) -> str:
+        """32 hex digits of a hash over what is asked for: the id of a row that brings none of its own."""
+        given = self.model_dump(exclude={"id", "num_videos_per_prompt", "image"}, exclude_none=True)
+        if isinstance(self.image, bytes):
+            given["image"] = hashlib.sha256(self.image).hexdigest()
+        elif self.image is not None:
+            given["image"] = self.image
+        return hash_of(given)
+
+    def resolve(
+        self, preset: Preset, row_id: str, *, copy: int = 0, allow_untrained: bool = False
+    ) -> "ResolvedRequest":
+        """Fill in the preset's values; raises RequestError for a size or length the model was not trained for."""
+        has_image = self.image is not None
+        later = preset.later_guidance(has_image)
+        seed = self.seed if self.seed is not None else derived_seed(self.id or self.content_hash)
+        resolved = ResolvedRequest(
+            id=row_id,
+            prompt=self.prompt,
+            negative_prompt=preset.negative_prompt if self.negative_prompt is None else self.negative_prompt,
+            has_image=has_image,
+            image_uri=self.image if isinstance(self.image, str) else None,
+            image_sha256=hashlib.sha256(self.image).hexdigest() if isinstance(self.image, bytes) else None,
+            height=self.height or preset.sizes[0][0],
+            width=self.width or preset.sizes[0][1],
+            num_frames=self.num_frames or preset.max_num_frames,
+            fps=self.fps or preset.fps,
+            num_inference_steps=self.num_inference_steps or preset.num_inference_steps,
+            video_num_inference_steps=self.video_num_inference_steps or preset.video_num_inference_steps,
+            guidance_scale=preset.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            video_guidance_scale=later if self.video_guidance_scale is None else self.video_guidance_scale,
+            seed=(seed + copy) & MAX_SEED,
+        )
+        if not allow_untrained:
+            _check_trained(resolved, preset)
+        return resolved
+
+
+class ResolvedRequest(BaseModel):
+    """A request with every value decided; the picture itself travels beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    prompt: str
+    negative_prompt: str
+    has_image: bool
+    image_uri: str | None
+    image_sha256: str | None
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    num_inference_steps: Steps
+    video_num_inference_steps: Steps
+    guidance_scale: float
+    video_guidance_scale: float
+    seed: int
+
+    @property
+    def warnings(self) -> list[str]:
+        """Settings that are legal but outside what is recommended."""
+        low, high = RECOMMENDED_GUIDANCE
+        return [
+            f"{name} {getattr(self, name):g} is outside the recommended {low:g} to {high:g}"
+            for name in ("guidance_scale", "video_guidance_scale")
+            if not low <= getattr(self, name) <= high
+        ]
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """Requests with equal keys can be sampled in one batch."""
+        steps = (self.num_inference_steps, self.video_num_inference_steps)
+        return self.height, self.width, self.num_frames, steps, self.has_image, self.guidance_scale > 0
+
+
+def sampling_params(requests: Sequence[ResolvedRequest]) -> SamplingParams:
+    """Return the sampler's parameters for requests of one batch key."""
+    first = requests[0]
+    return SamplingParams(
+        height=first.height,
+        width=first.width,
+        num_frames=first.num_frames,
+        num_inference_steps=first.num_inference_steps,
+        video_num_inference_steps=first.video_num_inference_steps,
+        guidance_scale=[request.guidance_scale for request in requests],
+        video_guidance_scale=[request.video_guidance_scale for request in requests],
+    )
+
+
+def hash_of(values: dict[str, Any]) -> str:
+    """Return 32 hex digits of a hash over values of any type, in canonical JSON."""
+    canonical = json.dumps(values, sort_keys=True, ensure_ascii=True, default=repr)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def derived_seed(text: str) -> int:
+    """Return a 32-bit seed that depends on the text only."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def _check_trained(request: ResolvedRequest, preset: Preset) -> None:
+    if (request.height, request.width) not in preset.sizes:
+        sizes = ", ".join(f"{height}x{width}" for height, width in preset.sizes)
+        size = f"{request.height}x{request.width}"
+        raise RequestError(f"height x width {size} is not a trained size ({sizes}); --allow-untrained lifts this")
+    if request.num_frames > preset.max_num_frames:
+        limit = f"the trained {preset.max_num_frames}"
+        raise RequestError(f"num_frames {request.num_frames} is more than {limit}; --allow-untrained lifts this")
+
+
+def _first_message(error: ValidationError) -> str:
+    """Say field, value and rule of the first violation in one line."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidValueError):
+        return str(cause)
+    if first["type"] == "missing":
+        return f"{first['loc'][0]} is missing"
+    value = repr(first["input"])
+    shown = value if len(value) <= 80 else f"{value[:77]}..."
+    return f"{first['loc'][0]} {shown}: {first['msg'][:1].lower()}{first['msg'][1:]}"

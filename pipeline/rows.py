@@ -1,0 +1,228 @@
+"""What travels between stages: a batch of rows, each with its metadata and tensors, packed into binary columns."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from safetensors.torch import load, save
+from torch import Tensor
+
+from pipeline.request import ResolvedRequest
+
+
+class RowError(BaseModel):
+    """Why a row failed, and where."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    type: str
+    message: str
+
+    @classmethod
+    def of(cls, stage: str, error: Exception) -> "RowError":
+        """Describe an exception that a stage caught."""
+        return cls(stage=stage, type=type(error).__name__, message=str(error) or type(error).__name__)
+
+
+class RenderRow(BaseModel):
+    """Everything known about one video so far; at the end it is a row of the ledger.
+
+    position: where the row stands in the input; seconds: the row's share of each stage's time; request: None only for
+    a row that could not be understood.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    position: str
+    request: ResolvedRequest | None = None
+    error: RowError | None = None
+    warnings: tuple[str, ...] = ()
+    attempts: int = 1
+    duplicate_of: str | None = None
+    uri: str | None = None
+    thumbnail_uri: str | None = None
+    media_type: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    latents_sha256: str | None = None
+    frames: int | None = None
+    batch_size: int | None = None
+    tiling: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    node: str | None = None
+    prompt_truncated: bool | None = None
+    seconds: dict[str, float] = {}
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+    def updated(self, **values: Any) -> "RenderRow":  # noqa: ANN401 - any field
+        """Return the row with some fields replaced."""
+        return self.model_copy(update=values)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row and the tensors that belong to it at this point of the pipeline."""
+
+    row: RenderRow
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def request(self) -> ResolvedRequest:
+        """The resolved request; only rows without an error are asked for it."""
+        assert self.row.request is not None
+        return self.row.request
+
+    def with_tensors(self, tensors: dict[str, Tensor], **row: Any) -> "Item":  # noqa: ANN401 - any field of the row
+        """Return the item with other tensors and some fields of its row replaced."""
+        return Item(self.row.updated(**row), tensors)
+
+    def failed(self, stage: str, error: Exception) -> "Item":
+        """Return the item as a failed row; it keeps no tensors."""
+        return Item(self.row.updated(error=RowError.of(stage, error)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are sampled together, and the user's own columns, one record per row in the same order."""
+
+    items: tuple[Item, ...]
+    columns: pa.Table
+
+    def with_items(self, items: Sequence[Item]) -> "Batch":
+        """Return the batch with its items replaced, one for one."""
+        assert len(items) == len(self.items)
+        return replace(self, items=tuple(items))
+
+
+_ROWS = TypeAdapter(list[RenderRow])
+
+
+def pack(batch: Batch) -> dict[str, bytes]:
+    """Serialise a batch to three binary columns: rows (JSON), columns (Arrow IPC), tensors (safetensors)."""
+    # Cloned because rows share memory (a common negative prompt, slices of one batch), which safetensors refuses.
+    tensors = {
+        f"{index}/{name}": tensor.clone(memory_format=torch.contiguous_format)
+        for index, item in enumerate(batch.items)
+        for name, tensor in item.tensors.items()
+    }
+    return {
+        "rows": _ROWS.dump_json([item.row for item in batch.items]),
+        "columns": _to_ipc(batch.columns),
+        "tensors": save(tensors),
+    }
+
+
+def unpack(columns: dict[str, bytes]) -> Batch:
+    """Inverse of `pack`."""
+    rows = _ROWS.validate_json(columns["rows"])
+    tensors: list[dict[str, Tensor]] = [{} for _ in rows]
+    for key, tensor in load(columns["tensors"]).items():
+        index, name = key.split("/", 1)
+        tensors[int(index)][name] = tensor
+    items = tuple(Item(row, own) for row, own in zip(rows, tensors, strict=True))
+    return Batch(items, _from_ipc(columns["columns"]))
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """Hold a file's bytes as a uint8 tensor [N]."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """Inverse of `as_tensor`."""
+    return tensor.numpy().tobytes()
+
+
+def ledger_table(batch: Batch, constants: dict[str, str]) -> pa.Table:
+    """Return the batch as ledger rows: the rows' fields, the user's columns, and what is equal for the whole job."""
+    records = pa.Table.from_pylist([_record(item.row) | constants for item in batch.items], LEDGER_SCHEMA)
+    for name in batch.columns.column_names:
+        free = f"user_{name}" if name in LEDGER_SCHEMA.names else name
+        records = records.append_column(free, batch.columns[name])
+    return records
+
+
+def _record(row: RenderRow) -> dict[str, Any]:
+    values = row.model_dump(exclude={"request", "error"})
+    request = row.request.model_dump(exclude={"id", "has_image"}) if row.request else {}
+    for name in ("num_inference_steps", "video_num_inference_steps"):
+        if name in request:
+            request[name] = json.dumps(request[name])
+    error = row.error.model_dump() if row.error else {}
+    return (
+        values
+        | request
+        | {f"error_{name}": value for name, value in error.items()}
+        | {"status": "failed" if row.error else "succeeded", "seconds": list(row.seconds.items())}
+    )
+
+
+LEDGER_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        ("error_stage", pa.string()),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+        ("warnings", pa.list_(pa.string())),
+        ("attempts", pa.int32()),
+        ("duplicate_of", pa.string()),
+        ("position", pa.string()),
+        ("prompt", pa.string()),
+        ("negative_prompt", pa.string()),
+        ("prompt_truncated", pa.bool_()),
+        ("image_uri", pa.string()),
+        ("image_sha256", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("num_frames", pa.int32()),
+        ("fps", pa.int32()),
+        ("num_inference_steps", pa.string()),
+        ("video_num_inference_steps", pa.string()),
+        ("guidance_scale", pa.float64()),
+        ("video_guidance_scale", pa.float64()),
+        ("seed", pa.int64()),
+        ("uri", pa.string()),
+        ("thumbnail_uri", pa.string()),
+        ("media_type", pa.string()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("latents_sha256", pa.string()),
+        ("frames", pa.int32()),
+        ("batch_size", pa.int32()),
+        ("tiling", pa.int32()),
+        ("dtype", pa.string()),
+        ("device", pa.string()),
+        ("node", pa.string()),
+        ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("started_at", pa.timestamp("us", "UTC")),
+        ("finished_at", pa.timestamp("us", "UTC")),
+        ("model", pa.string()),
+        ("model_fingerprint", pa.string()),
+        ("software_version", pa.string()),
+        ("run", pa.string()),
+    ]
+)
+"""Columns of every ledger row; the user's own follow (one whose name is taken here gets the prefix user_)."""
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _from_ipc(data: bytes) -> pa.Table:
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_all()

@@ -1,0 +1,157 @@
+"""From a plan to one streaming Ray Data Dataset; yields its output, the metadata of finished batches."""
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+
+from pipeline.batching import read_batches
+from pipeline.inputs import InputPart
+from pipeline.plan import Plan, PlanError, Resources, StageSpec
+from pipeline.rows import Batch, pack, unpack
+from pipeline.stages import Publish
+from pipeline.worklist import PartWork, RowRules, Worklist
+
+READ_TASKS = 2
+READ_CPUS = 0.25
+MIN_LOGICAL_CPUS = 4
+POLL_S = 0.5
+
+
+class Worker:
+    """A pool actor: one stage, told nothing but packed batches."""
+
+    def __init__(self, spec: StageSpec) -> None:
+        arguments = dict(spec.arguments)
+        if spec.stage is Publish:
+            arguments["node"] = ray.get_runtime_context().get_node_id()
+        self.stage = spec.stage(**arguments)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Map a block of packed batches."""
+        return _table([self.stage(batch) for batch in _batches(table)])
+
+
+def run(worklist: Worklist, plan: Plan, rules: RowRules) -> Iterator[Batch | None]:
+    """Render what the worklist asks for; yields every finished batch, and None while nothing arrives.
+
+    The Dataset is consumed in a thread of its own, so that the caller stays free to write its ledger, show progress
+    and take signals. An error of the Dataset is raised here.
+    """
+    dataset = build(worklist, plan, rules)
+    arrived: queue.Queue[pa.Table | Exception | None] = queue.Queue(maxsize=64)
+
+    def consume() -> None:
+        try:
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                arrived.put(table)
+            arrived.put(None)
+        except Exception as error:  # noqa: BLE001 - raised in the caller's thread
+            arrived.put(error)
+
+    threading.Thread(target=consume, name="dataset", daemon=True).start()
+    while True:
+        try:
+            result = arrived.get(timeout=POLL_S)
+        except queue.Empty:
+            yield None
+            continue
+        if result is None:
+            return
+        if isinstance(result, Exception):
+            raise result
+        yield from _batches(result)
+
+
+def build(worklist: Worklist, plan: Plan, rules: RowRules) -> "ray.data.Dataset":
+    """Return the lazy Dataset: read and batch -> one row per sampling batch -> the stages in order.
+
+    The input is read by our own tasks rather than `read_parquet`, because every row must be known by its position.
+    """
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = -1  # a long clip is no failure
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+
+    works = [work for work in worklist.parts if work.num_rows]
+    dataset: ray.data.Dataset = ray.data.from_items([_describe(work) for work in works], override_num_blocks=len(works))
+    dataset = dataset.map_batches(
+        _read,  # type: ignore[arg-type]
+        fn_args=(rules, plan.batch_size),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=TaskPoolStrategy(size=min(READ_TASKS, len(works))),
+        num_cpus=READ_CPUS,
+    ).repartition(target_num_rows_per_block=1)
+    for spec in plan.stages:
+        dataset = dataset.map_batches(
+            Worker,
+            fn_constructor_args=(spec,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=spec.workers),
+            num_cpus=spec.cpus,
+            num_gpus=spec.gpus or None,
+        )
+    return dataset
+
+
+def _describe(work: PartWork) -> dict[str, Any]:
+    part = work.part
+    return {
+        "url": part.url,
+        "row_group": part.row_group,
+        "first_row": part.first_row,
+        "num_rows": part.num_rows,
+        "fates": work.fates,
+    }
+
+
+def _read(table: pa.Table, rules: RowRules, batch_size: int) -> Iterator[pa.Table]:
+    for record in table.to_pylist():
+        fates = record.pop("fates")
+        for batch in read_batches(PartWork(InputPart(**record), fates), rules, batch_size):
+            yield _table([batch])
+
+
+def _table(batches: list[Batch]) -> pa.Table:
+    return pa.Table.from_pylist([pack(batch) for batch in batches])
+
+
+def _batches(table: pa.Table) -> Iterator[Batch]:
+    for record in table.to_pylist():
+        yield unpack(record)
+
+
+@contextmanager
+def session(address: str | None, resources: Resources | None = None) -> Iterator[Resources]:
+    """Connect to a Ray cluster, or start one on this machine, and yield what it offers; always disconnects.
+
+    address: one that is running, such as "auto"; None = a cluster of the job's own with the given resources. Raises
+    PlanError if there is no cluster at the address.
+    """
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if resources is not None:
+        # Logical CPUs only place tasks; with very few, the tasks around the stages could not be placed.
+        cpus = max(resources.cpus, MIN_LOGICAL_CPUS)
+        options |= {"num_cpus": cpus, "num_gpus": resources.gpus, "include_dashboard": False}
+    try:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its messages are about Ray Data's own actors
+        ray.init(address=address or "local", **options)
+    except ConnectionError as error:
+        raise PlanError(f"there is no Ray cluster at {address}: {error}") from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised; the session's log files have all
+    try:
+        offered = ray.cluster_resources()
+        yield Resources(cpus=int(offered.get("CPU", 0)), gpus=int(offered.get("GPU", 0)))
+    finally:
+        ray.shutdown()

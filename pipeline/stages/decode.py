@@ -1,0 +1,58 @@
+"""Decode: latents to an mp4 and a thumbnail strip; frames go into the encoder chunk by chunk."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.rows import Item, as_tensor
+from pipeline.stages.stage import ModelConfig, Stage
+from pipeline.video import ThumbnailStrip, VideoWriter
+from pyramid_flow.pixels import decode_frames
+
+VIDEO, THUMBNAIL = "video", "thumbnail"
+
+
+class Decode(Stage):
+    """Replaces a row's `latents` by the files `video` (mp4) and `thumbnail` (webp), as uint8 tensors.
+
+    window: latents per chunk; tile: side of a VAE tile in pixels, None = no tiling. Frames never leave the worker, and
+    its memory is that of a chunk.
+    """
+
+    name = "decode"
+
+    def __init__(self, model: ModelConfig, window: int, tile: int | None) -> None:
+        checkpoint = model.open()
+        self.model, self.window, self.tile = model, window, tile
+        self.statistics = checkpoint.preset.statistics
+        self.model_name = f"{checkpoint.root.name}/{checkpoint.variant}"
+        self.vae = checkpoint.load_vae(model.torch_dtype, model.device)
+
+    def process(self, items: Sequence[Item]) -> list[Item]:
+        """Decode the rows one after another."""
+        return [self._decoded(item) for item in items]
+
+    def _decoded(self, item: Item) -> Item:
+        request = item.request
+        tags = {"prompt": request.prompt, "seed": str(request.seed), "model": self.model_name, "render_id": request.id}
+        strip = ThumbnailStrip(request.num_frames)
+        frames = 0
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "video.mp4"
+            with VideoWriter(
+                path,
+                width=request.width,
+                height=request.height,
+                fps=request.fps,
+                tags=tags,
+                threads=self.model.threads,
+            ) as writer:
+                chunks = decode_frames(
+                    self.vae, item.tensors["latents"], self.statistics, window=self.window, tile=self.tile
+                )
+                for chunk in chunks:
+                    writer.write(chunk[0].numpy())
+                    strip.add(chunk[0].numpy())
+                    frames += chunk.shape[1]
+            tensors = {VIDEO: as_tensor(path.read_bytes()), THUMBNAIL: as_tensor(strip.webp())}
+        return item.with_tensors(tensors, frames=frames, tiling=self.tile)

@@ -1,0 +1,40 @@
+"""Publish: a row's files to storage, under names that carry their content; what goes on is metadata only."""
+
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from pipeline.rows import Item, as_bytes
+from pipeline.stages.decode import THUMBNAIL, VIDEO
+from pipeline.stages.stage import Stage
+from pipeline.storage import Storage
+
+
+class Publish(Stage):
+    """Writes videos/<first 2 of id>/<id>-<8 of sha256>.mp4 and its thumbnail strip, and drops the tensors."""
+
+    name = "publish"
+
+    def __init__(self, output: str, node: str) -> None:
+        self.storage, self.node = Storage(output), node
+
+    def process(self, items: Sequence[Item]) -> list[Item]:
+        """Publish the rows one after another; each file is written whole or not at all."""
+        return [self._published(item) for item in items]
+
+    def _published(self, item: Item) -> Item:
+        video, thumbnail = as_bytes(item.tensors[VIDEO]), as_bytes(item.tensors[THUMBNAIL])
+        sha256 = hashlib.sha256(video).hexdigest()
+        name = f"{item.row.id[:2]}/{item.row.id}-{sha256[:8]}"
+        self.storage.put(f"thumbnails/{name}.webp", thumbnail)
+        self.storage.put(f"videos/{name}.mp4", video)
+        return item.with_tensors(
+            {},
+            uri=f"videos/{name}.mp4",
+            thumbnail_uri=f"thumbnails/{name}.webp",
+            media_type="video/mp4",
+            bytes=len(video),
+            sha256=sha256,
+            node=self.node,
+            finished_at=datetime.now(UTC),
+        )

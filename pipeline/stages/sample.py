@@ -1,0 +1,69 @@
+"""Sample: text embeddings (and image posteriors) of one shape to latents, as one batch."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.request import sampling_params
+from pipeline.rows import Item
+from pipeline.stages.stage import ModelConfig, Stage
+from pyramid_flow import PyramidSchedule, SeededNoise, TextEmbedding, generate_latents
+from pyramid_flow.pixels import image_latent
+from pyramid_flow.text import concatenate
+from pyramid_flow.vae import LatentDistribution
+
+
+class Sample(Stage):
+    """Replaces a row's tensors by `latents`: normalised, float32 [1,16,T,h,w]."""
+
+    name = "sample"
+
+    def __init__(self, model: ModelConfig) -> None:
+        checkpoint = model.open()
+        self.model = model
+        self.statistics = checkpoint.preset.statistics
+        self.transformer = checkpoint.load_transformer(model.torch_dtype, model.device)
+        self.schedule = PyramidSchedule()
+
+    def process(self, items: Sequence[Item]) -> list[Item]:
+        """Sample the rows together; each has its own noise and guidance."""
+        params = sampling_params([item.request for item in items])
+        noise = SeededNoise([item.request.seed for item in items], self.schedule.gamma)
+        first = None
+        if items[0].request.has_image:
+            posterior = LatentDistribution(_stacked(items, "posterior.mean"), _stacked(items, "posterior.logvar"))
+            first = image_latent(posterior, noise.posterior(posterior.mean.shape), self.statistics)
+        latents = generate_latents(
+            self.transformer,
+            self.schedule,
+            _embedding(items, "text"),
+            _embedding(items, "negative") if params.guided else None,
+            params,
+            noise,
+            image_latent=first,
+        ).cpu()
+        return [self._sampled(item, latents[i : i + 1], len(items)) for i, item in enumerate(items)]
+
+    def _sampled(self, item: Item, latents: Tensor, batch_size: int) -> Item:
+        return item.with_tensors(
+            {"latents": latents},
+            latents_sha256=hashlib.sha256(latents.contiguous().numpy().data).hexdigest(),
+            batch_size=batch_size,
+            dtype=self.model.dtype,
+            device=_device_name(self.transformer.device),
+        )
+
+
+def _stacked(items: Sequence[Item], name: str) -> Tensor:
+    return torch.cat([item.tensors[name] for item in items])
+
+
+def _embedding(items: Sequence[Item], prefix: str) -> TextEmbedding:
+    fields = ("tokens", "mask", "pooled")
+    return concatenate([TextEmbedding(*(item.tensors[f"{prefix}.{name}"] for name in fields)) for item in items])
+
+
+def _device_name(device: torch.device) -> str:
+    return device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)

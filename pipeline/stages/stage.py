@@ -1,0 +1,75 @@
+"""What all stages share: which model they load, and that an error fails a row and never a batch."""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pipeline.rows import Batch, Item
+from pyramid_flow import Checkpoint
+from pyramid_flow.checkpoint import DTYPES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which checkpoint a worker loads, and how: device ("cpu", "cuda") and dtype ("float32", "bfloat16").
+
+    threads: CPU threads of the worker's tensor operations.
+    """
+
+    path: str
+    variant: str | None
+    device: str
+    dtype: str
+    threads: int
+
+    def open(self) -> Checkpoint:
+        """Open the checkpoint and limit this process to its threads."""
+        torch.set_num_threads(self.threads)
+        return Checkpoint.open(self.path, self.variant)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return DTYPES[self.dtype]
+
+
+class Stage(ABC):
+    """One step of the pipeline: maps the items of a batch that have not failed, one for one."""
+
+    name: ClassVar[str]
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Process a batch. Failed rows pass through; a row that raises becomes a failed row with its reason."""
+        pending = [item for item in batch.items if item.row.error is None]
+        if not pending:
+            return batch
+        started = time.perf_counter()
+        done = self._attempt(pending)
+        share = (time.perf_counter() - started) / len(pending)
+        timed = iter(_with_seconds(item, self.name, share) for item in done)
+        return batch.with_items([next(timed) if item.row.error is None else item for item in batch.items])
+
+    def _attempt(self, items: Sequence[Item]) -> list[Item]:
+        try:
+            return self.process(items)
+        except Exception as error:  # noqa: BLE001 - recorded in the row, or tried again row by row
+            if len(items) > 1:
+                logger.warning("%s: a batch of %d failed (%s), trying its rows alone", self.name, len(items), error)
+                return [self._attempt([item])[0] for item in items]
+            logger.warning("%s: row %s failed: %s", self.name, items[0].row.id, error)
+            return [items[0].failed(self.name, error)]
+
+    @abstractmethod
+    def process(self, items: Sequence[Item]) -> list[Item]:
+        """Map items of one shape, one for one and in order; may raise for all of them."""
+
+
+def _with_seconds(item: Item, stage: str, seconds: float) -> Item:
+    return Item(item.row.updated(seconds=item.row.seconds | {stage: seconds}), item.tensors)

@@ -1,0 +1,398 @@
+"""Frames to mp4 and back: a streaming writer, a reader, a probe, container tags and strips of thumbnails.
+
+ffmpeg is the one that imageio-ffmpeg ships or finds. Its own reader and writer are not used: they neither look at
+ffmpeg's exit status nor keep what it says on stderr.
+"""
+
+import io
+import logging
+import os
+import re
+import secrets
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import imageio_ffmpeg
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pyramid_flow.errors import InvalidValueError, PyramidFlowError, ShapeError
+
+logger = logging.getLogger(__name__)
+
+Frames = npt.NDArray[np.uint8]
+
+MAX_TAG_BYTES = 16384
+"""A container tag longer than this many UTF-8 bytes is cut to it, at a character."""
+
+THUMBNAIL_WIDTH = 256
+"""Greatest width of one frame in a thumbnail strip, in pixels."""
+
+_CONTAINER_TAGS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time"})
+_SCALE = "flags=bicubic+accurate_rnd+full_chroma_int+bitexact"
+_TO_BT709 = (
+    f"scale=out_color_matrix=bt709:out_range=tv:{_SCALE},format=yuv420p,"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
+# anchored to the line start: a line inside a printed tag begins with blanks and a colon
+_STREAM_LINE = re.compile(
+    r"^  Stream #0:\d+[^\n]*?: Video: (?P<codec>\w+)[^\n]*?, (?P<pixel_format>\w+)(?:\([^\n]*?\))?, \d+x\d+",
+    re.MULTILINE,
+)
+
+
+class VideoError(PyramidFlowError):
+    """ffmpeg failed, and the message holds its last lines; or a writer or strip was used out of order."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds, found by decoding all of it.
+
+    Attributes:
+        width, height: Pixels.
+        frames: Number of frames that decode.
+        fps: Frames per second.
+        codec, pixel_format: ffmpeg's names, such as "h264" and "yuv420p".
+    """
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+    codec: str
+    pixel_format: str
+
+
+class VideoWriter:
+    """Context manager that streams frames through ffmpeg into an H.264, yuv420p, +faststart mp4.
+
+    The file grows under a hidden name beside `path` and gets its name only when it is whole; an exception inside the
+    `with` block, or a failing ffmpeg, leaves nothing behind and an older file at `path` as it was. Equal frames, tags
+    and settings (`threads` among them) give equal bytes on one version of ffmpeg.
+
+    Args:
+        path: Where the video will lie; its folder must exist.
+        width, height: Pixels, even.
+        fps: Frames per second, 0.1 to 1000.
+        tags: Container tags, see `read_tags`. Keys are lower-case names (a-z, 0-9, _), not those of the container
+            itself (encoder, creation_time, major_brand, ...). Values keep every character but NUL (becomes U+FFFD) and
+            lone surrogates (become "?"); they are cut after `MAX_TAG_BYTES`; empty ones are not stored.
+        threads: Encoder threads, at least 1.
+        crf: x264's constant rate factor, 0 (lossless) to 51.
+
+    Raises:
+        InvalidValueError: An argument breaks its rule.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        width: int,
+        height: int,
+        fps: float,
+        tags: Mapping[str, str] | None = None,
+        threads: int = 1,
+        crf: int = 18,
+    ) -> None:
+        _check_settings(width, height, fps, threads, crf)
+        self.path = Path(path)
+        self.width, self.height = width, height
+        self.num_frames = 0
+        self._partial = self.path.with_name(f".{secrets.token_hex(8)}.mp4.part")
+        self._command = _encode_command(
+            self._partial, f"{width}x{height}", fps, _tag_arguments(tags or {}), threads, crf
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        # a file takes stderr without a reader thread, and a group of its own keeps the terminal's ctrl-c from ffmpeg
+        self._log = tempfile.TemporaryFile()
+        try:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log, process_group=0
+            )
+        except OSError as error:
+            self._log.close()
+            raise VideoError(f"cannot start ffmpeg: {error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
+
+    def write(self, frames: Frames) -> None:
+        """Hands a chunk to ffmpeg; blocks while ffmpeg is behind.
+
+        Args:
+            frames: uint8 RGB, [n, height, width, 3], any n.
+
+        Raises:
+            ShapeError: The chunk has another shape.
+            InvalidValueError: The chunk is not uint8.
+            VideoError: The writer is not open, or ffmpeg ended early.
+        """
+        if self._process is None:
+            raise VideoError(f"{self.path}: the writer is not open; use it in a with block")
+        _check_frames(frames, self.height, self.width)
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(np.ascontiguousarray(frames).data)
+        except BrokenPipeError as error:
+            raise self._failure(self._process.wait()) from error
+        self.num_frames += len(frames)
+
+    def close(self) -> None:
+        """Finishes the file and gives it its name; does nothing on a closed writer.
+
+        Raises:
+            VideoError: No frame was written, or ffmpeg failed; nothing is left of the file then.
+        """
+        if self._process is None:
+            return
+        try:
+            if self.num_frames == 0:
+                raise VideoError(f"{self.path}: no frames were written")
+            self._finish(self._process)
+        except BaseException:
+            self.abort()
+            raise
+        self._release()
+
+    def abort(self) -> None:
+        """Kills ffmpeg and removes the partial file; does nothing on a closed writer."""
+        if self._process is None:
+            return
+        self._process.kill()
+        _close_pipe(self._process)
+        self._process.wait()
+        self._partial.unlink(missing_ok=True)
+        self._release()
+
+    def _finish(self, process: subprocess.Popen[bytes]) -> None:
+        _close_pipe(process)
+        if status := process.wait():
+            raise self._failure(status)
+        try:
+            self._partial.replace(self.path)
+        except OSError as error:
+            raise VideoError(f"{self.path}: cannot give the finished video its name: {error}") from error
+
+    def _failure(self, status: int) -> VideoError:
+        assert self._log is not None
+        self._log.seek(0)
+        return VideoError(f"{self.path}: ffmpeg failed with status {status}: {_last_lines(self._log.read())}")
+
+    def _release(self) -> None:
+        assert self._log is not None
+        self._log.close()
+        self._process = None
+
+
+def read_frames(path: str | os.PathLike[str]) -> Frames:
+    """Decodes a whole video into memory, about twice height * width * 3 bytes per frame while it runs.
+
+    Returns:
+        uint8 RGB, [n, height, width, 3].
+
+    Raises:
+        VideoError: The file is missing, is no video, or does not decode.
+    """
+    info = probe(path)
+    raw = _decode(path, "-vf", f"scale={_SCALE}", "-pix_fmt", "rgb24", "-f", "rawvideo").stdout
+    return np.frombuffer(raw, np.uint8).reshape(-1, info.height, info.width, 3).copy()
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Decodes a video once and tells what is in it.
+
+    Raises:
+        VideoError: The file is missing, is no video, or does not decode.
+    """
+    result = _decode(path, "-c:v", "rawvideo", "-f", "framecrc")
+    stream = _STREAM_LINE.search(result.stderr.decode("utf-8", "replace"))
+    lines = result.stdout.decode("ascii").splitlines()
+    header = dict(line[1:].split(": ", 1) for line in lines if line.startswith("#"))
+    if stream is None or "dimensions 0" not in header:
+        raise VideoError(f"{path}: ffmpeg finds no video stream")
+    width, height = header["dimensions 0"].split("x")
+    return VideoInfo(
+        width=int(width),
+        height=int(height),
+        frames=sum(not line.startswith("#") for line in lines),
+        fps=float(1 / Fraction(header["tb 0"])),  # the time base of a constant-rate stream is one frame
+        codec=stream["codec"],
+        pixel_format=stream["pixel_format"],
+    )
+
+
+def read_tags(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the container tags of a video, without those that the container sets itself.
+
+    Raises:
+        VideoError: The file is missing or is no video.
+    """
+    raw = _run_ffmpeg(path, "-v", "error", "-i", _file_url(path), "-f", "ffmetadata", "pipe:1").stdout
+    return {key: value for key, value in _parse_ffmetadata(raw) if key not in _CONTAINER_TAGS}
+
+
+class ThumbnailStrip:
+    """Picks evenly spaced frames, first and last among them, while chunks stream by.
+
+    Args:
+        num_frames: Frames of the whole video, at least 1.
+        count: Frames of the strip; a shorter video gives all of its frames.
+
+    Raises:
+        InvalidValueError: `num_frames` or `count` is below 1.
+    """
+
+    def __init__(self, num_frames: int, count: int = 4) -> None:
+        for field, value in (("num_frames", num_frames), ("count", count)):
+            if value < 1:
+                raise InvalidValueError(field, value, "is below 1")
+        self._wanted = frozenset(np.linspace(0, num_frames - 1, count).round().astype(int).tolist())
+        self._seen = 0
+        self._thumbnails: list[Image.Image] = []
+
+    def add(self, frames: Frames) -> None:
+        """Takes the next chunk: uint8 RGB, [n, height, width, 3], of one size for the whole video.
+
+        Raises:
+            ShapeError: The chunk has another shape.
+            InvalidValueError: The chunk is not uint8.
+        """
+        _check_frames(frames)
+        self._thumbnails += [_thumbnail(frame) for i, frame in enumerate(frames, self._seen) if i in self._wanted]
+        self._seen += len(frames)
+
+    def webp(self) -> bytes:
+        """Returns the frames collected so far side by side as WebP, each at most `THUMBNAIL_WIDTH` pixels wide.
+
+        Raises:
+            VideoError: No frame has come yet.
+        """
+        if not self._thumbnails:
+            raise VideoError("a thumbnail strip needs at least one frame")
+        buffer = io.BytesIO()
+        _side_by_side(self._thumbnails).save(buffer, "WEBP", quality=82, method=4)
+        return buffer.getvalue()
+
+
+def _thumbnail(frame: Frames) -> Image.Image:
+    height, width = frame.shape[:2]
+    scale = min(1.0, THUMBNAIL_WIDTH / width)
+    size = (round(width * scale), max(1, round(height * scale)))
+    return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
+
+
+def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    width, height = images[0].size
+    strip = Image.new("RGB", (width * len(images), height))
+    for column, image in enumerate(images):
+        strip.paste(image, (column * width, 0))
+    return strip
+
+
+def _check_settings(width: int, height: int, fps: float, threads: int, crf: int) -> None:
+    for field, value in (("width", width), ("height", height)):
+        if value < 2 or value % 2:
+            raise InvalidValueError(field, value, "is not a positive even number, as yuv420p needs")
+    if not 0.1 <= fps <= 1000:
+        raise InvalidValueError("fps", fps, "is outside 0.1..1000")
+    if threads < 1:
+        raise InvalidValueError("threads", threads, "is below 1")
+    if not 0 <= crf <= 51:
+        raise InvalidValueError("crf", crf, "is outside 0..51")
+
+
+def _check_frames(frames: Frames, height: int | None = None, width: int | None = None) -> None:
+    expected = (height or frames.shape[1], width or frames.shape[2], 3) if frames.ndim == 4 else ()
+    if frames.ndim != 4 or frames.shape[1:] != expected:
+        raise ShapeError("frames", f"[n, {height or 'height'}, {width or 'width'}, 3]", frames.shape)
+    if frames.dtype != np.uint8:
+        raise InvalidValueError("frames", frames.dtype, "is not uint8")
+
+
+def _encode_command(path: Path, size: str, fps: float, tags: Sequence[str], threads: int, crf: int) -> list[str]:
+    rate = Fraction(fps).limit_denominator(10000)
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(rate), "-i", "pipe:0"]
+    encode = ["-vf", _TO_BT709, "-c:v", "libx264", "-crf", str(crf), "-threads", str(threads), "-filter_threads", "1"]
+    exact = ["-map_metadata", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
+    target = ["-movflags", "+faststart+use_metadata_tags", *tags, "-f", "mp4", _file_url(path)]
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    return [ffmpeg, "-hide_banner", "-nostats", "-v", "warning", *source, "-an", *encode, *exact, *target]
+
+
+def _tag_arguments(tags: Mapping[str, str]) -> list[str]:
+    for key in tags:
+        if key in _CONTAINER_TAGS or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", key):
+            raise InvalidValueError("tag", repr(key), "is not a free name of a-z, 0-9 and _")
+    return [word for key, value in tags.items() for word in ("-metadata", f"{key}={_tag_value(value)}")]
+
+
+def _tag_value(value: str) -> str:
+    encoded = value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace")
+    if len(encoded) > MAX_TAG_BYTES:
+        logger.warning("a container tag of %d bytes is cut to %d", len(encoded), MAX_TAG_BYTES)
+    return encoded[:MAX_TAG_BYTES].decode("utf-8", "ignore")
+
+
+def _parse_ffmetadata(raw: bytes) -> list[tuple[str, str]]:
+    # a backslash escapes the byte after it, also a line's end
+    tags = []
+    for line in re.findall(rb"(?:\\.|[^\\\n])+", raw, re.DOTALL):
+        if line.startswith(b"["):  # sections of streams and chapters follow the container's tags
+            break
+        match = re.fullmatch(rb"((?:\\.|[^\\=;#])+)=(.*)", line, re.DOTALL)
+        if match:
+            key, value = (re.sub(rb"\\(.)", rb"\1", part, flags=re.DOTALL) for part in match.groups())
+            tags.append((key.decode("utf-8", "replace"), value.decode("utf-8", "replace")))
+    return tags
+
+
+def _decode(path: str | os.PathLike[str], *output: str) -> subprocess.CompletedProcess[bytes]:
+    return _run_ffmpeg(
+        path, "-xerror", "-err_detect", "explode", "-i", _file_url(path), "-map", "0:v:0", *output, "pipe:1"
+    )
+
+
+def _run_ffmpeg(path: str | os.PathLike[str], *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", *arguments]
+    try:
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError as error:
+        raise VideoError(f"cannot start ffmpeg: {error}") from error
+    if result.returncode:
+        raise VideoError(f"{path}: ffmpeg failed with status {result.returncode}: {_last_lines(result.stderr)}")
+    return result
+
+
+def _close_pipe(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # ffmpeg ended first: its status and its last lines tell why
+        process.stdin.close()
+
+
+def _file_url(path: str | os.PathLike[str]) -> str:
+    # "file:" keeps ffmpeg from reading an option, a protocol or a pattern into the name
+    return f"file:{os.fspath(path)}"
+
+
+def _last_lines(log: bytes, count: int = 5) -> str:
+    lines = [line.strip() for line in log.decode("utf-8", "replace").splitlines() if line.strip()]
+    return " | ".join(lines[-count:]) or "it said nothing"

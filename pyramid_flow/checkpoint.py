@@ -1,0 +1,165 @@
+"""A checkpoint folder in the published layout: which parts it has, loading them strictly, and its fingerprint."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+
+from pyramid_flow.errors import CheckpointError, InvalidValueError
+from pyramid_flow.presets import MINIFLUX_PRESETS, Preset
+from pyramid_flow.text import TextEncoder
+from pyramid_flow.transformer_flux import PyramidFluxTransformer
+from pyramid_flow.vae import CausalVideoVAE
+
+TRANSFORMER_PREFIX = "diffusion_transformer_"
+PRESET_FILE = "pyramid.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Model = TypeVar("Model", PyramidFluxTransformer, CausalVideoVAE)
+
+
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return a dtype the model can run in; float16 raises InvalidValueError."""
+    if dtype not in DTYPES.values():
+        raise InvalidValueError(
+            "torch_dtype", dtype, "is not supported: use bfloat16 or float32 (float16 overflows in these transformers)"
+        )
+    return dtype
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder and the transformer chosen from it; `open` one rather than construct it."""
+
+    root: Path
+    transformer_folder: Path
+
+    @classmethod
+    def open(cls, path: str | Path, variant: str | None = None) -> "Checkpoint":
+        """Find the transformer of a checkpoint; raises CheckpointError for a missing folder or an unclear variant.
+
+        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder there is.
+        """
+        root = Path(path).expanduser().resolve()
+        if not root.is_dir():
+            raise CheckpointError(f"there is no checkpoint folder {root}")
+        folders = sorted(folder for folder in root.glob(TRANSFORMER_PREFIX + "*") if folder.is_dir())
+        names = [folder.name.removeprefix(TRANSFORMER_PREFIX) for folder in folders]
+        if not folders:
+            raise CheckpointError(f"{root} has no folder {TRANSFORMER_PREFIX}*")
+        if variant is None and len(folders) > 1:
+            raise CheckpointError(f"{root} has several variants, choose one of: {', '.join(names)}")
+        for name, folder in zip(names, folders, strict=True):
+            if variant in (None, name, folder.name):
+                return cls(root, folder)
+        raise CheckpointError(f"{root} has no variant {variant!r}, it has: {', '.join(names)}")
+
+    @property
+    def variant(self) -> str:
+        """Name of the chosen transformer, such as "384p"."""
+        return self.transformer_folder.name.removeprefix(TRANSFORMER_PREFIX)
+
+    @cached_property
+    def preset(self) -> Preset:
+        """The variant's preset, updated with the checkpoint's own pyramid.json."""
+        preset = MINIFLUX_PRESETS.get(self.variant, Preset())
+        path = self.root / PRESET_FILE
+        return preset.updated(_read_json(path)) if path.exists() else preset
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of a hash over the names, types, shapes and bytes of every tensor in use, however sharded."""
+        digest = hashlib.sha256()
+        folders = ("causal_video_vae", "text_encoder", "text_encoder_2")
+        for folder in (self.transformer_folder, *(self.root / name for name in folders)):
+            digest.update(folder.name.encode())
+            for name, file in sorted(_tensor_files(folder).items()):
+                with safe_open(file, framework="pt") as tensors:
+                    tensor = tensors.get_tensor(name).contiguous()
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def load_transformer(self, dtype: torch.dtype, device: torch.device | str) -> PyramidFluxTransformer:
+        """Load the transformer strictly; raises CheckpointError naming what is missing, unknown or misshapen."""
+        transformer: PyramidFluxTransformer = load_model(PyramidFluxTransformer, self.transformer_folder, dtype, device)
+        return transformer
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> CausalVideoVAE:
+        """Load the VAE strictly."""
+        vae: CausalVideoVAE = load_model(CausalVideoVAE, self.root / "causal_video_vae", dtype, device)
+        return vae
+
+    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
+        """Load the text encoders and their tokenizers strictly."""
+        return TextEncoder.from_pretrained(self.root, check_dtype(dtype)).to(device)
+
+    def check(self) -> None:
+        """Compare every tensor name and shape with the configs without loading weights; raises CheckpointError."""
+        check_tensors(PyramidFluxTransformer, self.transformer_folder)
+        check_tensors(CausalVideoVAE, self.root / "causal_video_vae")
+        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            if not (self.root / name).is_dir():
+                raise CheckpointError(f"{self.root} has no folder {name}")
+
+
+def load_model(cls: type[Model], folder: Path, dtype: torch.dtype, device: torch.device | str) -> Model:
+    """Load a model whose tensors match its config exactly, ready for inference."""
+    check_tensors(cls, folder)
+    model: Any = cls.from_pretrained(
+        folder, torch_dtype=check_dtype(dtype), local_files_only=True, use_safetensors=True, low_cpu_mem_usage=True
+    )
+    ready: Model = model.to(device).eval().requires_grad_(False)
+    return ready
+
+
+def check_tensors(cls: type[PyramidFluxTransformer | CausalVideoVAE], folder: Path) -> None:
+    """Raise CheckpointError unless the folder holds exactly the tensors that its config asks for."""
+    config = _read_json(folder / "config.json")
+    if config.get("_class_name") != cls.__name__:
+        raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a {cls.__name__}")
+    with init_empty_weights():
+        empty: Any = cls.from_config(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    actual = _tensor_shapes(folder)
+    for name in sorted(expected.keys() - actual.keys()):
+        raise CheckpointError(f"{folder} lacks the tensor {name} {list(expected[name])}")
+    for name in sorted(actual.keys() - expected.keys()):
+        raise CheckpointError(f"{folder} holds an unknown tensor {name} {list(actual[name])}")
+    for name, shape in expected.items():
+        if actual[name] != shape:
+            raise CheckpointError(f"{folder}: tensor {name} has shape {list(actual[name])}, expected {list(shape)}")
+
+
+def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(_tensor_files(folder).values())):
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Map each tensor name to its safetensors file: one file, or several with an index."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        return {name: folder / file for name, file in _read_json(index)["weight_map"].items()}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            return dict.fromkeys(tensors.keys(), file)
+    raise CheckpointError(f"{folder} has no safetensors file")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,175 @@
+"""Layers shared by both transformers: modulation, feed-forward, conditioning embedding and the joint block."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from pyramid_flow.attention import RotaryTable, attention
+from pyramid_flow.tokens import PrefixLayout
+
+LAYER_NORM_EPS = 1e-6
+TIMESTEP_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What every block's attention needs beside its tokens; see `attention.attention`."""
+
+    rotary: RotaryTable
+    layout: PrefixLayout
+    key_mask: Tensor | None
+
+
+def timestep_embedding(timestep: Tensor) -> Tensor:
+    """Embed timesteps [B] on the 0...1000 scale sinusoidally, cosines first: float32 [B,256]."""
+    half = TIMESTEP_CHANNELS // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) (1 + scale) + shift, the LayerNorm without affine: x [B,S,D], shift and scale [B,1,D]."""
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale) + shift
+
+
+class Modulation(nn.Module):
+    """Linear map from SiLU(conditioning) [B,D] to `chunks` vectors [B,1,D]."""
+
+    def __init__(self, dim: int, chunks: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, chunks * dim)
+        self.chunks = chunks
+
+    def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
+        vectors: Tensor = self.linear(activated)[:, None]
+        return vectors.chunk(self.chunks, dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x rsqrt(mean(x^2) + eps) w over the last axis, statistics in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (x.float() * scale).to(x.dtype) * self.weight
+
+
+class GELUProjection(nn.Module):
+    """Linear, then GELU in its tanh form."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Linear D -> 4D, GELU (tanh), linear 4D -> D."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # Index 1 is empty because the published names are net.0 and net.2.
+        self.net = nn.Sequential(GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class EmbeddingMLP(nn.Module):
+    """Linear, SiLU, linear."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
+
+
+class ConditioningEmbedding(nn.Module):
+    """c = MLP_t(phi(t)) + MLP_p(pooled); the pooled half does not depend on the step and is computed once."""
+
+    def __init__(self, dim: int, pooled_dim: int) -> None:
+        super().__init__()
+        self.timestep_embedder = EmbeddingMLP(TIMESTEP_CHANNELS, dim)
+        self.text_embedder = EmbeddingMLP(pooled_dim, dim)
+
+    def forward(self, timestep: Tensor, pooled_embedding: Tensor) -> Tensor:
+        """timestep [B], pooled_embedding = text_embedder(pooled) [B,D] -> [B,D]."""
+        out: Tensor = self.timestep_embedder(timestep_embedding(timestep).to(pooled_embedding.dtype))
+        return out + pooled_embedding
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B,S,H*D] -> [B,H,S,D]."""
+    return rearrange(x, "b s (h d) -> b h s d", h=num_heads)
+
+
+class JointAttention(nn.Module):
+    """Attention over text and image tokens together, each stream with its own projections and q/k norms."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        head_dim = dim // num_heads
+        self.num_heads = num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k = RMSNorm(head_dim, eps), RMSNorm(head_dim, eps)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_added_q, self.norm_added_k = RMSNorm(head_dim, eps), RMSNorm(head_dim, eps)
+        self.to_add_out = nn.Linear(dim, dim)
+
+    def forward(self, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """image [B,S,D] and text [B,L,D], both modulated -> their attention outputs, same shapes."""
+        heads = self.num_heads
+        q_text = self.norm_added_q(split_heads(self.add_q_proj(text), heads))
+        k_text = self.norm_added_k(split_heads(self.add_k_proj(text), heads))
+        v_text = split_heads(self.add_v_proj(text), heads)
+        q_image = self.norm_q(split_heads(self.to_q(image), heads))
+        k_image = self.norm_k(split_heads(self.to_k(image), heads))
+        v_image = split_heads(self.to_v(image), heads)
+
+        q = context.rotary.rotate(torch.cat([q_text, q_image], dim=2))
+        k = context.rotary.rotate(torch.cat([k_text, k_image], dim=2))
+        v = torch.cat([v_text, v_image], dim=2)
+        mixed = attention(q, k, v, context.layout, context.key_mask)
+        text_out, image_out = mixed.split([text.shape[1], image.shape[1]], dim=1)
+        return self.to_out[0](image_out), self.to_add_out(text_out)
+
+
+class JointBlock(nn.Module):
+    """Double-stream block: image x and text y with their own weights meet in one attention."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = Modulation(dim, 6)
+        self.norm1_context = Modulation(dim, 6)
+        self.attn = JointAttention(dim, num_heads, eps)
+        self.ff = FeedForward(dim)
+        self.ff_context = FeedForward(dim)
+
+    def forward(self, x: Tensor, y: Tensor, activated: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """x [B,S,D], y [B,L,D], activated = SiLU(conditioning) [B,D] -> x, y."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(activated)
+        y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = self.norm1_context(activated)
+
+        attn_x, attn_y = self.attn(modulate(x, shift1, scale1), modulate(y, y_shift1, y_scale1), context)
+        x = x + gate1 * attn_x
+        y = y + y_gate1 * attn_y
+        x = x + gate2 * self.ff(modulate(x, shift2, scale2))
+        y = y + y_gate2 * self.ff_context(modulate(y, y_shift2, y_scale2))
+        return x, y

@@ -1,0 +1,151 @@
+"""PyramidFlowPipeline: a prompt (and an image) in, a video out; a thin bundle of the model's parts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pyramid_flow.checkpoint import Checkpoint
+from pyramid_flow.errors import InvalidValueError
+from pyramid_flow.noise import NoiseSource, SeededNoise
+from pyramid_flow.pixels import decode_frames, encode_image, image_latent, image_pixels
+from pyramid_flow.presets import Preset
+from pyramid_flow.sampling import Guidance, OnStep, SamplingParams, Steps, generate_latents
+from pyramid_flow.schedule import PyramidSchedule
+from pyramid_flow.text import TextEncoder
+from pyramid_flow.transformer_flux import PyramidFluxTransformer
+from pyramid_flow.vae import CausalVideoVAE
+
+OutputType = Literal["np", "pt", "pil", "latent"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PyramidFlowOutput:
+    """Videos of one call.
+
+    frames: uint8 array [B,N,H,W,3] ("np"), uint8 tensor [B,N,3,H,W] ("pt"), a list of images per video ("pil"), or
+    normalised latents [B,16,T,H/8,W/8] ("latent").
+    """
+
+    frames: np.ndarray | Tensor | list[list[Image.Image]]
+
+
+class PyramidFlowPipeline:
+    """The parts of one checkpoint, loaded, and the settings it was trained with."""
+
+    def __init__(
+        self,
+        transformer: PyramidFluxTransformer,
+        vae: CausalVideoVAE,
+        text_encoder: TextEncoder,
+        preset: Preset,
+        schedule: PyramidSchedule | None = None,
+    ) -> None:
+        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
+        self.preset = preset
+        self.schedule = schedule or PyramidSchedule()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        variant: str | None = None,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> "PyramidFlowPipeline":
+        """Load a checkpoint folder of the published layout.
+
+        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder. Raises CheckpointError,
+        or InvalidValueError for float16.
+        """
+        checkpoint = Checkpoint.open(path, variant)
+        return cls(
+            transformer=checkpoint.load_transformer(torch_dtype, device),
+            vae=checkpoint.load_vae(torch_dtype, device),
+            text_encoder=checkpoint.load_text_encoder(torch_dtype, device),
+            preset=checkpoint.preset,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: Steps | None = None,
+        video_num_inference_steps: Steps | None = None,
+        guidance_scale: Guidance | None = None,
+        video_guidance_scale: Guidance | None = None,
+        negative_prompt: str | None = None,
+        seed: int | Sequence[int] = 0,
+        output_type: OutputType = "np",
+        on_step: OnStep | None = None,
+    ) -> PyramidFlowOutput:
+        """Render one video per prompt; None = the checkpoint's preset.
+
+        image: the first frame of every video, scaled to cover the size and cropped around its centre. seed: one per
+        prompt, or one number from which prompt i takes seed + i. on_step: see `generate_latents`. Raises
+        InvalidValueError for values that cannot be rendered.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(text.strip() for text in prompts):
+            raise InvalidValueError("prompt", prompts, "is empty")
+        if output_type not in ("np", "pt", "pil", "latent"):
+            raise InvalidValueError("output_type", output_type, "is not one of np, pt, pil, latent")
+        preset = self.preset
+        later = preset.later_guidance(image is not None)
+        params = SamplingParams(
+            height=_given(height, preset.sizes[0][0]),
+            width=_given(width, preset.sizes[0][1]),
+            num_frames=_given(num_frames, preset.max_num_frames),
+            num_inference_steps=preset.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            video_num_inference_steps=(
+                preset.video_num_inference_steps if video_num_inference_steps is None else video_num_inference_steps
+            ),
+            guidance_scale=preset.guidance_scale if guidance_scale is None else guidance_scale,
+            video_guidance_scale=later if video_guidance_scale is None else video_guidance_scale,
+        )
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        noise = SeededNoise(seeds, self.schedule.gamma)
+        latents = self._latents(prompts, image, negative_prompt, params, noise, on_step)
+        return PyramidFlowOutput(latents if output_type == "latent" else self._frames(latents, output_type))
+
+    def _latents(
+        self,
+        prompts: Sequence[str],
+        image: Image.Image | None,
+        negative_prompt: str | None,
+        params: SamplingParams,
+        noise: NoiseSource,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        text = self.text_encoder([prompt + self.preset.prompt_suffix for prompt in prompts])
+        negative = self.text_encoder([_given(negative_prompt, self.preset.negative_prompt)]) if params.guided else None
+        first = None
+        if image is not None:
+            posterior = encode_image(self.vae, image_pixels(image, params.height, params.width))
+            shape = (len(prompts), *posterior.mean.shape[1:])
+            first = image_latent(posterior, noise.posterior(shape), self.preset.statistics)
+        return generate_latents(
+            self.transformer, self.schedule, text, negative, params, noise, image_latent=first, on_step=on_step
+        )
+
+    def _frames(self, latents: Tensor, output_type: OutputType) -> np.ndarray | Tensor | list[list[Image.Image]]:
+        frames = torch.cat(list(decode_frames(self.vae, latents, self.preset.statistics)), dim=1)
+        if output_type == "pt":
+            return frames.permute(0, 1, 4, 2, 3)
+        if output_type == "pil":
+            return [[Image.fromarray(frame) for frame in video.numpy()] for video in frames]
+        return frames.numpy()
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value

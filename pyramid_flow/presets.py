@@ -1,0 +1,96 @@
+"""What the published checkpoints were trained for; a checkpoint's own pyramid.json wins over these values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyramid_flow.errors import CheckpointError
+
+NEGATIVE_PROMPT = (
+    "cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, extra limbs, "
+    "extra digits, misplaced objects, mutated anatomy, monochrome, horror"
+)
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Shift and scale of VAE latents: normalised = (z - shift) * scale; a video's first frame has its own."""
+
+    first_shift: float = -0.04
+    first_scale: float = 1 / 1.8726
+    later_shift: float = -0.2343
+    later_scale: float = 1 / 3.0986
+
+    def normalize(self, latents: Tensor, start: int = 0) -> Tensor:
+        """Return normalised latents [B,C,T,h,w] whose first frame is frame `start` of the video."""
+        shift, scale = self._coefficients(latents, start)
+        return (latents - shift) * scale
+
+    def denormalize(self, latents: Tensor, start: int = 0) -> Tensor:
+        """Inverse of `normalize`."""
+        shift, scale = self._coefficients(latents, start)
+        return latents / scale + shift
+
+    def _coefficients(self, latents: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        frames = range(start, start + latents.shape[2])
+        shift = [self.later_shift if frame else self.first_shift for frame in frames]
+        scale = [self.later_scale if frame else self.first_scale for frame in frames]
+        column = (1, 1, -1, 1, 1)
+        return torch.tensor(shift).to(latents).view(column), torch.tensor(scale).to(latents).view(column)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Trained sizes (height, width) in pixels and greatest length in frames, and the recommended settings.
+
+    The first size and `max_num_frames` are the defaults of a request.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ((384, 640),)
+    max_num_frames: int = 121
+    fps: int = 24
+    num_inference_steps: tuple[int, ...] = (20, 20, 20)
+    video_num_inference_steps: tuple[int, ...] = (10, 10, 10)
+    guidance_scale: float = 7.0
+    video_guidance_scale: float = 5.0
+    image_to_video_guidance_scale: float = 4.0
+    prompt_suffix: str = ", hyper quality, Ultra HD, 8K"
+    negative_prompt: str = NEGATIVE_PROMPT
+    statistics: LatentStatistics = field(default_factory=LatentStatistics)
+
+    def updated(self, values: Mapping[str, Any]) -> "Preset":
+        """Return the preset with the values of a pyramid.json; an unknown key raises CheckpointError."""
+        return replace(self, **_coerced(self, values))
+
+    def later_guidance(self, has_image: bool) -> float:
+        """Return the recommended guidance of every unit but the first of text-to-video."""
+        return self.image_to_video_guidance_scale if has_image else self.video_guidance_scale
+
+
+MINIFLUX_PRESETS = {
+    "384p": Preset(),
+    "768p": Preset(sizes=((768, 1280),), max_num_frames=241),
+    "image": Preset(sizes=((1024, 1024),), max_num_frames=1),
+}
+
+
+def _coerced(default: Preset | LatentStatistics, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give JSON values the types of a dataclass's own ones: lists become tuples, objects become dataclasses."""
+    known = {f.name for f in fields(default)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise CheckpointError(f"pyramid.json holds {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return {name: _coerce(name, getattr(default, name), value) for name, value in values.items()}
+
+
+def _coerce(name: str, default: object, value: object) -> object:
+    if isinstance(default, LatentStatistics) and isinstance(value, Mapping):
+        return replace(default, **_coerced(default, value))
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
+        raise CheckpointError(f"pyramid.json: {name} is {value!r}, expected something like {default!r}")
+    return value

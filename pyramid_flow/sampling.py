@@ -1,0 +1,242 @@
+"""The sampler: guidance, the loop over levels and the loop over units; text- and image-to-video are one loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyramid_flow.errors import InvalidValueError, ShapeError
+from pyramid_flow.noise import NoiseSource
+from pyramid_flow.pyramid import history_clips, keep_rows, latent_pyramid, lowest_noise, stack_frames
+from pyramid_flow.schedule import MAX_STEPS, PyramidSchedule
+from pyramid_flow.text import TextEmbedding, concatenate
+from pyramid_flow.transformer_flux import PyramidFluxTransformer, TextState
+
+SPATIAL_FACTOR = 8
+TEMPORAL_FACTOR = 8
+SIZE_MULTIPLE = 64  # VAE 8 x two halvings 4 x patch 2
+MAX_GUIDANCE = 30.0
+
+Steps = int | Sequence[int]
+Guidance = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What is sampled: size in pixels, length in frames, steps and guidance; validated on construction.
+
+    num_frames = 1 + 8k. Steps: one count for all levels or one per level. Guidance: one scale or one per row. The first
+    unit of text-to-video uses `num_inference_steps` and `guidance_scale`, every other unit the `video_` ones. Guidance
+    is on where `guidance_scale` > 0: on or off for the whole batch.
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: Steps = (20, 20, 20)
+    video_num_inference_steps: Steps = (10, 10, 10)
+    guidance_scale: Guidance = 7.0
+    video_guidance_scale: Guidance = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            check_size(name, getattr(self, name))
+        check_num_frames(self.num_frames)
+        for name in ("num_inference_steps", "video_num_inference_steps"):
+            check_steps(name, getattr(self, name))
+        for name in ("guidance_scale", "video_guidance_scale"):
+            check_guidance(name, getattr(self, name))
+        if len({scale > 0 for scale in _as_sequence(self.guidance_scale)}) > 1:
+            raise InvalidValueError("guidance_scale", self.guidance_scale, "is on for some rows of the batch only")
+
+    @property
+    def num_units(self) -> int:
+        """Number of latent frames."""
+        return 1 + (self.num_frames - 1) // TEMPORAL_FACTOR
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative branch is evaluated too."""
+        return _as_sequence(self.guidance_scale)[0] > 0
+
+    def latent_shape(self, batch: int, channels: int) -> tuple[int, int, int, int, int]:
+        """Shape of the finished latents [B,C,T,H/8,W/8]."""
+        return batch, channels, self.num_units, self.height // SPATIAL_FACTOR, self.width // SPATIAL_FACTOR
+
+    def steps(self, unit: int, level: int) -> int:
+        """Number of evaluations of a unit at a level."""
+        counts = self.num_inference_steps if unit == 0 else self.video_num_inference_steps
+        return counts if isinstance(counts, int) else counts[level]
+
+    def scale(self, unit: int, batch: int) -> Tensor:
+        """Guidance scale of each row, float32 [B,1,1,1,1]."""
+        scales = torch.tensor(_as_sequence(self.guidance_scale if unit == 0 else self.video_guidance_scale))
+        if len(scales) not in (1, batch):
+            raise InvalidValueError(
+                "guidance_scale", scales.tolist(), f"has neither one value nor one per {batch} rows"
+            )
+        return scales.float().expand(batch).reshape(-1, 1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where the sampler is: told to `on_step` after every evaluation.
+
+    latents [B',C,1,h,w]: the current frame at its level, of the rows that are still running; rows: their indices in
+    the batch as it was given.
+    """
+
+    unit: int
+    num_units: int
+    level: int
+    step: int
+    num_steps: int
+    latents: Tensor
+    rows: tuple[int, ...]
+
+
+OnStep = Callable[[StepInfo], Tensor | None]
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+@torch.no_grad()
+def generate_latents(
+    transformer: PyramidFluxTransformer,
+    schedule: PyramidSchedule,
+    text: TextEmbedding,
+    negative: TextEmbedding | None,
+    params: SamplingParams,
+    noise: NoiseSource,
+    *,
+    image_latent: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Generate a latent video frame by frame, and each frame level by level.
+
+    text, negative: one row per video (`negative` may have one row for all); image_latent: normalised [B,C,1,h,w], the
+    finished first frame of image-to-video. on_step may return a bool mask [B] over the rows as given: rows that are
+    False leave at the next unit, and when none is left the sampler stops at once. Returns normalised float32 latents
+    [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device. Raises InvalidValueError and
+    ShapeError.
+    """
+    batch, device, num_levels = len(text), transformer.device, len(schedule.levels)
+    shape = params.latent_shape(batch, transformer.latent_channels)
+    branches = _branches(text, negative, params)
+    finished = _first_frames(image_latent, shape, num_levels, device)
+    start_unit = len(finished)
+    start = lowest_noise(noise.initial(shape), num_levels).to(device)
+
+    rows, wanted = torch.arange(batch), torch.ones(batch, dtype=torch.bool)
+    state = transformer.embed_text(concatenate(branches))
+    for unit in range(start_unit, params.num_units):
+        if not wanted[rows].all():
+            finished = keep_rows(finished, wanted[rows].to(device))
+            rows = rows[wanted[rows]]
+            state = transformer.embed_text(concatenate([branch.select(rows) for branch in branches]))
+        scale = params.scale(unit, batch)[rows].to(device) if params.guided else None
+        frame = start[rows.to(device), :, unit - start_unit : unit - start_unit + 1]
+        for level in schedule.levels:
+            if level.index:
+                fresh = noise.block((batch, *frame.shape[1:3], 2 * frame.shape[3], 2 * frame.shape[4]))
+                frame = level.enter(frame, fresh[rows].to(device))
+            velocity = guided(transformer, state, history_clips(finished, level.index), frame.shape, scale)
+            steps = level.steps(params.steps(unit, level.index))
+            for step, (timestep, delta) in enumerate(steps):
+                frame = frame + delta * velocity(frame, timestep)
+                if on_step is not None:
+                    info = StepInfo(unit, params.num_units, level.index, step, len(steps), frame, tuple(rows.tolist()))
+                    wanted = _still_wanted(wanted, on_step(info))
+                    if not wanted.any():
+                        return frame.new_empty((0, *shape[1:]))
+        finished.append(latent_pyramid(frame, num_levels))
+    return stack_frames(keep_rows(finished, wanted[rows].to(device)))
+
+
+def guided(
+    transformer: PyramidFluxTransformer,
+    text: TextState,
+    history: Sequence[Tensor],
+    current: Sequence[int],
+    scale: Tensor | None,
+) -> Velocity:
+    """Return the velocity of the current frame given text and history: v_neg + scale (v_pos - v_neg).
+
+    text: rows [negative, positive] if there is a scale [B,1,1,1,1], else positive only; current: shape [B,C,1,h,w].
+    """
+    copies = 1 if scale is None else 2
+    batch = current[0] * copies
+    state = transformer.embed_history([torch.cat([clip] * copies) for clip in history], (batch, *current[1:]), text)
+
+    def velocity(latents: Tensor, timestep: float) -> Tensor:
+        times = torch.full((batch,), timestep, dtype=torch.float32, device=latents.device)
+        predicted: Tensor = transformer(torch.cat([latents] * copies), times, text, state).float()
+        if scale is None:
+            return predicted
+        negative, positive = predicted.chunk(2)
+        return negative + scale * (positive - negative)
+
+    return velocity
+
+
+def check_size(name: str, value: int) -> None:
+    """Raise InvalidValueError unless a height or width in pixels can be rendered."""
+    if value <= 0 or value % SIZE_MULTIPLE:
+        raise InvalidValueError(name, value, f"is not a multiple of {SIZE_MULTIPLE}")
+
+
+def check_num_frames(value: int) -> None:
+    """Raise InvalidValueError unless a length in frames is 1 + 8k."""
+    if value < 1 or (value - 1) % TEMPORAL_FACTOR:
+        raise InvalidValueError("num_frames", value, f"is not 1 + {TEMPORAL_FACTOR}k (1, 9, 17, ...)")
+
+
+def check_steps(name: str, value: Steps) -> None:
+    """Raise InvalidValueError unless every count of steps is sensible."""
+    for count in _as_sequence(value):
+        if not 1 <= count <= MAX_STEPS:
+            raise InvalidValueError(name, value, f"is not between 1 and {MAX_STEPS}")
+
+
+def check_guidance(name: str, value: Guidance) -> None:
+    """Raise InvalidValueError unless every guidance scale is sensible (NaN is not)."""
+    for scale in _as_sequence(value):
+        if not 0 <= scale <= MAX_GUIDANCE:
+            raise InvalidValueError(name, value, f"is not between 0 and {MAX_GUIDANCE:g}")
+
+
+def _as_sequence(value: float | Sequence[float]) -> Sequence[float]:
+    return value if isinstance(value, Sequence) else (value,)
+
+
+def _branches(text: TextEmbedding, negative: TextEmbedding | None, params: SamplingParams) -> list[TextEmbedding]:
+    """Return the guidance branches, negative first, each with one row per video."""
+    if not params.guided:
+        return [text]
+    if negative is None:
+        raise InvalidValueError("negative", None, "is needed while guidance_scale is above 0")
+    if len(negative) == 1:
+        negative = negative.select(torch.zeros(len(text), dtype=torch.long))
+    if len(negative) != len(text):
+        raise ShapeError("negative text", f"[1 or {len(text)},L,D]", tuple(negative.tokens.shape))
+    return [negative, text]
+
+
+def _first_frames(
+    image_latent: Tensor | None, shape: Sequence[int], num_levels: int, device: torch.device
+) -> list[tuple[Tensor, ...]]:
+    """Return the pyramids of the frames that are given: none, or the input image."""
+    if image_latent is None:
+        return []
+    expected = (*shape[:2], 1, *shape[3:])
+    if tuple(image_latent.shape) != expected:
+        raise ShapeError("image_latent", str(list(expected)), tuple(image_latent.shape))
+    return [latent_pyramid(image_latent.to(device, torch.float32), num_levels)]
+
+
+def _still_wanted(wanted: Tensor, answer: Tensor | None) -> Tensor:
+    if answer is None:
+        return wanted
+    if answer.shape != wanted.shape:
+        raise ShapeError("on_step's mask", str(list(wanted.shape)), tuple(answer.shape))
+    return wanted & answer.bool().cpu()

@@ -1,0 +1,139 @@
+"""Prompts as embeddings: the text encoders of the miniFLUX layout (T5 tokens, CLIP pooled)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    BatchEncoding,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
+
+from pyramid_flow.errors import CheckpointError, ShapeError
+
+MAX_TOKENS = 128
+POOLED_MAX_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """Encoded prompts: tokens [B,L,D], mask bool [B,L] (True = valid), pooled [B,P]."""
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3 or self.mask.shape != self.tokens.shape[:2]:
+            raise ShapeError("text mask", f"{list(self.tokens.shape[:-1])} as the tokens", tuple(self.mask.shape))
+        if self.pooled.ndim != 2 or len(self.pooled) != len(self.tokens):
+            raise ShapeError("pooled text", f"[{len(self.tokens)},P]", tuple(self.pooled.shape))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def trimmed(self) -> "TextEmbedding":
+        """Drop the positions that are padding in every row."""
+        length = int(self.mask.any(dim=0).nonzero().max()) + 1 if bool(self.mask.any()) else 0
+        return TextEmbedding(self.tokens[:, :length], self.mask[:, :length].bool(), self.pooled)
+
+    def select(self, rows: Tensor) -> "TextEmbedding":
+        """Return the given rows (indices)."""
+        return TextEmbedding(self.tokens[rows], self.mask[rows], self.pooled[rows])
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "TextEmbedding":
+        """Return the embedding on `device`, its floating-point tensors in `dtype`."""
+        tokens, pooled = self.tokens.to(device, dtype), self.pooled.to(device, dtype)
+        return TextEmbedding(tokens, self.mask.to(device), pooled)
+
+
+def concatenate(parts: Sequence[TextEmbedding]) -> TextEmbedding:
+    """Join embeddings along the batch, padding them to the longest."""
+    length = max(part.tokens.shape[1] for part in parts)
+    missing = [length - part.tokens.shape[1] for part in parts]
+    return TextEmbedding(
+        tokens=torch.cat([F.pad(part.tokens, (0, 0, 0, pad)) for part, pad in zip(parts, missing, strict=True)]),
+        mask=torch.cat([F.pad(part.mask.bool(), (0, pad)) for part, pad in zip(parts, missing, strict=True)]),
+        pooled=torch.cat([part.pooled for part in parts]),
+    )
+
+
+class TextEncoder(nn.Module):
+    """T5 for the token embeddings and their mask, CLIP-L for the pooled vector."""
+
+    def __init__(
+        self,
+        clip: PreTrainedModel,
+        clip_tokenizer: PreTrainedTokenizerBase,
+        t5: PreTrainedModel,
+        t5_tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        super().__init__()
+        self.clip, self.t5 = clip, t5
+        self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
+
+    @classmethod
+    def from_pretrained(cls, path: Path, torch_dtype: torch.dtype) -> "TextEncoder":
+        """Load `text_encoder`, `text_encoder_2`, `tokenizer` and `tokenizer_2` from a checkpoint folder."""
+        return cls(
+            clip=_load(CLIPTextModel, path / "text_encoder", torch_dtype),
+            clip_tokenizer=_tokenizer(path / "tokenizer"),
+            t5=_load(T5EncoderModel, path / "text_encoder_2", torch_dtype),
+            t5_tokenizer=_tokenizer(path / "tokenizer_2"),
+        )
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Encode prompts as they are (no suffix is added): tokens [B,128,D], mask [B,128], pooled [B,P].
+
+        Prompts beyond 128 T5 or 77 CLIP tokens are cut, keeping the end-of-sequence token.
+        """
+        device = self.t5.device
+        ids = _tokenize(self.t5_tokenizer, prompts, MAX_TOKENS).to(device)
+        tokens = self.t5(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).last_hidden_state
+        pooled_ids = _tokenize(self.clip_tokenizer, prompts, POOLED_MAX_TOKENS).to(device)
+        pooled = self.clip(input_ids=pooled_ids["input_ids"]).pooler_output
+        return TextEmbedding(tokens, ids["attention_mask"].bool(), pooled)
+
+    def is_truncated(self, prompt: str) -> bool:
+        """Tell whether the T5 encoder sees only the beginning of the prompt."""
+        return len(self.t5_tokenizer(prompt, truncation=False)["input_ids"]) > MAX_TOKENS
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> BatchEncoding:
+    ids: BatchEncoding = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return ids
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_existing(folder), local_files_only=True)
+    return tokenizer
+
+
+def _load(cls: type[PreTrainedModel], folder: Path, torch_dtype: torch.dtype) -> PreTrainedModel:
+    """Load an encoder strictly; transformers accepts CLIP keys with and without the `text_model.` prefix."""
+    loaded: Any = cls.from_pretrained(
+        _existing(folder), dtype=torch_dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    model, info = loaded
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise CheckpointError(f"{folder} lacks or has other shapes for: {', '.join(map(str, wrong[:5]))}")
+    encoder: PreTrainedModel = model.eval().requires_grad_(False)
+    return encoder
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(f"the checkpoint has no folder {folder}")
+    return folder

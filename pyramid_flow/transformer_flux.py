@@ -1,0 +1,204 @@
+"""PyramidFluxTransformer: double-stream blocks, then single-stream blocks, with a three-axis rotary embedding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from pyramid_flow.attention import RotaryTable, attention, rotary_table
+from pyramid_flow.errors import InvalidValueError, ShapeError
+from pyramid_flow.layers import (
+    AttentionContext,
+    ConditioningEmbedding,
+    JointBlock,
+    Modulation,
+    RMSNorm,
+    modulate,
+    split_heads,
+)
+from pyramid_flow.text import TextEmbedding
+from pyramid_flow.tokens import PATCH, PrefixLayout, patchify, position_ids, prefix_layout, unpatchify
+
+RMS_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class TextState:
+    """What a prompt contributes to every evaluation: tokens [B,L,D], pooled [B,D], mask bool [B,L] (None = no pads)."""
+
+    tokens: Tensor
+    pooled: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class HistoryState:
+    """What the past contributes to every evaluation of one unit at one level; tokens [B,S,D] are embedded."""
+
+    tokens: Tensor
+    rotary: RotaryTable
+    layout: PrefixLayout
+
+
+class SingleAttention(nn.Module):
+    """Projections and q/k norms of a single-stream block; the output projection belongs to the block."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        head_dim = dim // num_heads
+        self.num_heads = num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k = RMSNorm(head_dim, RMS_EPS), RMSNorm(head_dim, RMS_EPS)
+
+    def forward(self, asking: Tensor, tokens: Tensor, context: AttentionContext) -> Tensor:
+        """asking [B,Q,D]: the last Q of `tokens` [B,S,D] -> [B,Q,D]."""
+        q = self.norm_q(split_heads(self.to_q(asking), self.num_heads))
+        k = self.norm_k(split_heads(self.to_k(tokens), self.num_heads))
+        v = split_heads(self.to_v(tokens), self.num_heads)
+        rotate = context.rotary.rotate
+        return attention(rotate(q), rotate(k), v, context.layout, context.key_mask)
+
+
+class SingleBlock(nn.Module):
+    """Single-stream block: attention and MLP in parallel over text and image tokens together."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm = Modulation(dim, 3)
+        self.attn = SingleAttention(dim, num_heads)
+        self.proj_mlp = nn.Linear(dim, 4 * dim)
+        self.proj_out = nn.Linear(5 * dim, dim)
+
+    def forward(self, z: Tensor, activated: Tensor, context: AttentionContext) -> Tensor:
+        """z [B,S,D] -> the last `layout.num_queries` tokens [B,Q,D]."""
+        shift, scale, gate = self.norm(activated)
+        tokens = modulate(z, shift, scale)
+        asking = tokens[:, -context.layout.num_queries :]
+        mlp = F.gelu(self.proj_mlp(asking), approximate="tanh")
+        features = torch.cat([self.attn(asking, tokens, context), mlp], dim=-1)
+        out: Tensor = z[:, -asking.shape[1] :] + gate * self.proj_out(features)
+        return out
+
+
+class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """The published miniFLUX velocity model (specification of the checkpoint: tensor names are the published ones).
+
+    An evaluation is split by how often its parts change: `embed_text` once per prompt, `embed_history` once per unit
+    and level, `forward` at every step. `in_channels` counts a patch: 16 latent channels x 2 x 2.
+    """
+
+    _no_split_modules = ("JointBlock", "SingleBlock")  # type: ignore[assignment]
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        num_layers: int = 8,
+        num_single_layers: int = 16,
+        attention_head_dim: int = 64,
+        num_attention_heads: int = 30,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        axes_dims_rope: Sequence[int] = (16, 24, 24),
+        use_flash_attn: bool = False,
+        use_temporal_causal: bool = True,
+        interp_condition_pos: bool = True,
+        use_gradient_checkpointing: bool = False,
+        gradient_checkpointing_ratio: float = 0.6,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        if not (use_temporal_causal and interp_condition_pos):
+            raise InvalidValueError(
+                "config",
+                {"use_temporal_causal": use_temporal_causal, "interp_condition_pos": interp_condition_pos},
+                "describes a model that is not causal in time or does not interpolate positions: not supported",
+            )
+        if sum(axes_dims_rope) != attention_head_dim:
+            raise InvalidValueError("axes_dims_rope", axes_dims_rope, f"does not sum to head size {attention_head_dim}")
+        dim = num_attention_heads * attention_head_dim
+        self.num_attention_heads = num_attention_heads
+        self.axes_dims_rope = tuple(axes_dims_rope)
+        self.x_embedder = nn.Linear(in_channels, dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, dim)
+        self.time_text_embed = ConditioningEmbedding(dim, pooled_projection_dim)
+        self.transformer_blocks = nn.ModuleList(
+            JointBlock(dim, num_attention_heads, RMS_EPS) for _ in range(num_layers)
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(dim, num_attention_heads) for _ in range(num_single_layers)
+        )
+        self.norm_out = Modulation(dim, 2)
+        self.proj_out = nn.Linear(dim, in_channels)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent frame."""
+        return self.x_embedder.in_features // PATCH**2
+
+    def embed_text(self, text: TextEmbedding) -> TextState:
+        """Trim the pads that no prompt of the batch needs and embed what does not depend on the step."""
+        self._check("text tokens", "[B,L,{}]", text.tokens, self.context_embedder.in_features)
+        pooled_dim = self.time_text_embed.text_embedder.linear_1.in_features
+        self._check("pooled text", "[B,{}]", text.pooled, pooled_dim)
+        text = text.trimmed().to(self.device, self.dtype)
+        pooled = self.time_text_embed.text_embedder(text.pooled)
+        mask = None if bool(text.mask.all()) else text.mask
+        return TextState(self.context_embedder(text.tokens), pooled, mask)
+
+    def embed_history(self, history: Sequence[Tensor], current: Sequence[int], text: TextState) -> HistoryState:
+        """Embed past frames, each [B,C,T,h,w] at its level, for a current frame of shape [B,C,1,h,w]."""
+        batch, channels, frames, height, width = current
+        if channels != self.latent_channels or frames != 1 or height % PATCH or width % PATCH:
+            raise ShapeError("current frame", f"[B,{self.latent_channels},1,h,w] with even h and w", tuple(current))
+        for clip in history:
+            if clip.ndim != 5 or clip.shape[:2] != (batch, channels):
+                raise ShapeError("history clip", f"[{batch},{channels},T,h,w]", tuple(clip.shape))
+        shapes = [(c.shape[2], c.shape[3], c.shape[4]) for c in history] + [(1, height, width)]
+        text_length = text.tokens.shape[1]
+        ids = position_ids(shapes, text_length)
+        patches = [patchify(clip.to(self.dtype)) for clip in history]
+        tokens = self.x_embedder(torch.cat(patches, dim=1)) if patches else text.tokens[:batch, :0]
+        return HistoryState(
+            tokens=tokens,
+            rotary=rotary_table(ids, self.axes_dims_rope, self.device),
+            layout=prefix_layout(shapes, text_length),
+        )
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: TextState, history: HistoryState) -> Tensor:
+        """Return the velocity of the current frame.
+
+        latents [B,C,1,h,w] on level's grid; timestep [B] on the 0...1000 scale, float32. Returns [B,C,1,h,w].
+        """
+        height, width = latents.shape[-2:]
+        current = self.x_embedder(patchify(latents.to(self.dtype)))
+        activated = F.silu(self.time_text_embed(timestep, text.pooled))
+        context = AttentionContext(history.rotary, history.layout, key_mask(text, history.layout))
+        last = AttentionContext(context.rotary, context.layout.current_only(current.shape[1]), context.key_mask)
+
+        x, y = torch.cat([history.tokens, current], dim=1), text.tokens
+        for block in self.transformer_blocks:
+            x, y = block(x, y, activated, context)
+        z = torch.cat([y, x], dim=1)
+        for block in self.single_transformer_blocks[:-1]:
+            z = block(z, activated, context)
+        z = self.single_transformer_blocks[-1](z, activated, last)  # nothing reads the other tokens any more
+
+        scale, shift = self.norm_out(activated)
+        return unpatchify(self.proj_out(modulate(z, shift, scale)), height, width)
+
+    def _check(self, name: str, pattern: str, tensor: Tensor, features: int) -> None:
+        if tensor.ndim != pattern.count(",") + 1 or tensor.shape[-1] != features:
+            raise ShapeError(name, pattern.format(features), tuple(tensor.shape))
+
+
+def key_mask(text: TextState, layout: PrefixLayout) -> Tensor | None:
+    """Return [B,1,1,S], False for text pads, or None when there are none."""
+    if text.mask is None:
+        return None
+    tokens = layout.key_ends[-1] - text.mask.shape[1]
+    return F.pad(text.mask, (0, tokens), value=True)[:, None, None]

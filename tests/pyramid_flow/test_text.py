@@ -1,0 +1,169 @@
+"""Text: parity of the encoders, both forms of the CLIP tensor names, and how embeddings are joined and cut."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pyramid_flow import CheckpointError, ShapeError, TextEmbedding, TextEncoder
+from pyramid_flow.text import MAX_TOKENS, concatenate
+from tests.pyramid_flow.goldens import (
+    TINY_MINIFLUX,
+    assert_forward_equal,
+    parameters,
+    randn,
+    random_text,
+    rows,
+    tensors,
+    text_embedding,
+    tiny_text_encoder,
+)
+
+PROMPTS = parameters("text_miniflux")
+PREFIX = "text_model."
+
+
+def copied_checkpoint(folder: Path, part: str, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """Copy the text side of the tiny checkpoint with the tensors of one part edited."""
+    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        shutil.copytree(TINY_MINIFLUX / name, folder / name)
+    file = folder / part / "model.safetensors"
+    save_file(edit(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_embeddings_match_golden(batched):
+    golden = [text_embedding(tensors("text_miniflux"), f"{i}.") for i in range(len(PROMPTS))]
+    encoder = tiny_text_encoder()
+    encoded = encoder(PROMPTS) if batched else concatenate([encoder([prompt]) for prompt in PROMPTS])
+    assert encoded.tokens.shape == (len(PROMPTS), MAX_TOKENS, 32)
+    for row, expected in enumerate(golden):
+        assert torch.equal(encoded.mask[row], expected.mask[0])
+        assert_forward_equal(encoded.tokens[row][encoded.mask[row]], expected.tokens[0][expected.mask[0]])
+        assert_forward_equal(encoded.pooled[row], expected.pooled[0])
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_both_forms_of_clip_names_load(tmp_path, prefixed):
+    def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        bare = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+        return {PREFIX + name: weight for name, weight in bare.items()} if prefixed else bare
+
+    encoder = TextEncoder.from_pretrained(copied_checkpoint(tmp_path, "text_encoder", rename), torch.float32)
+    assert torch.equal(encoder(PROMPTS).pooled, tiny_text_encoder()(PROMPTS).pooled)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_missing_tensor_is_named(tmp_path, part):
+    def drop(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: weight for name, weight in weights.items() if "final_layer_norm.weight" not in name}
+
+    with pytest.raises(CheckpointError, match=rf"{part} .*final_layer_norm.weight"):
+        TextEncoder.from_pretrained(copied_checkpoint(tmp_path, part, drop), torch.float32)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_misshapen_tensor_is_named(tmp_path, part):
+    def cut(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v[:7].clone() if "final_layer_norm.weight" in k else v for k, v in weights.items()}
+
+    with pytest.raises(CheckpointError, match=rf"{part} .*final_layer_norm.weight"):
+        TextEncoder.from_pretrained(copied_checkpoint(tmp_path, part, cut), torch.float32)
+
+
+@pytest.mark.parametrize("missing", ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+def test_a_missing_folder_is_named(tmp_path, missing):
+    copied_checkpoint(tmp_path, "text_encoder", dict)
+    shutil.rmtree(tmp_path / missing)
+    with pytest.raises(CheckpointError, match=rf"no folder .*/{missing}$"):
+        TextEncoder.from_pretrained(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "tokenizer_2/tokenizer.json",
+    ],
+)
+def test_an_incomplete_folder_is_named(tmp_path, missing):
+    copied_checkpoint(tmp_path, "text_encoder", dict)
+    (tmp_path / missing).unlink()
+    with pytest.raises(CheckpointError, match=Path(missing).parent.name):
+        TextEncoder.from_pretrained(tmp_path, torch.float32)
+
+
+def test_truncation_is_told_for_exactly_what_is_cut():
+    encoder = tiny_text_encoder()
+    words = ["word"] * 200
+    lengths = [len(encoder.t5_tokenizer(" ".join(words[:n]))["input_ids"]) for n in range(1, 200)]
+    longest = max(n for n, length in enumerate(lengths, start=1) if length <= MAX_TOKENS)
+    fits, cut = " ".join(words[:longest]), " ".join(words[: longest + 1])
+    assert not encoder.is_truncated(fits)
+    assert encoder.is_truncated(cut)
+    assert not encoder.is_truncated("")
+    assert encoder([cut]).mask.all()
+    assert torch.equal(encoder([cut + " more"]).tokens, encoder([cut + " words here"]).tokens)
+
+
+def test_encoding_is_the_same_in_any_batch():
+    encoder = tiny_text_encoder()
+    together = encoder(["one", "a much longer prompt than the other one"])
+    alone = encoder(["one"])
+    assert_forward_equal(together.tokens[:1][alone.mask], alone.tokens[alone.mask])
+    assert_forward_equal(together.pooled[:1], alone.pooled)
+
+
+def test_trimming_drops_only_what_is_padding_in_every_row():
+    text = random_text([2, 5, 3])
+    padded = TextEmbedding(
+        torch.cat([text.tokens, randn(3, 4, 32)], dim=1),
+        torch.cat([text.mask, torch.zeros(3, 4, dtype=torch.bool)], dim=1),
+        text.pooled,
+    )
+    trimmed = padded.trimmed()
+    assert torch.equal(trimmed.tokens, text.tokens)
+    assert torch.equal(trimmed.mask, text.mask)
+    gap = TextEmbedding(randn(1, 3, 32), torch.tensor([[False, True, False]]), randn(1, 16))
+    assert gap.trimmed().mask.tolist() == [[False, True]]
+    none = TextEmbedding(randn(1, 3, 32), torch.zeros(1, 3), randn(1, 16))
+    assert none.trimmed().tokens.shape == (1, 0, 32)
+
+
+def test_joining_pads_to_the_longest_and_selecting_undoes_it():
+    short, long = random_text([2, 3]), random_text([7], seed=5)
+    joined = concatenate([short, long])
+    assert joined.tokens.shape == (3, 7, 32)
+    assert joined.mask.sum(dim=1).tolist() == [2, 3, 7]
+    for part, expected in ((rows(joined, 0, 1).trimmed(), short), (rows(joined, 2), long)):
+        assert torch.equal(part.tokens, expected.tokens)
+        assert torch.equal(part.mask, expected.mask)
+        assert torch.equal(part.pooled, expected.pooled)
+    assert torch.equal(rows(joined, 2, 0).pooled, joined.pooled[[2, 0]])
+
+
+def test_moving_to_a_dtype_leaves_the_mask_boolean():
+    moved = random_text([2, 4]).to(torch.device("cpu"), torch.bfloat16)
+    assert (moved.tokens.dtype, moved.pooled.dtype, moved.mask.dtype) == (torch.bfloat16, torch.bfloat16, torch.bool)
+    assert len(moved) == 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "pooled", "message"),
+    [
+        ((2, 5, 8), (2, 4), (2, 3), r"text mask must have shape \[2, 5\].*, got \[2, 4\]"),
+        ((2, 5), (2, 5), (2, 3), "text"),
+        ((2, 5, 8), (2, 5), (1, 3), r"pooled text must have shape \[2,P\], got \[1, 3\]"),
+        ((2, 5, 8), (2, 5), (2,), r"pooled text must have shape \[2,P\], got \[2\]"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(tokens, mask, pooled, message):
+    with pytest.raises(ShapeError, match=message):
+        TextEmbedding(torch.zeros(tokens), torch.ones(mask), torch.zeros(pooled))
