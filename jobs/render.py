@@ -108,8 +108,10 @@ def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: 
     except KeyboardInterrupt as stop:
         logger.error("interrupted: what has finished is in the ledger, run the same command again to resume")
         return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
-    except Exception:
-        logger.exception("the job broke; run the same command again to resume")
+    except Exception as error:  # noqa: BLE001 - whatever it was, the run's record has the traceback
+        cause = getattr(error, "cause", None) or error  # what a worker raised
+        logger.error("the job broke: %s: %s", type(cause).__name__, str(cause).strip().split("\n")[0])
+        logger.error("details: %s; run the same command again to resume", job.storage.url(f"runs/{job.run}.json"))
         return EXIT_BROKEN
     view = job.view()
     print(summary_text(view, job, gallery, rendered=total, seconds=time.monotonic() - started))

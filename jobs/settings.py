@@ -137,7 +137,8 @@ def parse(cls: type[Settings], argv: Sequence[str]) -> Settings:
 def _config_path(argv: Sequence[str]) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
-    return parser.parse_known_args(argv)[0].config
+    path: str | None = parser.parse_known_args(argv)[0].config
+    return path
 
 
 def _yaml_values(path: str | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One render job: the passes over what is missing, the rows only the driver writes, and the pictures at the end."""
 
 import logging
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -54,8 +55,8 @@ class RenderJob:
         However it ends, what has finished is in the ledger afterwards.
         """
         writer = ledger.LedgerWriter(self.storage, self.run, self.flush_rows, self.flush_seconds)
-        state = "broken"
-        ledger.write_run(self.storage, self.run, {"state": "running"})
+        state: dict[str, Any] = {"state": "running"}
+        ledger.write_run(self.storage, self.run, state)
         try:
             for _ in range(MAX_PASSES):
                 pending = self.pending()
@@ -68,13 +69,16 @@ class RenderJob:
             for batch in self._echoes():
                 self._record(batch, writer)
                 on_batch(batch)
-            state = "finished"
+            state = {"state": "finished"}
         except KeyboardInterrupt:
-            state = "interrupted"
+            state = {"state": "interrupted"}
+            raise
+        except Exception:
+            state = {"state": "broken", "error": traceback.format_exc()}
             raise
         finally:
             writer.flush()
-            ledger.write_run(self.storage, self.run, {"state": state})
+            ledger.write_run(self.storage, self.run, state)
 
     def view(self) -> pa.Table:
         """Return the ledger's rows of this job's input."""
@@ -109,7 +113,7 @@ class RenderJob:
 
     def _gallery_entry(self, row: dict[str, Any]) -> GalleryEntry:
         size = f"{row['width']}x{row['height']}, {row['num_frames']} frames, seed {row['seed']}"
-        detail = f"{row['id']}  {size}" if row["prompt"] is not None else f"{row['id']}  row {row['position']}"
+        detail = f"{row['id']}  {size}" if row["height"] else f"{row['id']}  {row['position']}"
         return GalleryEntry(
             caption=row["prompt"] or "(no prompt)",
             detail=detail,

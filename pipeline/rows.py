@@ -33,14 +33,15 @@ class RowError(BaseModel):
 class RenderRow(BaseModel):
     """Everything known about one video so far; at the end it is a row of the ledger.
 
-    position: where the row stands in the input; seconds: the row's share of each stage's time; request: None only for
-    a row that could not be understood.
+    position: where the row stands in the input; prompt: as given, if it is text at all; request: None only for a row
+    that could not be understood; seconds: the row's share of each stage's time.
     """
 
     model_config = ConfigDict(frozen=True)
 
     id: str
     position: str
+    prompt: str | None = None
     request: ResolvedRequest | None = None
     error: RowError | None = None
     warnings: tuple[str, ...] = ()

@@ -1,11 +1,12 @@
 """What the input asks for, row by row: render, already done, equal to an earlier row, or in conflict with one."""
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from pipeline.inputs import REQUEST_COLUMNS, InputPart, read_blocks, request_values
-from pipeline.request import RenderRequest, RequestError, hash_of
+from pipeline.request import ID_PATTERN, RenderRequest, RequestError, hash_of
 from pipeline.rows import RenderRow, RowError
 from pyramid_flow import Preset
 
@@ -37,14 +38,25 @@ def candidates(values: dict[str, object], position: str, rules: RowRules) -> lis
         for copy in range(copies):
             row_id = base if copies == 1 else f"{base}-{copy}"
             resolved = request.resolve(rules.preset, row_id, copy=copy, allow_untrained=rules.allow_untrained)
-            row = RenderRow(id=row_id, position=position, request=resolved, warnings=tuple(resolved.warnings))
+            row = RenderRow(
+                id=row_id,
+                position=position,
+                prompt=request.prompt,
+                request=resolved,
+                warnings=tuple(resolved.warnings),
+            )
             image = request.image if isinstance(request.image, bytes) else None
             rows.append(Candidate(row, request.content_hash, image))
         return rows
     except RequestError as error:
-        content = hash_of(values)
-        failed = RenderRow(id=content, position=position, error=RowError.of("read", error))
-        return [Candidate(failed, content)]
+        content, own_id, prompt = hash_of(values), values.get("id"), values.get("prompt")
+        row = RenderRow(
+            id=own_id if isinstance(own_id, str) and ID_PATTERN.fullmatch(own_id) else content,
+            position=position,
+            prompt=prompt if isinstance(prompt, str) else None,
+            error=RowError.of("read", error),
+        )
+        return [Candidate(row, content)]
 
 
 class Fate(IntEnum):
@@ -116,42 +128,70 @@ class Worklist:
 
 def scan(parts: Sequence[InputPart], rules: RowRules) -> Worklist:
     """Read the request columns of the whole input once and decide every row's fate."""
-    fates: list[bytearray] = []
-    ids: list[list[str]] = []
-    echoes: list[Echo] = []
-    first_seen: dict[str, tuple[int, int, str, str]] = {}  # id -> part, index, content, position
-    repeats: dict[str, int] = {}
-    for number, part in enumerate(parts):
-        fates.append(bytearray())
-        ids.append([])
-        for candidate in part_candidates(part, rules, REQUEST_COLUMNS):
-            row_id, index = candidate.row.id, len(ids[number])
-            earlier = first_seen.get(row_id)
-            if earlier is None:
-                first_seen[row_id] = (number, index, candidate.content, candidate.row.position)
-                fates[number].append(Fate.RENDER)
-                ids[number].append(row_id)
-                continue
-            repeats[row_id] = repeats.get(row_id, 0) + 1
-            echo_id = f"{row_id}-dup{repeats[row_id]}"
-            fates[number].append(Fate.DUPLICATE)
-            ids[number].append("")
-            if earlier[2] == candidate.content:
-                echoes.append(Echo(echo_id, number, index, duplicate_of=row_id))
-                continue
-            fates[number][index] = Fate.CONFLICT
-            message = f"id {row_id!r} has two contents, at {earlier[3]} and {candidate.row.position}"
-            echoes.append(Echo(echo_id, number, index, message=message))
-            if fates[earlier[0]][earlier[1]] == Fate.RENDER:
-                fates[earlier[0]][earlier[1]] = Fate.CONFLICT
-                ids[earlier[0]][earlier[1]] = ""
-                echoes.append(Echo(row_id, earlier[0], earlier[1], message=message))
-    works = tuple(PartWork(part, bytes(own)) for part, own in zip(parts, fates, strict=True))
-    return Worklist(works, tuple(tuple(own) for own in ids), tuple(echoes))
+    seen = _Seen()
+    for part in parts:
+        seen.begin(part)
+        for start, table in read_blocks(part, REQUEST_COLUMNS):
+            for offset, values in enumerate(request_values(table)):
+                for candidate in candidates(values, part.position(start + offset), rules):
+                    seen.take(candidate)
+    return seen.worklist()
 
 
-def part_candidates(part: InputPart, rules: RowRules, columns: Iterable[str]) -> Iterator[Candidate]:
-    """Yield the candidates of a part in reading order."""
-    for start, table in read_blocks(part, tuple(columns)):
-        for offset, values in enumerate(request_values(table)):
-            yield from candidates(values, part.position(start + offset), rules)
+@dataclass(frozen=True)
+class _First:
+    """Where an id was met first."""
+
+    part: int
+    index: int
+    content: str
+    position: str
+
+
+class _Seen:
+    """What a scan knows so far."""
+
+    def __init__(self) -> None:
+        self.parts: list[InputPart] = []
+        self.fates: list[bytearray] = []
+        self.ids: list[list[str]] = []
+        self.echoes: list[Echo] = []
+        self.first: dict[str, _First] = {}
+        self.repeats: Counter[str] = Counter()
+
+    def begin(self, part: InputPart) -> None:
+        self.parts.append(part)
+        self.fates.append(bytearray())
+        self.ids.append([])
+
+    def take(self, candidate: Candidate) -> None:
+        row, part = candidate.row, len(self.parts) - 1
+        first = self.first.setdefault(row.id, _First(part, len(self.ids[part]), candidate.content, row.position))
+        if first.position == row.position:
+            self._add(Fate.RENDER, row.id)
+            return
+        self.repeats[row.id] += 1
+        echo = Echo(f"{row.id}-dup{self.repeats[row.id]}", part, len(self.ids[part]))
+        if first.content == candidate.content:
+            self._add(Fate.DUPLICATE)
+            self.echoes.append(replace(echo, duplicate_of=row.id))
+            return
+        message = f"id {row.id!r} has two contents, at {first.position} and {row.position}"
+        self._add(Fate.CONFLICT)
+        self.echoes.append(replace(echo, message=message))
+        self._dispute(first, row.id, message)
+
+    def _add(self, fate: Fate, row_id: str = "") -> None:
+        self.fates[-1].append(fate)
+        self.ids[-1].append(row_id)
+
+    def _dispute(self, first: _First, row_id: str, message: str) -> None:
+        """Take the first row with a disputed id out of the rendering, once."""
+        if self.fates[first.part][first.index] == Fate.RENDER:
+            self.fates[first.part][first.index] = Fate.CONFLICT
+            self.ids[first.part][first.index] = ""
+            self.echoes.append(Echo(row_id, first.part, first.index, message=message))
+
+    def worklist(self) -> Worklist:
+        parts = tuple(PartWork(part, bytes(fates)) for part, fates in zip(self.parts, self.fates, strict=True))
+        return Worklist(parts, tuple(tuple(ids) for ids in self.ids), tuple(self.echoes))

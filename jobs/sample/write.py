@@ -35,8 +35,9 @@ def rows() -> list[dict[str, object]]:
     """Return the rows; null means the checkpoint's preset, and `topic` is a column of the user's own."""
     small = {"height": 64, "width": 128, "num_frames": 25}
     from_image = {"image": "first_frame.png", "seed": 7}
+    shapes: list[dict[str, object]] = [{"prompt": prompt, "topic": "shapes"} for prompt in PROMPTS[:4]]
     return [
-        *({"prompt": prompt, "topic": "shapes"} for prompt in PROMPTS[:4]),
+        *shapes,
         *({"prompt": prompt, **small, "topic": "scenes"} for prompt in PROMPTS[4:]),
         {"prompt": "the orange disc rolls to the right", **from_image, "topic": "image"},
         {"prompt": "a height that no model can render", "height": 700, "topic": "deliberately bad"},

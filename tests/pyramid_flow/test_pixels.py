@@ -125,7 +125,7 @@ def test_lossless_files_open_as_they_were(file_format):
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(PICTURE, "PNG")[:60], encoded(PICTURE, "JPEG")[:200]])
 def test_an_image_that_does_not_decode_is_refused(data):
-    with pytest.raises(InvalidValueError, match=rf"image \({len(data)} bytes\) does not decode"):
+    with pytest.raises(InvalidValueError, match=rf"image \({len(data)} bytes\) (does not decode|is not in)"):
         open_image(data)
 
 
