@@ -20,7 +20,7 @@ def open_image(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise InvalidValueError("image", f"({len(data)} bytes)", "is not in a known picture format") from error
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, ValueError) as error:
         raise InvalidValueError("image", f"({len(data)} bytes)", f"does not decode: {error}") from error
 
 

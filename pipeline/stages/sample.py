@@ -47,6 +47,8 @@ class Sample(Stage):
         return [self._sampled(item, latents[i : i + 1], len(items)) for i, item in enumerate(items)]
 
     def _sampled(self, item: Item, latents: Tensor, batch_size: int) -> Item:
+        if not latents.isfinite().all():
+            return item.failed(self.name, ArithmeticError("the latents are not finite"))
         return item.with_tensors(
             {"latents": latents},
             latents_sha256=hashlib.sha256(latents.contiguous().numpy().data).hexdigest(),

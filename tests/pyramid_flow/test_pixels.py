@@ -5,13 +5,14 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from pyramid_flow import InvalidValueError, LatentStatistics, ShapeError
 from pyramid_flow.pixels import as_uint8, decode_frames, encode_image, image_latent, image_pixels, open_image
 from tests.pyramid_flow.goldens import assert_forward_equal, assert_run_equal, randn, tensors, tiny_vae
 
 STATISTICS = LatentStatistics()
+AVIF = ["AVIF"] if features.check("avif") else []
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))
 
 
@@ -24,9 +25,8 @@ def encoded(image: Image.Image, file_format: str) -> bytes:
 def corrupted(data: bytes, seed: int) -> bytes:
     source = np.random.default_rng(seed)
     broken = np.frombuffer(data, dtype=np.uint8).copy()
-    places = source.integers(0, len(broken), size=10)
-    broken[places] = source.integers(0, 256, size=10)
-    return broken[: source.integers(1, len(broken) + 1)].tobytes()
+    broken[source.integers(0, len(broken), size=3)] = source.integers(0, 256, size=3)
+    return broken[: source.integers(1, len(broken)) if seed % 3 == 0 else None].tobytes()
 
 
 # Decoding
@@ -130,7 +130,7 @@ def test_an_image_that_does_not_decode_is_refused(data):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "ICO", "AVIF"])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "ICO", *AVIF])
 def test_broken_files_give_no_other_error(file_format):
     data = encoded(PICTURE, file_format)
     refused = 0

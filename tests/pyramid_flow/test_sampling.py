@@ -175,8 +175,7 @@ def test_an_integer_means_that_many_steps_at_every_level():
     assert torch.equal(generate(text, [0], short), generate(text, [0], spelled))
 
 
-def test_a_shorter_video_is_a_prefix_only_of_the_same_noise():
-    """The number of frames changes the draws, but not the shape of anything else."""
+def test_one_frame_is_a_still_image():
     one = generate(random_text([4]), [0], dataclasses.replace(PARAMS, num_frames=1))
     assert one.shape == (1, 16, 1, 8, 16)
     assert one.isfinite().all()

@@ -1,0 +1,36 @@
+"""What tests share: one tiny checkpoint and one local Ray cluster per session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline import runner
+from pipeline.plan import Resources
+from pyramid_flow.toy import write_random_checkpoint
+from tests.requirements import lacking
+
+
+@pytest.hookimpl(trylast=True)  # after tests were deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse to start if a selected test needs a program that is not there."""
+    lines = lacking(marker.name for item in items for marker in item.iter_markers())
+    if lines:
+        raise pytest.UsageError("\n".join(lines))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a random miniFLUX checkpoint of a few hundred thousand parameters."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_random_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Resources]:
+    """Run the session's local Ray cluster."""
+    with runner.session(None, Resources(cpus=4, gpus=0)) as resources:
+        assert ray.is_initialized()
+        yield resources

@@ -1,0 +1,196 @@
+"""The render job from its flags to its exit code; real Ray where rows are rendered."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import render
+from jobs.settings import RenderSettings
+from pipeline import ledger
+from pipeline.plan import Resources
+from pipeline.storage import Storage
+from pipeline.video import probe
+from tests.pipeline.tables import write_table
+
+SMALL = {"height": 64, "width": 64, "num_frames": 9}
+WIDE = {"height": 64, "width": 128, "num_frames": 17}
+
+
+def settings(table: Path, output: Path, model: Path, **values: object) -> RenderSettings:
+    return RenderSettings(input=[str(table)], output=str(output), model=str(model), device="cpu", **values)
+
+
+def run(job_settings: RenderSettings, cluster: Resources) -> tuple[render.RenderJob, int]:
+    """Execute a job on the session's cluster; returns it and the number of rows that went through the pipeline."""
+    job = render.prepare(job_settings, cluster)
+    finished = []
+    job.execute(lambda batch: finished.extend(batch.items if batch else []))
+    return job, len(finished)
+
+
+def flags(table: Path, output: Path, model: Path, *more: str) -> list[str]:
+    return ["--input", str(table), "--output", str(output), "--model", str(model), "--device", "cpu", *more]
+
+
+@pytest.mark.ray
+def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(tiny_checkpoint, cluster, tmp_path):
+    table = [{"prompt": f"prompt {i}", "note": i, **(WIDE if i % 3 else SMALL)} for i in range(11)]
+    table.insert(5, {"prompt": "a bad size", "note": 99, "height": 100, "width": 64, "num_frames": 9})
+    source = write_table(tmp_path / "in.parquet", table)
+    job, _ = run(settings(source, tmp_path / "out", tiny_checkpoint, sample_workers=2, batch_size=2), cluster)
+
+    parts = [pq.read_table(path) for path in sorted((tmp_path / "out" / "metadata").iterdir())]
+    rows = pa.concat_tables(parts).to_pylist()
+    assert Counter(row["id"] for row in rows) == Counter(set(job.worklist.expected_ids()))
+    assert len(rows) == 12
+    assert sorted(row["note"] for row in rows) == sorted([*range(11), 99])
+    [failed] = [row for row in rows if row["status"] == "failed"]
+    assert (failed["note"], failed["error_message"]) == (99, "height 100 is not a multiple of 64")
+    assert failed["position"] == f"file://{source}:5"
+    for row in rows:
+        if row is not failed:
+            video = tmp_path / "out" / row["uri"]
+            assert hashlib.sha256(video.read_bytes()).hexdigest() == row["sha256"]
+            info = probe(video)
+            assert (info.height, info.width, info.frames) == (row["height"], row["width"], row["num_frames"])
+            assert row["batch_size"] in (1, 2)
+    assert len({row["sha256"] for row in rows if row is not failed}) == 11
+    assert len(list((tmp_path / "out" / "videos").rglob("*.mp4"))) == 11
+    assert json.loads((tmp_path / "out" / "runs" / f"{job.run}.json").read_text())["state"] == "finished"
+    job.write_gallery()
+    assert (tmp_path / "out" / "gallery.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.ray
+def test_a_second_run_renders_only_what_is_missing(tiny_checkpoint, cluster, tmp_path):
+    rows = [{"prompt": f"prompt {i}", **SMALL} for i in range(3)]
+    write_table(tmp_path / "in.parquet", rows[:2])
+    _, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint), cluster)
+    assert rendered == 2
+    write_table(tmp_path / "in.parquet", [*rows, {"prompt": "", **SMALL}])
+    job, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint), cluster)
+    assert rendered == 2  # the new row and the bad one
+    assert Counter(job.view()["status"].to_pylist()) == {"succeeded": 3, "failed": 1}
+    _, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint), cluster)
+    assert rendered == 0
+    _, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint, retry_failed=True), cluster)
+    assert rendered == 1
+
+
+@pytest.mark.ray
+def test_duplicates_copies_and_disputed_ids_get_their_own_rows(tiny_checkpoint, cluster, tmp_path):
+    table = [
+        {"prompt": "twice", "note": "first", **SMALL},
+        {"prompt": "twice", "note": "second", **SMALL},
+        {"id": "mine", "prompt": "one thing", "note": "a", **SMALL},
+        {"id": "mine", "prompt": "another thing", "note": "b", **SMALL},
+        {"id": "copies", "prompt": "many", "note": "c", "num_videos_per_prompt": 2, "seed": 5, **SMALL},
+    ]
+    source = write_table(tmp_path / "in.parquet", table)
+    job, _ = run(settings(source, tmp_path / "out", tiny_checkpoint), cluster)
+    rows = {row["id"]: row for row in job.view().to_pylist()}
+    assert len(rows) == 6
+    [original] = [row for row in rows.values() if row["note"] == "first"]
+    [duplicate] = [row for row in rows.values() if row["note"] == "second"]
+    assert duplicate["id"] == f"{original['id']}-dup1"
+    assert duplicate["duplicate_of"] == original["id"]
+    assert (duplicate["uri"], duplicate["status"]) == (original["uri"], "succeeded")
+    for name in ("mine", "mine-dup1"):
+        assert rows[name]["status"] == "failed"
+        assert f"{source}:2" in rows[name]["error_message"]
+        assert f"{source}:3" in rows[name]["error_message"]
+    assert [rows[f"copies-{i}"]["seed"] for i in range(2)] == [5, 6]
+    assert len(list((tmp_path / "out" / "videos").rglob("*.mp4"))) == 3
+
+
+@pytest.mark.ray
+def test_latents_do_not_depend_on_workers_or_batches(tiny_checkpoint, cluster, tmp_path):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **WIDE} for i in range(3)])
+    alone, _ = run(settings(source, tmp_path / "a", tiny_checkpoint, batch_size=1), cluster)
+    again, _ = run(settings(source, tmp_path / "b", tiny_checkpoint, batch_size=1, sample_workers=2), cluster)
+    hashes = [
+        dict(zip(*(job.view()[c].to_pylist() for c in ("id", "latents_sha256")), strict=True)) for job in (alone, again)
+    ]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "no/such/model"}, "there is no checkpoint folder"),
+        ({"input": "no/such/table.parquet"}, "neither a file nor a folder"),
+        ({"variant": "768p"}, "has no variant '768p'"),
+        ({"device": "cuda", "gpus": "0"}, "wants GPUs"),
+    ],
+)
+def test_a_wrong_job_exits_2_with_one_line(change, message, tiny_checkpoint, tmp_path, caplog):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
+    arguments = {"input": str(source), "output": str(tmp_path / "out"), "model": str(tiny_checkpoint)} | change
+    assert render.main([part for name, value in arguments.items() for part in (f"--{name}", value)]) == 2
+    [record] = caplog.records
+    assert message in record.message
+    assert "\n" not in record.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_output_exits_2(tiny_checkpoint, tmp_path, caplog):
+    (tmp_path / "out").write_text("a file")
+    source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
+    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint)) == 2
+    assert "not writable" in caplog.text
+
+
+def test_another_model_into_the_same_output_is_refused(tiny_checkpoint, tmp_path, caplog):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
+    ledger.claim(Storage(str(tmp_path / "out")), {}, {"model_fingerprint": "other"})
+    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint)) == 2
+    assert "model_fingerprint 'other'" in caplog.text
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path, capsys):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"{i}", **SMALL} for i in range(3)])
+    arguments = flags(source, tmp_path / "out", tiny_checkpoint, "--dry-run", "--sample-workers", "2")
+    assert render.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "3 rows to render" in printed
+    assert any(line.split()[:2] == ["sample", "2"] for line in printed.splitlines())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_table_is_a_finished_job(tiny_checkpoint, tmp_path, capsys):
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in.parquet")
+    assert render.main(flags(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint)) == 0
+    assert "0 of 0 rows succeeded" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_job_keeps_what_is_done_and_resumes(number, code, tiny_checkpoint, cluster, tmp_path):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **WIDE} for i in range(300)])
+    arguments = flags(source, tmp_path / "out", tiny_checkpoint, "--ledger-rows", "1", "--batch-size", "1")
+    process = subprocess.Popen([sys.executable, "-m", "jobs.render", *arguments], stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / "out" / "metadata"
+    deadline = time.monotonic() + 120
+    while not (parts.exists() and len(list(parts.glob("*.parquet"))) >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "run the same command again to resume" in errors
+    done = ledger.read(Storage(str(tmp_path / "out")))
+    assert set(done["status"].to_pylist()) == {"succeeded"}
+    assert all((tmp_path / "out" / uri).exists() for uri in done["uri"].to_pylist())
+    job = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint), cluster)
+    assert job.pending().num_rows == 300 - len(done)

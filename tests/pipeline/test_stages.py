@@ -1,0 +1,164 @@
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.rows import Batch, Item, pack, unpack
+from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
+from pipeline.video import probe, read_frames, read_tags
+from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
+from tests.pipeline.tables import batch, item, rows
+
+SHAPE = {"height": 64, "width": 128, "num_frames": 17}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> ModelConfig:
+    return ModelConfig(str(tiny_checkpoint), None, "cpu", "float32", threads=1)
+
+
+@pytest.fixture(scope="module")
+def preset(tiny_checkpoint: Path) -> Preset:
+    return Checkpoint.open(tiny_checkpoint).preset
+
+
+@pytest.fixture(scope="module")
+def encode(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Encode:
+    return Encode(model, str(tmp_path_factory.mktemp("images")))
+
+
+@pytest.fixture(scope="module")
+def sample(model: ModelConfig) -> Sample:
+    return Sample(model)
+
+
+def through(value: Batch, *stages: object) -> Batch:
+    """Pass a batch through stages as the farm does: packed in between."""
+    for stage in stages:
+        value = unpack(pack(stage(value)))  # type: ignore[operator]
+    return value
+
+
+def picture(colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (90, 70), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_batch_becomes_videos_with_metadata(model, preset, encode, sample, tmp_path):
+    prompts = ["a red ball", "a much longer prompt about a blue ball on green grass"]
+    requests = [item(preset, prompt=prompt, seed=seed, **SHAPE) for seed, prompt in enumerate(prompts)]
+    publish = Publish(str(tmp_path), node="here")
+    done = through(batch(*requests), encode, sample, Decode(model, 1, None), publish)
+    for one, prompt in zip(done.items, prompts, strict=True):
+        row, path = one.row, tmp_path / str(one.row.uri)
+        assert row.error is None
+        assert one.tensors == {}
+        assert row.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert row.bytes == path.stat().st_size
+        assert path.name == f"{row.id}-{row.sha256[:8]}.mp4"
+        info = probe(path)
+        assert (info.width, info.height, info.frames, info.fps) == (128, 64, 17, 24)
+        tags = read_tags(path)
+        assert (tags["prompt"], tags["seed"], tags["render_id"]) == (prompt, str(one.request.seed), row.id)
+        thumbnail = (tmp_path / str(row.thumbnail_uri)).read_bytes()
+        assert Image.open(io.BytesIO(thumbnail)).size == (4 * 128, 64)
+        assert set(row.seconds) == {"encode", "sample", "decode", "publish"}
+        assert row.batch_size == 2
+        assert row.started_at < row.finished_at
+
+
+def test_the_stages_equal_the_pipeline(tiny_checkpoint, preset, encode, sample):
+    one = item(preset, prompt="a red ball", seed=11, **SHAPE)
+    two = item(preset, prompt="something else that is longer", seed=12, guidance_scale=4.0, **SHAPE)
+    latents = through(batch(one, two), encode, sample).items[0].tensors["latents"]
+    pipe = PyramidFlowPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.float32)
+    expected = pipe("a red ball", seed=11, output_type="latent", **SHAPE).frames
+    assert (latents - expected).norm() / expected.norm() <= 1e-5
+
+
+def test_an_image_row_equals_the_pipeline_and_depends_on_its_image(tiny_checkpoint, preset, encode, sample):
+    red, blue = picture((200, 30, 30)), picture((30, 30, 200))
+    requests = [item(preset, prompt="it moves", seed=3, image=data, **SHAPE) for data in (red, blue)]
+    first, second = (one.tensors["latents"] for one in through(batch(*requests), encode, sample).items)
+    pipe = PyramidFlowPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.float32)
+    image = Image.open(io.BytesIO(red))
+    expected = pipe("it moves", image=image, seed=3, output_type="latent", **SHAPE).frames
+    assert (first - expected).norm() / expected.norm() <= 1e-5
+    assert not torch.allclose(first, second)
+
+
+def test_decoded_frames_equal_the_pipeline(tiny_checkpoint, model, preset, encode, sample, tmp_path):
+    one = item(preset, prompt="a red ball", seed=11, **SHAPE)
+    publish = Publish(str(tmp_path), node="here")
+    done = through(batch(one), encode, sample, Decode(model, 1, None), publish)
+    pipe = PyramidFlowPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.float32)
+    expected = pipe("a red ball", seed=11, **SHAPE).frames[0].astype(int)
+    actual = read_frames(tmp_path / str(done.items[0].row.uri)).astype(int)
+    assert actual.shape == expected.shape
+    # 4:2:0 chroma keeps the mean colour of 2x2 blocks, whatever the noise does to single pixels
+    blocks = [frames.reshape(17, 8, 8, 16, 8, 3).mean(axis=(2, 4)) for frames in (actual, expected)]
+    assert np.abs(blocks[0] - blocks[1]).mean() < 12
+
+
+def test_a_bad_image_fails_its_row_only(preset, encode, sample):
+    good = item(preset, prompt="fine", image=picture((9, 9, 9)), **SHAPE)
+    bad = item(preset, prompt="broken", image=b"not a picture", **SHAPE)
+    missing = item(preset, prompt="gone", image="nowhere.png", **SHAPE)
+    outside = item(preset, prompt="outside", image="../secret.png", **SHAPE)
+    done = rows(through(batch(good, bad, missing, outside), encode, sample))
+    assert [row.error is None for row in done] == [True, False, False, False]
+    assert all(row.error.stage == "encode" for row in done[1:])
+    assert "not in a known picture format" in done[1].error.message
+    assert "cannot be read" in done[2].error.message
+    assert "outside the image root" in done[3].error.message
+    assert done[0].batch_size == 1
+
+
+def test_a_row_that_breaks_a_batch_fails_alone(preset, encode, sample):
+    requests = [item(preset, prompt=prompt, **SHAPE) for prompt in ("one", "two", "three")]
+    encoded = encode(batch(*requests))
+    broken = Item(encoded.items[1].row, encoded.items[1].tensors | {"text.tokens": torch.zeros(1, 3, 7)})
+    done = sample(encoded.with_items([encoded.items[0], broken, encoded.items[2]]))
+    assert [row.error is None for row in rows(done)] == [True, False, True]
+    assert rows(done)[1].error.stage == "sample"
+    assert [row.batch_size for row in rows(done)] == [1, None, 1]
+
+
+def test_failed_rows_pass_through_untouched(model, encode, sample, tmp_path):
+    failed = item(Preset(), prompt="no such size", height=70)
+    result = through(batch(failed), encode, sample, Decode(model, 1, None), Publish(str(tmp_path), node="here"))
+    assert rows(result) == [failed.row]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_prompts_are_encoded_once(model, preset, tmp_path, monkeypatch):
+    encode = Encode(model, str(tmp_path))
+    seen = []
+    original = encode.text_encoder.forward
+    monkeypatch.setattr(encode.text_encoder, "forward", lambda prompts: seen.extend(prompts) or original(prompts))
+    encode(batch(*(item(preset, prompt="the same", seed=seed, **SHAPE) for seed in range(3))))
+    assert sorted(seen) == ["", "the same"]  # the negative prompt, and the prompt
+
+
+def test_unguided_rows_carry_no_negative_prompt(preset, encode, sample):
+    done = encode(batch(item(preset, prompt="free", guidance_scale=0, **SHAPE)))
+    assert not [name for name in done.items[0].tensors if name.startswith("negative")]
+    assert rows(sample(done))[0].error is None
+
+
+def test_truncated_prompts_are_marked(preset, encode):
+    requests = [item(preset, prompt=prompt, **SHAPE) for prompt in ("short", "very " * 60)]
+    assert [row.prompt_truncated for row in rows(encode(batch(*requests)))] == [False, True]
+
+
+def test_an_unwritable_output_fails_the_row_in_publish(model, preset, encode, sample, tmp_path):
+    (tmp_path / "videos").write_text("a file where a folder must be")
+    decoded = through(batch(item(preset, prompt="x", **SHAPE)), encode, sample, Decode(model, 1, None))
+    [row] = rows(Publish(str(tmp_path), node="here")(decoded))
+    assert row.error.stage == "publish"
+    assert row.uri is None

@@ -1,0 +1,261 @@
+"""Checkpoints: strict loading with errors that name the culprit, and a fingerprint of the weights."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pyramid_flow import CausalVideoVAE, Checkpoint, CheckpointError, InvalidValueError, Preset, PyramidFluxTransformer
+from pyramid_flow.checkpoint import load_model
+from pyramid_flow.presets import MINIFLUX_PRESETS
+from tests.pyramid_flow.goldens import TINY_MINIFLUX, TINY_SD3, tiny_transformer
+
+DIT, VAE = "diffusion_transformer_384p", "causal_video_vae"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return shutil.copytree(TINY_MINIFLUX, tmp_path / "checkpoint")
+
+
+def edit_tensors(file: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(file)
+    edit(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def reshard(folder: Path) -> None:
+    """Save the transformer again in at least three files."""
+    shutil.rmtree(folder / DIT)
+    tiny_transformer().save_pretrained(folder / DIT, max_shard_size="200KB")
+    assert len(list((folder / DIT).glob("*.safetensors"))) >= 3
+
+
+def load(folder: Path, part: str) -> object:
+    checkpoint = Checkpoint.open(folder)
+    return {DIT: checkpoint.load_transformer, VAE: checkpoint.load_vae}[part](torch.float32, "cpu")
+
+
+# Finding
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint folder .*/nowhere"):
+        Checkpoint.open(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no folder diffusion_transformer_\*"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("variant", [None, "384p", DIT])
+def test_a_variant_is_found_by_either_name(variant):
+    checkpoint = Checkpoint.open(str(TINY_MINIFLUX), variant)
+    assert (checkpoint.variant, checkpoint.transformer_folder.name) == ("384p", DIT)
+
+
+def test_several_variants_are_listed(folder):
+    shutil.copytree(folder / DIT, folder / "diffusion_transformer_768p")
+    with pytest.raises(CheckpointError, match="several variants, choose one of: 384p, 768p"):
+        Checkpoint.open(folder)
+    with pytest.raises(CheckpointError, match="no variant 'image', it has: 384p, 768p"):
+        Checkpoint.open(folder, "image")
+    assert Checkpoint.open(folder, "768p").preset == MINIFLUX_PRESETS["768p"]
+
+
+def test_pyramid_json_wins_over_the_preset(folder):
+    assert Checkpoint.open(folder).preset == MINIFLUX_PRESETS["384p"]
+    (folder / "pyramid.json").write_text('{"sizes": [[64, 64]], "max_num_frames": 9}')
+    assert Checkpoint.open(folder).preset == Preset(sizes=((64, 64),), max_num_frames=9)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"size": [64, 64]}'])
+def test_a_broken_pyramid_json_is_refused(folder, text):
+    (folder / "pyramid.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"pyramid\.json"):
+        _ = Checkpoint.open(folder).preset
+
+
+# Loading
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_load_ready_for_inference(dtype):
+    checkpoint = Checkpoint.open(TINY_MINIFLUX)
+    for part in (
+        checkpoint.load_transformer(dtype, "cpu"),
+        checkpoint.load_vae(dtype, "cpu"),
+        checkpoint.load_text_encoder(dtype, "cpu"),
+    ):
+        assert {parameter.dtype for parameter in part.parameters()} == {dtype}
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+        assert not any(module.training for module in part.children())
+
+
+def test_loaded_tensors_are_those_of_the_file():
+    for part, model in ((DIT, PyramidFluxTransformer), (VAE, CausalVideoVAE)):
+        state = load_model(model, TINY_MINIFLUX / part, torch.float32, "cpu").state_dict()
+        expected = load_file(TINY_MINIFLUX / part / WEIGHTS)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], weight) for name, weight in expected.items())
+
+
+def test_float16_is_refused_with_the_reason():
+    checkpoint = Checkpoint.open(TINY_MINIFLUX)
+    for load_part in (checkpoint.load_transformer, checkpoint.load_vae, checkpoint.load_text_encoder):
+        with pytest.raises(InvalidValueError, match=r"torch_dtype torch.float16 .* bfloat16 or float32 .*overflows"):
+            load_part(torch.float16, "cpu")
+
+
+def test_a_sharded_folder_loads_equal(folder):
+    reshard(folder)
+    state = Checkpoint.open(folder).load_transformer(torch.float32, "cpu").state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in load_file(TINY_MINIFLUX / DIT / WEIGHTS).items())
+    Checkpoint.open(folder).check()
+
+
+def test_check_accepts_a_sound_checkpoint(folder):
+    Checkpoint.open(folder).check()
+
+
+@pytest.mark.parametrize("missing", ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+def test_check_names_a_missing_folder(folder, missing):
+    shutil.rmtree(folder / missing)
+    with pytest.raises(CheckpointError, match=rf"no folder {missing}$"):
+        Checkpoint.open(folder).check()
+
+
+@pytest.mark.parametrize("part", [DIT, VAE])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda weights: weights.pop(min(weights)), r"lacks the tensor {name} \[[\d, ]+\]"),
+        (lambda weights: weights.update(extra=torch.ones(2, 3)), r"holds an unknown tensor extra \[2, 3\]"),
+        (
+            lambda weights: weights.update({min(weights): torch.ones(5)}),
+            r"tensor {name} has shape \[5\], expected \[[\d, ]+\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder, part, edit, message):
+    name = min(load_file(folder / part / WEIGHTS))
+    edit_tensors(folder / part / WEIGHTS, edit)
+    for action in (lambda: load(folder, part), Checkpoint.open(folder).check):
+        with pytest.raises(CheckpointError, match=part + ".*" + message.replace("{name}", name)):
+            action()
+
+
+@pytest.mark.parametrize("part", [DIT, VAE])
+@pytest.mark.parametrize("missing", ["config.json", WEIGHTS, None])
+def test_a_missing_file_or_folder_is_named(folder, part, missing):
+    checkpoint = Checkpoint.open(folder)
+    if missing is None:
+        shutil.rmtree(folder / part)
+    else:
+        (folder / part / missing).unlink()
+    for action in (checkpoint.load_transformer if part == DIT else checkpoint.load_vae, lambda *_: checkpoint.check()):
+        with pytest.raises(CheckpointError, match=part):
+            action(torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("part", [DIT, VAE])
+def test_a_truncated_file_is_named(folder, part):
+    file = folder / part / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=part):
+        load(folder, part)
+
+
+def test_a_missing_shard_is_named(folder):
+    reshard(folder)
+    shard = sorted((folder / DIT).glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=shard.name):
+        Checkpoint.open(folder).check()
+
+
+def test_an_index_without_a_map_is_named(folder):
+    reshard(folder)
+    index = next((folder / DIT).glob("*.index.json"))
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match=index.name):
+        Checkpoint.open(folder).check()
+
+
+def test_a_file_of_another_variant_beside_the_weights_is_ignored(folder):
+    expected = Checkpoint.open(folder).fingerprint
+    save_file({"other": torch.ones(1)}, folder / DIT / "diffusion_pytorch_model.fp16.safetensors")
+    Checkpoint.open(folder).check()
+    assert Checkpoint.open(folder).fingerprint == expected
+
+
+def test_another_class_is_named(folder):
+    with pytest.raises(CheckpointError, match="holds a PyramidDiffusionMMDiT, not a PyramidFluxTransformer"):
+        Checkpoint.open(TINY_SD3).load_transformer(torch.float32, "cpu")
+    edit_json(folder / VAE / "config.json", _class_name="AutoencoderKL")
+    with pytest.raises(CheckpointError, match=f"{VAE} holds a AutoencoderKL, not a CausalVideoVAE"):
+        load(folder, VAE)
+
+
+def test_an_unsupported_config_is_refused(folder):
+    edit_json(folder / DIT / "config.json", use_temporal_causal=False)
+    with pytest.raises(InvalidValueError, match="use_temporal_causal"):
+        load(folder, DIT)
+
+
+# Fingerprint
+
+
+def test_fingerprint_is_16_hex_digits_of_the_content(folder):
+    fingerprint = Checkpoint.open(folder).fingerprint
+    assert len(fingerprint) == 16
+    assert int(fingerprint, 16) >= 0
+    assert fingerprint == Checkpoint.open(TINY_MINIFLUX).fingerprint
+
+
+@pytest.mark.parametrize(
+    "file",
+    [f"{DIT}/{WEIGHTS}", f"{VAE}/{WEIGHTS}", "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"],
+)
+def test_one_changed_weight_changes_the_fingerprint(folder, file):
+    before = Checkpoint.open(folder).fingerprint
+
+    def nudge(weights: dict[str, Tensor]) -> None:
+        weights[max(weights)].view(-1)[-1] += 1e-3
+
+    edit_tensors(folder / file, nudge)
+    assert Checkpoint.open(folder).fingerprint != before
+
+
+def test_swapped_tensors_change_the_fingerprint(folder):
+    before = Checkpoint.open(folder).fingerprint
+
+    def swap(weights: dict[str, Tensor]) -> None:
+        one, two = "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"
+        weights[one], weights[two] = weights[two], weights[one]
+
+    edit_tensors(folder / DIT / WEIGHTS, swap)
+    assert Checkpoint.open(folder).fingerprint != before
+
+
+def test_sharding_does_not_change_the_fingerprint(folder):
+    before = Checkpoint.open(folder).fingerprint
+    reshard(folder)
+    assert Checkpoint.open(folder).fingerprint == before
+
+
+def test_a_bfloat16_checkpoint_has_a_fingerprint_and_loads(folder):
+    before = Checkpoint.open(folder).fingerprint
+    edit_tensors(folder / DIT / WEIGHTS, lambda weights: weights.update({k: v.bfloat16() for k, v in weights.items()}))
+    assert Checkpoint.open(folder).fingerprint != before
+    loaded = Checkpoint.open(folder).load_transformer(torch.float32, "cpu").state_dict()
+    for name, weight in tiny_transformer().state_dict().items():
+        assert torch.equal(loaded[name], weight.bfloat16().float())

@@ -1,0 +1,219 @@
+"""The pipeline: what goes in and out of one call, and that equal inputs give equal videos."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pyramid_flow import Checkpoint, CheckpointError, InvalidValueError, PyramidFlowPipeline, StepInfo
+from pyramid_flow.pixels import decode_frames
+from pyramid_flow.presets import MINIFLUX_PRESETS
+from pyramid_flow.toy import write_random_checkpoint
+from tests.pyramid_flow.goldens import TINY_MINIFLUX, assert_run_equal
+
+SHORT = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 1, "video_num_inference_steps": 1}
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> PyramidFlowPipeline:
+    return PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX, torch_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> PyramidFlowPipeline:
+    folder = tmp_path_factory.mktemp("toy")
+    write_random_checkpoint(folder)
+    return PyramidFlowPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def latents(pipe: PyramidFlowPipeline, prompt: str | list[str] = "a red ball", **options: object) -> Tensor:
+    return pipe(prompt, **{**SHORT, "output_type": "latent", **options}).frames
+
+
+def differ(one: Tensor, two: Tensor) -> bool:
+    return bool((one - two).abs().max() > 1e-2)
+
+
+def test_output_types(pipe):
+    prompts = ["a red ball", "a blue cube"]
+    normalised = pipe(prompts, **SHORT, output_type="latent").frames
+    assert (normalised.shape, normalised.dtype) == ((2, 16, 2, 8, 16), torch.float32)
+    array = pipe(prompts, **SHORT).frames
+    assert isinstance(array, np.ndarray)
+    assert (array.shape, array.dtype) == ((2, 9, 64, 128, 3), np.uint8)
+    expected = torch.cat(list(decode_frames(pipe.vae, normalised, pipe.preset.statistics)), dim=1)
+    assert np.array_equal(array, expected.numpy())
+    tensor = pipe(prompts, **SHORT, output_type="pt").frames
+    assert tensor.dtype == torch.uint8
+    assert torch.equal(tensor.permute(0, 1, 3, 4, 2), expected)
+    images = pipe(prompts, **SHORT, output_type="pil").frames
+    assert [len(video) for video in images] == [9, 9]
+    assert images[1][8].size == (128, 64)
+    assert np.array_equal(np.array(images[1][8]), array[1, 8])
+
+
+def test_the_seed_decides(pipe):
+    one = latents(pipe, seed=3)
+    torch.manual_seed(99)
+    assert torch.equal(latents(pipe, seed=3), one)
+    assert differ(latents(pipe, seed=4), one)
+
+
+def test_prompt_i_takes_seed_plus_i(pipe):
+    together = latents(pipe, ["a red ball", "a much longer prompt about a blue cube"], seed=3)
+    assert torch.equal(latents(pipe, ["a red ball", "a much longer prompt about a blue cube"], seed=[3, 4]), together)
+    assert_run_equal(together[:1], latents(pipe, "a red ball", seed=3))
+    assert_run_equal(together[1:], latents(pipe, "a much longer prompt about a blue cube", seed=4))
+
+
+def test_prompts_and_the_negative_prompt_matter(pipe):
+    base = latents(pipe)
+    assert differ(latents(pipe, "a blue cube"), base)
+    assert differ(latents(pipe, negative_prompt="something else"), base)
+    assert torch.equal(latents(pipe, negative_prompt=pipe.preset.negative_prompt), base)
+    unguided = latents(pipe, guidance_scale=0)
+    assert torch.equal(latents(pipe, guidance_scale=0, negative_prompt="something else"), unguided)
+
+
+def test_only_the_prompt_gets_the_suffix(pipe):
+    seen: list[list[str]] = []
+    handle = pipe.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(list(args[0])))
+    try:
+        latents(pipe, ["a", "b"], negative_prompt="c")
+    finally:
+        handle.remove()
+    suffix = pipe.preset.prompt_suffix
+    assert seen == [[f"a{suffix}", f"b{suffix}"], ["c"]]
+
+
+def test_an_image_is_the_first_frame(pipe):
+    base = latents(pipe, image=PICTURE)
+    assert torch.equal(latents(pipe, image=PICTURE), base)
+    other = latents(pipe, image=Image.new("RGB", (128, 64), "red"))
+    assert differ(other[:, :, :1], base[:, :, :1])
+    assert differ(other[:, :, 1:], base[:, :, 1:])
+    assert differ(latents(pipe), base)
+    still = latents(pipe, image=PICTURE, num_frames=1)
+    pixels = pipe.vae.encode_moments(torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)[None, :, None] / 127.5 - 1)
+    mean = pipe.preset.statistics.normalize(pixels.mean)
+    assert (still - mean).abs().max() < 6 * (pixels.std * pipe.preset.statistics.first_scale).max()
+
+
+def test_one_image_serves_all_prompts_and_each_row_samples_its_own_latent(pipe):
+    together = latents(pipe, ["a", "b"], image=PICTURE, seed=5)
+    assert_run_equal(together[:1], latents(pipe, "a", image=PICTURE, seed=5))
+    assert_run_equal(together[1:], latents(pipe, "b", image=PICTURE, seed=6))
+
+
+def test_images_of_any_size_and_mode_are_fitted(pipe):
+    image = Image.new("L", (30, 200), 128)
+    assert latents(pipe, image=image).shape == (1, 16, 2, 8, 16)
+    assert image.size == (30, 200)
+
+
+def test_missing_values_come_from_the_preset(toy):
+    preset = toy.preset
+    counts: dict[tuple[int, int], int] = {}
+
+    def on_step(info: StepInfo) -> Tensor | None:
+        counts[info.unit, info.level] = info.num_steps
+        height, width = preset.sizes[0]
+        assert info.latents.shape[-2:] == (height // 8 >> (2 - info.level), width // 8 >> (2 - info.level))
+        assert info.num_units == 1 + preset.max_num_frames // 8
+        return torch.tensor([info.unit == 0])
+
+    toy("a", on_step=on_step, output_type="latent")
+    first, later = preset.num_inference_steps, preset.video_num_inference_steps
+    assert counts == {(0, level): first[level] for level in range(3)} | {(1, 0): later[0]}
+
+
+def test_default_guidance_after_the_first_unit_depends_on_the_image(pipe):
+    for image, scale in ((None, 5.0), (PICTURE, 4.0)):
+        assert torch.equal(latents(pipe, image=image, video_guidance_scale=scale), latents(pipe, image=image))
+        assert differ(latents(pipe, image=image, video_guidance_scale=9 - scale), latents(pipe, image=image))
+
+
+def test_bfloat16_runs_and_its_latents_are_float32():
+    pipe = PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX)
+    assert {part.dtype for part in (pipe.transformer, pipe.vae, pipe.text_encoder.t5)} == {torch.bfloat16}
+    frames = latents(pipe, image=PICTURE)
+    assert frames.dtype == torch.float32
+    assert frames.isfinite().all()
+    assert pipe("a", **SHORT).frames.shape == (1, 9, 64, 128, 3)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])
+def test_dropping_all_rows_gives_no_videos(pipe, output_type):
+    result = pipe(["a", "b"], **SHORT, output_type=output_type, on_step=lambda info: torch.tensor([False, False]))
+    assert len(result.frames) == 0
+
+
+def test_dropped_rows_are_missing_from_the_result(pipe):
+    whole = pipe(["a", "b", "c"], **SHORT).frames
+    frames = pipe(["a", "b", "c"], **SHORT, on_step=lambda info: torch.tensor([True, False, True])).frames
+    difference = np.abs(frames.astype(int) - whole[[0, 2]])
+    assert difference.max() <= 1
+    assert np.mean(difference > 0) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "prompt .* is empty"),
+        ("  ", {}, "prompt .* is empty"),
+        ([], {}, "prompt .* is empty"),
+        (["a", ""], {}, "prompt .* is empty"),
+        ("a", {"height": 100}, "height 100 is not a multiple of 64"),
+        ("a", {"height": 0}, "height 0"),
+        ("a", {"num_frames": 10}, "num_frames 10"),
+        ("a", {"num_frames": 0}, "num_frames 0"),
+        ("a", {"num_inference_steps": 0}, "num_inference_steps 0"),
+        ("a", {"guidance_scale": float("nan")}, "guidance_scale nan"),
+        ("a", {"seed": -1}, "seed -1"),
+        ("a", {"seed": [1, 2]}, "batch size 1 does not match the 2 seeds"),
+        ("a", {"output_type": "mp4"}, "output_type mp4 is not one of np, pt, pil, latent"),
+    ],
+)
+def test_bad_input_is_refused(pipe, prompt, options, message):
+    with pytest.raises(InvalidValueError, match=message):
+        pipe(prompt, **{**SHORT, **options})
+
+
+def test_a_misspelt_option_is_refused(pipe):
+    with pytest.raises(TypeError, match="num_frame"):
+        pipe("a", num_frame=9)
+
+
+def test_from_pretrained_errors(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        PyramidFlowPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no variant '768p', it has: 384p"):
+        PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX, "768p")
+    with pytest.raises(InvalidValueError, match="float16"):
+        PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX, torch_dtype=torch.float16)
+
+
+def test_from_pretrained_takes_the_preset_of_the_variant(pipe):
+    assert pipe.preset == MINIFLUX_PRESETS["384p"]
+
+
+def test_random_checkpoint_is_deterministic(tmp_path, toy):
+    state = torch.get_rng_state()
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        write_random_checkpoint(tmp_path / name, seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    one, two, other = (Checkpoint.open(tmp_path / name) for name in ("one", "two", "other"))
+    one.check()
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+    again = PyramidFlowPipeline.from_pretrained(tmp_path / "two", torch_dtype=torch.float32)
+    small = {"height": 64, "width": 64, "num_frames": 9}
+    assert np.array_equal(again("a cat", **small).frames, toy("a cat", **small).frames)
+
+
+def test_random_checkpoint_tells_prompts_apart(toy):
+    first, second = toy.text_encoder(["a red ball", "a blue cube"]).tokens
+    assert differ(first, second)
+    assert toy.text_encoder.is_truncated("x" * 200)
+    assert not toy.text_encoder.is_truncated("x" * 100)
