@@ -8,7 +8,7 @@ from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample, Stage
 from pyramid_flow.errors import PyramidFlowError
 
 GPU_SHARES = {"encode": 0.15, "sample": 0.55, "decode": 0.3}
-MAX_DECODE_THREADS = 4
+MAX_ENCODER_THREADS = 4
 
 
 class PlanError(PyramidFlowError):
@@ -81,7 +81,8 @@ def make_plan(job: Job, resources: Resources) -> Plan:
     default = resources.gpus if on_gpu else 1
     workers = {"encode": default, "sample": default, "decode": default, "publish": 1} | dict(job.workers)
     threads = max(1, resources.cpus // max(workers["sample"], workers["decode"]))
-    decode_cpus = min(threads, MAX_DECODE_THREADS, resources.cpus / (2 * workers["decode"]))
+    decode_cpus = min(threads, MAX_ENCODER_THREADS, resources.cpus / (2 * workers["decode"]))
+    encoder_threads = max(1, int(decode_cpus))
     model = ModelConfig(job.model_path, job.variant, job.device, job.dtype, threads)
     shares = GPU_SHARES if on_gpu else {}
 
@@ -91,7 +92,9 @@ def make_plan(job: Job, resources: Resources) -> Plan:
     stages = (
         spec(Encode, 0, model=model, image_root=job.image_root),
         spec(Sample, 0, model=model),
-        spec(Decode, decode_cpus, model=model, window=job.decode_window, tile=job.tile),
+        spec(
+            Decode, decode_cpus, model=model, window=job.decode_window, tile=job.tile, encoder_threads=encoder_threads
+        ),
         spec(Publish, 0, output=job.output),
     )
     _check_fit(stages, resources)

@@ -4,23 +4,28 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pyramid_flow import InvalidValueError, Preset, SamplingParams
+from pyramid_flow import InvalidValueError, Preset, PyramidFlowError, PyramidSchedule, SamplingParams
 from pyramid_flow.sampling import check_guidance, check_num_frames, check_size, check_steps
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_SEED = 2**63 - 1
 MAX_COPIES = 1000
+MAX_SIDE = 2**14
+MAX_NUM_FRAMES = 2**16 + 1
+MAX_SHOWN = 80
+NUM_LEVELS = len(PyramidSchedule().levels)
 RECOMMENDED_GUIDANCE = (1.0, 15.0)
 
 Steps = int | tuple[int, ...]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
-class RequestError(ValueError):
+class RequestError(PyramidFlowError, ValueError):
     """A request breaks a rule; the message names the field, the value and the rule."""
 
 
@@ -37,9 +42,9 @@ class RenderRequest(BaseModel):
     id: str | None = None
     negative_prompt: str | None = None
     image: bytes | str | None = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
+    height: Annotated[int, Field(le=MAX_SIDE)] | None = None
+    width: Annotated[int, Field(le=MAX_SIDE)] | None = None
+    num_frames: Annotated[int, Field(le=MAX_NUM_FRAMES)] | None = None
     fps: Annotated[int, Field(ge=1, le=120)] | None = None
     num_inference_steps: Steps | None = None
     video_num_inference_steps: Steps | None = None
@@ -56,11 +61,29 @@ class RenderRequest(BaseModel):
         except ValidationError as error:
             raise RequestError(_first_message(error)) from error
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_lookalike(cls, value: Any, info: Any) -> Any:  # noqa: ANN401 - one validator for all types
+        """Refuse what would pass for something else: booleans are no numbers, halves of characters are no text."""
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(part, bool):
+                raise InvalidValueError(info.field_name, repr(value), "is a boolean")
+            if isinstance(part, str) and not _is_unicode(part):
+                raise InvalidValueError(info.field_name, ascii(value), "is not valid Unicode text")
+        return value
+
     @field_validator("prompt")
     @classmethod
     def _not_empty(cls, value: str) -> str:
         if not value.strip():
             raise InvalidValueError("prompt", repr(value), "is empty")
+        return value
+
+    @field_validator("image")
+    @classmethod
+    def _some_image(cls, value: bytes | str | None) -> bytes | str | None:
+        if value is not None and not value.strip():
+            raise InvalidValueError("image", repr(value), "is empty")
         return value
 
     @field_validator("id")
@@ -82,6 +105,8 @@ class RenderRequest(BaseModel):
             check_size(info.field_name, value)
         else:
             check_steps(info.field_name, value)
+            if isinstance(value, tuple) and len(value) != NUM_LEVELS:
+                raise InvalidValueError(info.field_name, list(value), f"is neither one count nor {NUM_LEVELS} counts")
         return value
 
     @field_validator("guidance_scale", "video_guidance_scale")
@@ -89,17 +114,28 @@ class RenderRequest(BaseModel):
     def _sensible_guidance(cls, value: float | None, info: Any) -> float | None:  # noqa: ANN401
         if value is not None:
             check_guidance(info.field_name, value)
+            return value + 0.0  # -0.0 asks for the same as 0.0
         return value
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """32 hex digits of a hash over what is asked for: the id of a row that brings none of its own."""
         given = self.model_dump(exclude={"id", "num_videos_per_prompt", "image"}, exclude_none=True)
-        if isinstance(self.image, bytes):
-            given["image"] = hashlib.sha256(self.image).hexdigest()
+        if self.image_sha256 is not None:
+            given["image_sha256"] = self.image_sha256
         elif self.image is not None:
             given["image"] = self.image
         return hash_of(given)
+
+    @cached_property
+    def image_sha256(self) -> str | None:
+        """Hash of the image's bytes, if it came as bytes."""
+        return hashlib.sha256(self.image).hexdigest() if isinstance(self.image, bytes) else None
+
+    def copy_seed(self, copy: int) -> int:
+        """Return the seed of a copy: the given or derived one + copy."""
+        seed = self.seed if self.seed is not None else derived_seed(self.id or self.content_hash)
+        return (seed + copy) & MAX_SEED
 
     def resolve(
         self, preset: Preset, row_id: str, *, copy: int = 0, allow_untrained: bool = False
@@ -107,14 +143,13 @@ class RenderRequest(BaseModel):
         """Fill in the preset's values; raises RequestError for a size or length the model was not trained for."""
         has_image = self.image is not None
         later = preset.later_guidance(has_image)
-        seed = self.seed if self.seed is not None else derived_seed(self.id or self.content_hash)
         resolved = ResolvedRequest(
             id=row_id,
             prompt=self.prompt,
             negative_prompt=preset.negative_prompt if self.negative_prompt is None else self.negative_prompt,
             has_image=has_image,
             image_uri=self.image if isinstance(self.image, str) else None,
-            image_sha256=hashlib.sha256(self.image).hexdigest() if isinstance(self.image, bytes) else None,
+            image_sha256=self.image_sha256,
             height=self.height or preset.sizes[0][0],
             width=self.width or preset.sizes[0][1],
             num_frames=self.num_frames or preset.max_num_frames,
@@ -123,7 +158,7 @@ class RenderRequest(BaseModel):
             video_num_inference_steps=self.video_num_inference_steps or preset.video_num_inference_steps,
             guidance_scale=preset.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             video_guidance_scale=later if self.video_guidance_scale is None else self.video_guidance_scale,
-            seed=(seed + copy) & MAX_SEED,
+            seed=self.copy_seed(copy),
         )
         if not allow_untrained:
             _check_trained(resolved, preset)
@@ -208,9 +243,20 @@ def _first_message(error: ValidationError) -> str:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InvalidValueError):
-        return str(cause)
+        return f"{cause.field} {_shortened(str(cause.value))} {cause.rule}"
     if first["type"] == "missing":
         return f"{first['loc'][0]} is missing"
-    value = repr(first["input"])
-    shown = value if len(value) <= 80 else f"{value[:77]}..."
-    return f"{first['loc'][0]} {shown}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return f"{first['loc'][0]} {_shortened(repr(first['input']))}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether a text can be stored; JSON bodies and broken files can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -15,15 +15,15 @@ VIDEO, THUMBNAIL = "video", "thumbnail"
 class Decode(Stage):
     """Replaces a row's `latents` by the files `video` (mp4) and `thumbnail` (webp), as uint8 tensors.
 
-    window: latents per chunk; tile: side of a VAE tile in pixels, None = no tiling. Frames never leave the worker, and
-    its memory is that of a chunk.
+    window: latents per chunk; tile: side of a VAE tile in pixels, None = no tiling; encoder_threads: of ffmpeg. Frames
+    never leave the worker, and its memory is that of a chunk.
     """
 
     name = "decode"
 
-    def __init__(self, model: ModelConfig, window: int, tile: int | None) -> None:
+    def __init__(self, model: ModelConfig, window: int, tile: int | None, encoder_threads: int) -> None:
         checkpoint = model.open()
-        self.model, self.window, self.tile = model, window, tile
+        self.window, self.tile, self.encoder_threads = window, tile, encoder_threads
         self.statistics = checkpoint.preset.statistics
         self.model_name = f"{checkpoint.root.name}/{checkpoint.variant}"
         self.vae = checkpoint.load_vae(model.torch_dtype, model.device)
@@ -45,7 +45,7 @@ class Decode(Stage):
                 height=request.height,
                 fps=request.fps,
                 tags=tags,
-                threads=self.model.threads,
+                threads=self.encoder_threads,
             ) as writer:
                 chunks = decode_frames(
                     self.vae, item.tensors["latents"], self.statistics, window=self.window, tile=self.tile

@@ -53,7 +53,7 @@ def test_a_batch_becomes_videos_with_metadata(model, preset, encode, sample, tmp
     prompts = ["a red ball", "a much longer prompt about a blue ball on green grass"]
     requests = [item(preset, prompt=prompt, seed=seed, **SHAPE) for seed, prompt in enumerate(prompts)]
     publish = Publish(str(tmp_path), node="here")
-    done = through(batch(*requests), encode, sample, Decode(model, 1, None), publish)
+    done = through(batch(*requests), encode, sample, Decode(model, window=1, tile=None, encoder_threads=1), publish)
     for one, prompt in zip(done.items, prompts, strict=True):
         row, path = one.row, tmp_path / str(one.row.uri)
         assert row.error is None
@@ -95,7 +95,7 @@ def test_an_image_row_equals_the_pipeline_and_depends_on_its_image(tiny_checkpoi
 def test_decoded_frames_equal_the_pipeline(tiny_checkpoint, model, preset, encode, sample, tmp_path):
     one = item(preset, prompt="a red ball", seed=11, **SHAPE)
     publish = Publish(str(tmp_path), node="here")
-    done = through(batch(one), encode, sample, Decode(model, 1, None), publish)
+    done = through(batch(one), encode, sample, Decode(model, window=1, tile=None, encoder_threads=1), publish)
     pipe = PyramidFlowPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.float32)
     expected = pipe("a red ball", seed=11, **SHAPE).frames[0].astype(int)
     actual = read_frames(tmp_path / str(done.items[0].row.uri)).astype(int)
@@ -131,7 +131,13 @@ def test_a_row_that_breaks_a_batch_fails_alone(preset, encode, sample):
 
 def test_failed_rows_pass_through_untouched(model, encode, sample, tmp_path):
     failed = item(Preset(), prompt="no such size", height=70)
-    result = through(batch(failed), encode, sample, Decode(model, 1, None), Publish(str(tmp_path), node="here"))
+    result = through(
+        batch(failed),
+        encode,
+        sample,
+        Decode(model, window=1, tile=None, encoder_threads=1),
+        Publish(str(tmp_path), node="here"),
+    )
     assert rows(result) == [failed.row]
     assert list(tmp_path.iterdir()) == []
 
@@ -158,7 +164,9 @@ def test_truncated_prompts_are_marked(preset, encode):
 
 def test_an_unwritable_output_fails_the_row_in_publish(model, preset, encode, sample, tmp_path):
     (tmp_path / "videos").write_text("a file where a folder must be")
-    decoded = through(batch(item(preset, prompt="x", **SHAPE)), encode, sample, Decode(model, 1, None))
+    decoded = through(
+        batch(item(preset, prompt="x", **SHAPE)), encode, sample, Decode(model, window=1, tile=None, encoder_threads=1)
+    )
     [row] = rows(Publish(str(tmp_path), node="here")(decoded))
     assert row.error.stage == "publish"
     assert row.uri is None

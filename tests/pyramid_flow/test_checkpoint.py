@@ -235,14 +235,17 @@ def test_one_changed_weight_changes_the_fingerprint(folder, file):
     assert Checkpoint.open(folder).fingerprint != before
 
 
-def test_swapped_tensors_change_the_fingerprint(folder):
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda weights: weights.update(proj_out_weight=weights.pop("proj_out.weight")),
+        lambda weights: weights.update({"proj_out.weight": weights["proj_out.weight"].reshape(-1, 2)}),
+        lambda weights: weights.update({"proj_out.weight": weights["proj_out.weight"].view(torch.int32)}),
+    ],
+)
+def test_the_same_bytes_under_another_name_shape_or_type_change_the_fingerprint(folder, edit):
     before = Checkpoint.open(folder).fingerprint
-
-    def swap(weights: dict[str, Tensor]) -> None:
-        one, two = "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"
-        weights[one], weights[two] = weights[two], weights[one]
-
-    edit_tensors(folder / DIT / WEIGHTS, swap)
+    edit_tensors(folder / DIT / WEIGHTS, edit)
     assert Checkpoint.open(folder).fingerprint != before
 
 

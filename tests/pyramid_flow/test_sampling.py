@@ -261,7 +261,7 @@ def test_dropped_rows_are_not_evaluated_and_cannot_come_back():
     handle = tiny_transformer().register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
 
     def on_step(info: StepInfo) -> Tensor:
-        return torch.tensor([True, info.unit > 0, True])
+        return torch.tensor([True, (info.unit, info.level, info.step) != (0, 1, 0), True])
 
     try:
         latents = generate(random_text([3, 4, 5]), [1, 2, 3], on_step=on_step)

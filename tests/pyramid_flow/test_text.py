@@ -102,14 +102,13 @@ def test_an_incomplete_folder_is_named(tmp_path, missing):
 
 def test_truncation_is_told_for_exactly_what_is_cut():
     encoder = tiny_text_encoder()
-    words = ["word"] * 200
-    lengths = [len(encoder.t5_tokenizer(" ".join(words[:n]))["input_ids"]) for n in range(1, 200)]
-    longest = max(n for n, length in enumerate(lengths, start=1) if length <= MAX_TOKENS)
-    fits, cut = " ".join(words[:longest]), " ".join(words[: longest + 1])
+    text = "word " * 200
+    lengths = {len(encoder.t5_tokenizer(text[:end])["input_ids"]): end for end in range(len(text))}
+    fits, cut = text[: lengths[MAX_TOKENS]], text[: lengths[MAX_TOKENS + 1]]
     assert not encoder.is_truncated(fits)
     assert encoder.is_truncated(cut)
     assert not encoder.is_truncated("")
-    assert encoder([cut]).mask.all()
+    assert encoder([fits]).mask.all()
     assert torch.equal(encoder([cut + " more"]).tokens, encoder([cut + " words here"]).tokens)
 
 
