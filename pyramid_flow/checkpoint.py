@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pyramid_flow.errors import CheckpointError, InvalidValueError
 from pyramid_flow.presets import MINIFLUX_PRESETS, Preset
@@ -18,6 +18,7 @@ from pyramid_flow.transformer_flux import PyramidFluxTransformer
 from pyramid_flow.vae import CausalVideoVAE
 
 TRANSFORMER_PREFIX = "diffusion_transformer_"
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 PRESET_FILE = "pyramid.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -74,8 +75,12 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a hash over the names, types, shapes and bytes of every tensor in use, however sharded."""
-        digest = hashlib.sha256()
+        """16 hex digits of a hash over pyramid.json and every tensor in use, however the weights are sharded.
+
+        Of a tensor its name, type, shape and bytes count.
+        """
+        settings = self.root / PRESET_FILE
+        digest = hashlib.sha256(settings.read_bytes() if settings.exists() else b"")
         folders = ("causal_video_vae", "text_encoder", "text_encoder_2")
         for folder in (self.transformer_folder, *(self.root / name for name in folders)):
             digest.update(folder.name.encode())
@@ -101,12 +106,17 @@ class Checkpoint:
         return TextEncoder.from_pretrained(self.root, check_dtype(dtype)).to(device)
 
     def check(self) -> None:
-        """Compare every tensor name and shape with the configs without loading weights; raises CheckpointError."""
+        """Compare the tensors of transformer and VAE with their configs, and see that the text folders can be read.
+
+        Loads no weights; raises CheckpointError.
+        """
         check_tensors(PyramidFluxTransformer, self.transformer_folder)
         check_tensors(CausalVideoVAE, self.root / "causal_video_vae")
         for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
             if not (self.root / name).is_dir():
                 raise CheckpointError(f"{self.root} has no folder {name}")
+        for name in ("text_encoder", "text_encoder_2"):
+            _tensor_shapes(self.root / name)
 
 
 def load_model(cls: type[Model], folder: Path, dtype: torch.dtype, device: torch.device | str) -> Model:
@@ -140,18 +150,29 @@ def check_tensors(cls: type[PyramidFluxTransformer | CausalVideoVAE], folder: Pa
 def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(_tensor_files(folder).values())):
-        with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
     return shapes
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Map each tensor name to its safetensors file: one file, or several with an index."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        return {name: folder / file for name, file in _read_json(index)["weight_map"].items()}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            return dict.fromkeys(tensors.keys(), file)
+    for stem in WEIGHT_STEMS:  # not a variant's file beside them, such as model.fp16.safetensors
+        index, file = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index} has no weight_map")
+            return {name: folder / file for name, file in weight_map.items()}
+        if file.exists():
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    return dict.fromkeys(tensors.keys(), file)
+            except SafetensorError as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from error
     raise CheckpointError(f"{folder} has no safetensors file")
 
 

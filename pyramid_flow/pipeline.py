@@ -19,7 +19,7 @@ from pyramid_flow.sampling import Guidance, OnStep, SamplingParams, Steps, gener
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEncoder
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
-from pyramid_flow.vae import CausalVideoVAE
+from pyramid_flow.vae import CausalVideoVAE, LatentDistribution
 
 OutputType = Literal["np", "pt", "pil", "latent"]
 T = TypeVar("T")
@@ -133,13 +133,18 @@ class PyramidFlowPipeline:
         if image is not None:
             posterior = encode_image(self.vae, image_pixels(image, params.height, params.width))
             shape = (len(prompts), *posterior.mean.shape[1:])
+            posterior = LatentDistribution(posterior.mean.expand(shape), posterior.logvar.expand(shape))
             first = image_latent(posterior, noise.posterior(shape), self.preset.statistics)
         return generate_latents(
             self.transformer, self.schedule, text, negative, params, noise, image_latent=first, on_step=on_step
         )
 
     def _frames(self, latents: Tensor, output_type: OutputType) -> np.ndarray | Tensor | list[list[Image.Image]]:
-        frames = torch.cat(list(decode_frames(self.vae, latents, self.preset.statistics)), dim=1)
+        if len(latents):
+            frames = torch.cat(list(decode_frames(self.vae, latents, self.preset.statistics)), dim=1)
+        else:
+            _, _, units, height, width = latents.shape
+            frames = torch.empty(0, 8 * units - 7, 8 * height, 8 * width, 3, dtype=torch.uint8)
         if output_type == "pt":
             return frames.permute(0, 1, 4, 2, 3)
         if output_type == "pil":

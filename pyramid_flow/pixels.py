@@ -14,10 +14,10 @@ from pyramid_flow.vae import CausalVideoVAE, LatentDistribution, temporal_chunks
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode an image file; raises InvalidValueError if it does not decode."""
+    """Decode an image file and turn it upright as its EXIF says; raises InvalidValueError if it does not decode."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise InvalidValueError("image", f"({len(data)} bytes)", "is not in a known picture format") from error
     except (Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, ValueError) as error:

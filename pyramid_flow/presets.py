@@ -89,8 +89,10 @@ def _coerced(default: Preset | LatentStatistics, values: Mapping[str, Any]) -> d
 def _coerce(name: str, default: object, value: object) -> object:
     if isinstance(default, LatentStatistics) and isinstance(value, Mapping):
         return replace(default, **_coerced(default, value))
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    if isinstance(default, tuple) and isinstance(value, list) and value:
+        pattern = default[0]
+        if isinstance(pattern, int) or all(isinstance(item, list) and len(item) == 2 for item in value):
+            return tuple(_coerce(name, pattern, item) for item in value)
     if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
         raise CheckpointError(f"pyramid.json: {name} is {value!r}, expected something like {default!r}")
     return value

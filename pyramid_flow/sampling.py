@@ -47,6 +47,9 @@ class SamplingParams:
             check_steps(name, getattr(self, name))
         for name in ("guidance_scale", "video_guidance_scale"):
             check_guidance(name, getattr(self, name))
+        for name in ("num_inference_steps", "video_num_inference_steps", "guidance_scale", "video_guidance_scale"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, Sequence) else value)
         if len({scale > 0 for scale in _as_sequence(self.guidance_scale)}) > 1:
             raise InvalidValueError("guidance_scale", self.guidance_scale, "is on for some rows of the batch only")
 
@@ -69,13 +72,20 @@ class SamplingParams:
         counts = self.num_inference_steps if unit == 0 else self.video_num_inference_steps
         return counts if isinstance(counts, int) else counts[level]
 
+    def check(self, batch: int, num_levels: int) -> None:
+        """Raise InvalidValueError unless there are as many steps as levels and as many scales as rows, or one."""
+        for name in ("num_inference_steps", "video_num_inference_steps"):
+            steps = getattr(self, name)
+            if not isinstance(steps, int) and len(steps) != num_levels:
+                raise InvalidValueError(name, steps, f"is neither one number nor one per {num_levels} levels")
+        for name in ("guidance_scale", "video_guidance_scale"):
+            scales = getattr(self, name)
+            if len(_as_sequence(scales)) not in (1, batch):
+                raise InvalidValueError(name, scales, f"is neither one number nor one per {batch} rows")
+
     def scale(self, unit: int, batch: int) -> Tensor:
         """Guidance scale of each row, float32 [B,1,1,1,1]."""
         scales = torch.tensor(_as_sequence(self.guidance_scale if unit == 0 else self.video_guidance_scale))
-        if len(scales) not in (1, batch):
-            raise InvalidValueError(
-                "guidance_scale", scales.tolist(), f"has neither one value nor one per {batch} rows"
-            )
         return scales.float().expand(batch).reshape(-1, 1, 1, 1, 1)
 
 
@@ -121,6 +131,7 @@ def generate_latents(
     ShapeError.
     """
     batch, device, num_levels = len(text), transformer.device, len(schedule.levels)
+    params.check(batch, num_levels)
     shape = params.latent_shape(batch, transformer.latent_channels)
     branches = _branches(text, negative, params)
     finished = _first_frames(image_latent, shape, num_levels, device)
@@ -193,6 +204,8 @@ def check_num_frames(value: int) -> None:
 
 def check_steps(name: str, value: Steps) -> None:
     """Raise InvalidValueError unless every count of steps is sensible."""
+    if not _as_sequence(value):
+        raise InvalidValueError(name, value, "is empty")
     for count in _as_sequence(value):
         if not 1 <= count <= MAX_STEPS:
             raise InvalidValueError(name, value, f"is not between 1 and {MAX_STEPS}")
@@ -200,6 +213,8 @@ def check_steps(name: str, value: Steps) -> None:
 
 def check_guidance(name: str, value: Guidance) -> None:
     """Raise InvalidValueError unless every guidance scale is sensible (NaN is not)."""
+    if not _as_sequence(value):
+        raise InvalidValueError(name, value, "is empty")
     for scale in _as_sequence(value):
         if not 0 <= scale <= MAX_GUIDANCE:
             raise InvalidValueError(name, value, f"is not between 0 and {MAX_GUIDANCE:g}")
@@ -219,6 +234,10 @@ def _branches(text: TextEmbedding, negative: TextEmbedding | None, params: Sampl
         negative = negative.select(torch.zeros(len(text), dtype=torch.long))
     if len(negative) != len(text):
         raise ShapeError("negative text", f"[1 or {len(text)},L,D]", tuple(negative.tokens.shape))
+    for name in ("tokens", "pooled"):
+        features, given = getattr(text, name).shape[-1], tuple(getattr(negative, name).shape)
+        if given[-1] != features:
+            raise ShapeError(f"negative text {name}", f"[...,{features}]", given)
     return [negative, text]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -116,15 +117,31 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_existing(folder), local_files_only=True)
+    _existing(folder)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "spiece.model", "vocab.json")):
+        raise CheckpointError(f"{folder} has no vocabulary: tokenizer.json, spiece.model or vocab.json")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
     return tokenizer
 
 
 def _load(cls: type[PreTrainedModel], folder: Path, torch_dtype: torch.dtype) -> PreTrainedModel:
     """Load an encoder strictly; transformers accepts CLIP keys with and without the `text_model.` prefix."""
-    loaded: Any = cls.from_pretrained(
-        _existing(folder), dtype=torch_dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
+    if not (_existing(folder) / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json")
+    try:
+        loaded: Any = cls.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed; they raise below
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
     model, info = loaded
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:

@@ -42,6 +42,7 @@ class HistoryState:
     tokens: Tensor
     rotary: RotaryTable
     layout: PrefixLayout
+    current: tuple[int, ...]
 
 
 class SingleAttention(nn.Module):
@@ -152,21 +153,20 @@ class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def embed_history(self, history: Sequence[Tensor], current: Sequence[int], text: TextState) -> HistoryState:
         """Embed past frames, each [B,C,T,h,w] at its level, for a current frame of shape [B,C,1,h,w]."""
-        batch, channels, frames, height, width = current
-        if channels != self.latent_channels or frames != 1 or height % PATCH or width % PATCH:
-            raise ShapeError("current frame", f"[B,{self.latent_channels},1,h,w] with even h and w", tuple(current))
+        batch, channels = len(text.tokens), self.latent_channels
+        _check_clip("current frame", current, batch, channels, num_frames=1)
         for clip in history:
-            if clip.ndim != 5 or clip.shape[:2] != (batch, channels):
-                raise ShapeError("history clip", f"[{batch},{channels},T,h,w]", tuple(clip.shape))
-        shapes = [(c.shape[2], c.shape[3], c.shape[4]) for c in history] + [(1, height, width)]
+            _check_clip("history clip", clip.shape, batch, channels)
+        shapes = [(frames, height, width) for _, _, frames, height, width in (*(c.shape for c in history), current)]
         text_length = text.tokens.shape[1]
         ids = position_ids(shapes, text_length)
         patches = [patchify(clip.to(self.dtype)) for clip in history]
-        tokens = self.x_embedder(torch.cat(patches, dim=1)) if patches else text.tokens[:batch, :0]
+        tokens = self.x_embedder(torch.cat(patches, dim=1)) if patches else text.tokens[:, :0]
         return HistoryState(
             tokens=tokens,
             rotary=rotary_table(ids, self.axes_dims_rope, self.device),
             layout=prefix_layout(shapes, text_length),
+            current=tuple(current),
         )
 
     def forward(self, latents: Tensor, timestep: Tensor, text: TextState, history: HistoryState) -> Tensor:
@@ -174,6 +174,10 @@ class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         latents [B,C,1,h,w] on level's grid; timestep [B] on the 0...1000 scale, float32. Returns [B,C,1,h,w].
         """
+        if tuple(latents.shape) != history.current:
+            raise ShapeError("latents", str(list(history.current)), tuple(latents.shape))
+        if timestep.shape != latents.shape[:1]:
+            raise ShapeError("timestep", f"[{len(latents)}]", tuple(timestep.shape))
         height, width = latents.shape[-2:]
         current = self.x_embedder(patchify(latents.to(self.dtype)))
         activated = F.silu(self.time_text_embed(timestep, text.pooled))
@@ -194,6 +198,13 @@ class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _check(self, name: str, pattern: str, tensor: Tensor, features: int) -> None:
         if tensor.ndim != pattern.count(",") + 1 or tensor.shape[-1] != features:
             raise ShapeError(name, pattern.format(features), tuple(tensor.shape))
+
+
+def _check_clip(name: str, shape: Sequence[int], batch: int, channels: int, num_frames: int | None = None) -> None:
+    frames = "T" if num_frames is None else num_frames
+    fits = len(shape) == 5 and tuple(shape[:2]) == (batch, channels) and not (shape[3] % PATCH or shape[4] % PATCH)
+    if not fits or num_frames not in (None, shape[2]):
+        raise ShapeError(name, f"[{batch},{channels},{frames},h,w] with even h and w", tuple(shape))
 
 
 def key_mask(text: TextState, layout: PrefixLayout) -> Tensor | None:

@@ -249,6 +249,19 @@ def test_the_same_bytes_under_another_name_shape_or_type_change_the_fingerprint(
     assert Checkpoint.open(folder).fingerprint != before
 
 
+def test_other_settings_are_another_fingerprint(folder):
+    before = Checkpoint.open(folder).fingerprint
+    (folder / "pyramid.json").write_text('{"statistics": {"later_shift": 0.5}}')
+    assert Checkpoint.open(folder).fingerprint != before
+
+
+def test_check_sees_a_broken_text_encoder(folder):
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        Checkpoint.open(folder).check()
+
+
 def test_sharding_does_not_change_the_fingerprint(folder):
     before = Checkpoint.open(folder).fingerprint
     reshard(folder)

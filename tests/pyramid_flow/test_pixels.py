@@ -29,6 +29,15 @@ def corrupted(data: bytes, seed: int) -> bytes:
     return broken[: source.integers(1, len(broken)) if seed % 3 == 0 else None].tobytes()
 
 
+def test_a_photo_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways: turn right
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, "PNG", exif=exif)
+    upright = open_image(buffer.getvalue())
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(PICTURE), -1))
+
+
 # Decoding
 
 
