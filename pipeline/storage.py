@@ -1,49 +1,108 @@
-"""One place for files: a local folder or an object store, reached through fsspec by checked relative paths."""
+"""One place for files: a local folder or an object store, reached through fsspec by checked relative paths.
+
+Transient faults of a store are retried here and nowhere above; what is left becomes one StorageError.
+"""
 
 import logging
+import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.dircache import DirCache
 from fsspec.implementations.local import LocalFileSystem
+from tenacity import (
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_exponential,
+    wait_random_exponential,
+)
 
-from pyramid_flow.errors import PyramidFlowError
+from pipeline.faults import (
+    Fault,
+    StorageError,
+    explained,
+    fault,
+    lacks_bucket,
+    log_retry,
+    presentable,
+    redacted,
+)
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TEMPORARY_PREFIX = ".tmp-"
 """File names that begin so are unfinished writes: `Storage.list` does not show them and no path may use them."""
 
+S3_PART_BYTES = 8 * 2**20
+"""Size of the parts of an S3 upload; files from twice this size on are sent in parts."""
 
-class StorageError(PyramidFlowError):
-    """A path is refused, or a folder or object store cannot be used; the cause is chained."""
+S3_TRIES_PER_REQUEST = 2
+"""A failed part is sent again before the whole file is; more would multiply with `Retries.attempts`."""
+
+SLOWEST_UPLOAD = 2**18
+"""Bytes per second; slower uploads count as stalled."""
+
+EXTRAS = {"s3": "s3", "s3a": "s3"}
+"""Extra of this package that brings the driver of a kind of URL."""
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How patiently a call is repeated after a transient fault.
+
+    Each wait is drawn between half of and all of a length that starts at `first_wait_s` and doubles up to `max_wait_s`:
+    30 to 60 s in all, if every try fails at once. The second try is always made; later ones only within `window_s`.
+    An upload to an object store may take `upload_timeout_s` and the time that its bytes take at SLOWEST_UPLOAD.
+    """
+
+    attempts: int = 6
+    first_wait_s: float = 2.0
+    max_wait_s: float = 30.0
+    window_s: float = 90.0
+    upload_timeout_s: float = 30.0
 
 
 class Storage:
-    """Files below one local folder or object-store URL. Picklable: workers get the same place, local ones absolute.
+    """Files below one local folder or object-store URL, with retries against transient faults.
 
+    Picklable: workers get the same place, local ones absolute. Threads and forked processes may share one.
     Paths are relative, with forward slashes, and are checked before anything is touched.
 
     Args:
         url: A local folder, absolute or relative to the current one, or a URL that fsspec knows
-            (file:// s3:// gs:// abfs:// hf:// memory:// ...). The package behind it must be installed.
+            (file:// s3:// gs:// abfs:// hf:// memory:// ...). The package behind it must be installed, and finds
+            its credentials in the environment: the URL may not carry any.
+        retries: How patiently transient faults are met.
 
     Raises:
-        StorageError: The URL is empty, of an unknown kind, or needs a package that is not installed.
+        StorageError: The URL is empty, chained, of an unknown kind, or carries credentials, or its package is missing.
     """
 
-    def __init__(self, url: str) -> None:
-        if not url:
-            raise StorageError("storage needs a folder or a URL, got an empty string")
-        with _reported(f"use {url} as storage"):
-            self._fs, root = url_to_fs(url)
+    def __init__(self, url: str, retries: Retries = Retries()) -> None:
+        _check_url(url)
+        self.retries = retries
+        fs, root = _open(url)
         self.root: str = root.rstrip("/")
-        self._is_local = isinstance(self._fs, LocalFileSystem)
-        if not self.root and "memory" not in _protocols(self._fs.protocol):
+        self._is_local = isinstance(fs, LocalFileSystem)
+        if not self.root and "memory" not in _protocols(fs):
             raise StorageError(f"storage {url} names no folder or bucket")
+        self._url = self.root if self._is_local else url
+        # event loops and connections do not survive a fork; the parent's must not be closed by the child either
+        self._fs_by_process: dict[int, Any] = {os.getpid(): fs}
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str, Retries]]:
+        return Storage, (self._url, self.retries)
 
     def __repr__(self) -> str:
         return f"Storage({self._fs.unstrip_protocol(self.root)!r})"
@@ -51,16 +110,18 @@ class Storage:
     def put(self, path: str, data: bytes | Path) -> None:
         """Writes a file whole or not at all, replacing what was there; folders are made as needed.
 
+        In an object store the size of what arrived is compared with what was sent.
+
         Args:
             path: Relative path of the file.
             data: Its content, or a local file that holds it.
 
         Raises:
+            StorageFullError: There is no room for it.
             StorageError: The path is refused, or writing failed.
         """
         target = self._absolute(path)
-        with _reported(f"write {self.url(path)}"):
-            self._put(target, data)
+        self._persist(f"write {self.url(path)}", partial(self._put, target, data))
 
     def get(self, path: str) -> bytes:
         """Returns a file's content.
@@ -69,8 +130,7 @@ class Storage:
             StorageError: The path is refused, or there is no such file, or reading failed.
         """
         target = self._absolute(path)
-        with _reported(f"read {self.url(path)}"):
-            return bytes(self._fs.cat_file(target))
+        return self._persist(f"read {self.url(path)}", lambda: bytes(self._fs.cat_file(target)))
 
     def exists(self, path: str) -> bool:
         """Says whether there is a file or folder of that name.
@@ -79,9 +139,7 @@ class Storage:
             StorageError: The path is refused, or the store cannot be asked.
         """
         target = self._absolute(path)
-        with _reported(f"look for {self.url(path)}"):
-            self._fs.invalidate_cache()  # other workers write too
-            return bool(self._fs.exists(target))
+        return self._persist(f"look for {self.url(path)}", partial(self._exists, target))
 
     def list(self, prefix: str = "") -> list[str]:
         """Returns all files below a folder, recursively, as sorted paths relative to the root.
@@ -93,21 +151,24 @@ class Storage:
             StorageError: The path is refused, or listing failed.
         """
         folder = self._absolute(prefix) if prefix else self.root
-        with _reported(f"list {self._fs.unstrip_protocol(folder)}"):
-            self._fs.invalidate_cache()
-            found = self._fs.find(folder)
-        below = (name for name in found if name.startswith(f"{folder}/"))
+        found = self._persist(f"list {self._fs.unstrip_protocol(folder)}", partial(self._find, folder))
+        # object stores may hold empty objects that stand for folders
+        below = (name for name in found if name.startswith(f"{folder}/") and not name.endswith("/"))
         return sorted(name[len(self.root) + 1 :] for name in below if not _is_temporary(name))
 
     def delete(self, path: str) -> None:
         """Removes a file; one that is not there is as good as removed.
 
         Raises:
-            StorageError: The path is refused, names a folder, or removing failed.
+            StorageError: The path is refused, names a local folder, or removing failed.
         """
         target = self._absolute(path)
-        with _reported(f"delete {self.url(path)}"):
-            self._delete(target)
+        self._persist(f"delete {self.url(path)}", partial(self._delete, target))
+
+    @property
+    def uri(self) -> str:
+        """The full URI of the place itself."""
+        return str(self._fs.unstrip_protocol(self.root))
 
     def url(self, path: str) -> str:
         """Returns the full URI of a path, such as file:///out/a.mp4 or s3://bucket/out/a.mp4.
@@ -121,28 +182,90 @@ class Storage:
         """Writes, reads back and removes a small file, making a local root folder if there is none.
 
         Raises:
+            StorageFullError: There is no room for it.
             StorageError: One sentence that says why the place cannot be written.
         """
         token = secrets.token_bytes(16)
         target = f"{self.root}/{TEMPORARY_PREFIX}probe-{token.hex()}"
-        with _reported(f"use {self._fs.unstrip_protocol(self.root)} for output, it is not writable"):
-            self._put(target, token)
-            found = self._fs.cat_file(target)
-            self._delete(target)
-        if found != token:
+        action = f"use {self._fs.unstrip_protocol(self.root)} for output, it is not writable"
+        if self._persist(action, partial(self._echo, target, token)) != token:
             raise StorageError(f"{self!r} returned other bytes than were written to it")
+
+    @property
+    def _fs(self) -> Any:  # noqa: ANN401 - fsspec has no types
+        process = os.getpid()
+        if process not in self._fs_by_process:
+            self._fs_by_process.setdefault(process, _open(self._url)[0])
+        return self._fs_by_process[process]
 
     def _absolute(self, path: str) -> str:
         _check_path(path)
         return f"{self.root}/{path}"
 
+    def _persist(self, action: str, call: Callable[[], T]) -> T:
+        limits = self.retries
+        half_wait = {"multiplier": limits.first_wait_s / 2, "max": limits.max_wait_s / 2}
+        retrying = Retrying(
+            stop=stop_after_attempt(limits.attempts) | (stop_after_attempt(2) & stop_before_delay(limits.window_s)),
+            wait=wait_exponential(**half_wait) + wait_random_exponential(**half_wait),
+            retry=retry_if_exception(lambda error: fault(error) is Fault.TRANSIENT),
+            before_sleep=partial(log_retry, action, limits.attempts),
+            reraise=True,
+        )
+        try:
+            return retrying(call)
+        except Exception as error:  # noqa: BLE001 - re-raised; the drivers' exceptions have no common base
+            raise explained(action, error, retrying.statistics["attempt_number"]) from presentable(error)
+
     def _put(self, target: str, data: bytes | Path) -> None:
         if self._is_local:
             _replace_local(Path(target), data)
-        elif isinstance(data, Path):
-            self._fs.put_file(str(data), target)
+            return
+        sent = data.stat().st_size if isinstance(data, Path) else len(data)
+        options = self._upload_options(sent)
+        if isinstance(data, Path):
+            self._fs.put_file(str(data), target, **options)
         else:
-            self._fs.pipe_file(target, data)
+            self._fs.pipe_file(target, data, **options)
+        self._verify(target, sent)
+
+    def _upload_options(self, sent: int) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        if self._fs.async_impl:
+            # fsspec's own limit: read time-outs of the drivers begin only when the last byte was taken
+            options["timeout"] = self.retries.upload_timeout_s + sent / SLOWEST_UPLOAD
+        if "s3" in _protocols(self._fs):
+            options["chunksize"] = S3_PART_BYTES
+        return options
+
+    def _verify(self, target: str, sent: int) -> None:
+        self._fs.invalidate_cache()
+        arrived = self._fs.info(target)["size"]
+        if arrived != sent:
+            self._fs.rm_file(target)  # no file is better than a damaged one
+            raise ConnectionError(f"{arrived} of {sent} bytes arrived")
+
+    def _exists(self, target: str) -> bool:
+        # not fs.exists(): for many stores it takes any failure for "no"
+        self._fs.invalidate_cache()
+        try:
+            self._fs.info(target)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if lacks_bucket(error):
+                raise
+            return False
+        return True
+
+    def _find(self, folder: str) -> Iterable[str]:
+        if self._is_local:
+            return tuple(_local_files(folder))
+        self._fs.invalidate_cache()
+        try:
+            return tuple(self._fs.find(folder))
+        except FileNotFoundError as error:
+            if lacks_bucket(error):
+                raise
+            return ()
 
     def _delete(self, target: str) -> None:
         try:
@@ -150,23 +273,63 @@ class Storage:
                 Path(target).unlink()
             else:
                 self._fs.rm_file(target)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if lacks_bucket(error):
+                raise
             logger.debug("%s was already gone", target)
+
+    def _echo(self, target: str, data: bytes) -> bytes:
+        self._put(target, data)
+        found = bytes(self._fs.cat_file(target))
+        self._delete(target)
+        return found
+
+
+def _open(url: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        fs, root = url_to_fs(url, skip_instance_cache=True)
+    except ImportError as error:
+        scheme = url.partition("://")[0]
+        remedy = f"pip install 'pyramid-render[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
+        raise StorageError(f"cannot use {url} as storage, its driver is not installed: {remedy}") from error
+    except Exception as error:  # noqa: BLE001 - re-raised
+        raise explained(f"use {url} as storage", error) from presentable(error)
+    if isinstance(getattr(fs, "dircache", None), DirCache):
+        fs.dircache.use_listings_cache = False  # others write too
+    if "s3" in _protocols(fs):
+        # s3fs would repeat botocore's retries; what the user configured for s3fs goes before
+        fs.retries = 1
+        limits = {"mode": "standard", "total_max_attempts": S3_TRIES_PER_REQUEST}
+        fs.config_kwargs = {"retries": limits, **fs.config_kwargs}
+    return fs, root
 
 
 def _replace_local(target: Path, data: bytes | Path) -> None:
     # not tempfile: its files are readable by their owner only
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    partial_file = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     try:
         if isinstance(data, Path):
-            shutil.copyfile(data, partial)
+            shutil.copyfile(data, partial_file)
         else:
-            partial.write_bytes(data)
-        partial.replace(target)
+            partial_file.write_bytes(data)
+        partial_file.replace(target)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        partial_file.unlink(missing_ok=True)
         raise
+
+
+def _check_url(url: str) -> None:
+    if not url:
+        raise StorageError("storage needs a folder or a URL, got an empty string")
+    if "::" in url:
+        raise StorageError(f"storage {redacted(url)} is a chain of URLs: caches and archives cannot take output")
+    scheme, _, rest = url.partition("://")
+    user = rest.partition("/")[0].rpartition("@")[0]
+    if rest and scheme not in ("file", "local", "memory") and ("?" in rest or ":" in user):
+        raise StorageError(
+            f"a {scheme} URL for storage carries a password or a query: leave credentials to the environment"
+        )
 
 
 def _check_path(path: str) -> None:
@@ -177,6 +340,8 @@ def _check_path(path: str) -> None:
         raise StorageError(f"path {path!r} has a '.' or '..' part")
     if "\\" in path or not path.isprintable():
         raise StorageError(f"path {path!r} has a backslash or a control character")
+    if "?versionId=" in path:  # s3fs would cut it off
+        raise StorageError(f"path {path!r} has a version id")
     if _is_temporary(path):
         raise StorageError(f"path {path!r} has a part that begins with {TEMPORARY_PREFIX!r}")
 
@@ -185,15 +350,16 @@ def _is_temporary(path: str) -> bool:
     return any(part.startswith(TEMPORARY_PREFIX) for part in path.split("/"))
 
 
-def _protocols(protocol: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (protocol,) if isinstance(protocol, str) else protocol
+def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-@contextmanager
-def _reported(action: str) -> Iterator[None]:
-    # every store has its own tree of exceptions, not all of them OSErrors
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise StorageError(f"cannot {action}: {reason[0]}") from error
+def _local_files(folder: str) -> Iterator[str]:
+    # not fs.find(): it leaves out what cannot be listed
+    for parent, _, names in os.walk(folder, onerror=_raise_unless_absent):
+        yield from (f"{parent}/{name}" for name in names)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error

@@ -1,14 +1,33 @@
-"""Storage writes whole files, lists what is there, and lets no path out of its root."""
+"""Storage writes whole files, lists what is there, lets no path out of its root, and waits only where that helps."""
 
+import errno
+import http.client
+import logging
+import multiprocessing
 import os
 import pickle
+import resource
+import ssl
 import stat
+import subprocess
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from pipeline import storage as storage_module
-from pipeline.storage import TEMPORARY_PREFIX, Storage, StorageError
+from pipeline.faults import StorageError, StorageFullError
+from pipeline.storage import TEMPORARY_PREFIX, Retries, Storage
+
+pytest_plugins = ["tests.pipeline.s3_server"]
+
+QUICK = Retries(first_wait_s=0.001)
 
 ATTACKS = [
     "",
@@ -31,12 +50,20 @@ ATTACKS = [
     "a\nb",
     f"{TEMPORARY_PREFIX}a",
     f"a/{TEMPORARY_PREFIX}b/c",
+    "a?versionId=b",
 ]
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def storage(request, tmp_path):
+    if request.param == "s3":
+        return Storage(f"s3://{request.getfixturevalue('bucket')}/out")
     return Storage(str(tmp_path / "out") if request.param == "local" else f"memory://{tmp_path.name}/out")
+
+
+@pytest.fixture
+def memory(tmp_path):
+    return Storage(f"memory://{tmp_path.name}/out", QUICK)
 
 
 def test_what_is_put_is_what_is_got(storage):
@@ -68,6 +95,32 @@ def test_list_is_sorted_recursive_and_relative(storage):
     assert storage.list() == sorted(paths)
     assert storage.list("videos") == ["videos/0f/a.mp4", "videos/0f/b.mp4"]
     assert all(storage.get(path) == b"x" for path in storage.list())
+
+
+def test_what_others_do_is_seen_at_once(storage):
+    other = pickle.loads(pickle.dumps(storage))
+    assert not storage.exists("v/a")
+    assert storage.list("v") == []
+    other.put("v/a", b"x")
+    assert storage.exists("v/a")
+    assert storage.exists("v")
+    assert storage.list("v") == ["v/a"]
+    other.delete("v/a")
+    assert not storage.exists("v/a")
+    assert storage.list("v") == []
+
+
+def test_threads_may_share_it(storage):
+    names = [f"v/{number}" for number in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(storage.put, names, [name.encode() for name in names]))
+        assert list(pool.map(storage.get, names)) == [name.encode() for name in names]
+    assert storage.list() == sorted(names)
+
+
+def test_a_file_has_nothing_below_it(storage):
+    storage.put("a", b"x")
+    assert not storage.exists("a/b")
 
 
 def test_an_absent_folder_lists_as_empty(storage):
@@ -186,7 +239,322 @@ def test_probe_says_in_one_line_why_output_is_not_writable(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("url", "reason"), [("", "empty"), ("nope://a/b", "nope"), ("/", "names no folder")])
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("", "empty"),
+        ("nope://a/b", "nope"),
+        ("/", "names no folder"),
+        ("s3://", "names no folder or bucket"),
+        ("simplecache::memory://a", "chain"),
+    ],
+)
 def test_unusable_urls_are_refused(url, reason):
     with pytest.raises(StorageError, match=reason):
         Storage(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://AKIA1234:hidden@bucket/out", "ftp://me:hidden@host/out", "https://host/out?X-Amz-Signature=hidden"]
+)
+def test_credentials_in_a_url_are_refused_and_not_repeated(url):
+    with pytest.raises(StorageError, match="environment") as caught:
+        Storage(url)
+    assert "hidden" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package", "remedy"),
+    [("s3", "s3fs", r"pip install 'pyramid-render\[s3\]'"), ("gs", "gcsfs", "install gcsfs")],
+)
+def test_the_error_for_a_missing_driver_names_what_to_install(monkeypatch, scheme, package, remedy):
+    monkeypatch.delitem(_registry, scheme, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(StorageError, match=f"cannot use {scheme}://bucket/out as storage.*{remedy}"):
+        Storage(f"{scheme}://bucket/out")
+
+
+def driver_error(name, base=Exception, /, **attributes):
+    """Make an exception as a driver would raise it."""
+    error = type(name, (base,), {})("said the store")
+    vars(error).update(attributes)
+    return error
+
+
+def chained(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+class HasStatus:
+    def __init__(self, status_code):
+        self.status_code = status_code
+
+
+PASSING = [
+    ConnectionResetError("reset"),
+    ConnectionRefusedError("refused"),
+    BrokenPipeError("pipe"),
+    TimeoutError("slow"),
+    http.client.IncompleteRead(b"half"),
+    OSError(errno.EBUSY, "Please reduce your request rate."),
+    OSError(errno.ESTALE, "Stale file handle"),
+    driver_error("ClientError", response={"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 503}}),
+    chained(
+        OSError(errno.EIO, "Bad Gateway"), driver_error("ClientError", response={"Error": {"Code": "502"}}, status=502)
+    ),
+    driver_error("EndpointConnectionError", type("HTTPClientError", (Exception,), {})),
+    chained(FileNotFoundError("upload"), driver_error("ClientError", response={"Error": {"Code": "NoSuchUpload"}})),
+    driver_error("HttpError", code=429),
+    driver_error("HttpError", code="503"),
+    driver_error("HttpResponseError", status_code=500, error_code="OperationTimedOut"),
+    driver_error("ServiceResponseError"),
+    driver_error("HTTPError", OSError, response=HasStatus(504)),
+    driver_error("ClientResponseError", status=503),
+    chained(driver_error("ClientPayloadError"), driver_error("ContentLengthError", code=400)),
+    driver_error("ReadTimeout", type("TransportError", (Exception,), {})),
+]
+FINAL = [
+    PermissionError("Access Denied"),
+    FileNotFoundError("no such bucket"),
+    IsADirectoryError("folder"),
+    OSError(errno.EROFS, "Read-only file system"),
+    OSError(errno.EACCES, "Permission denied"),
+    OSError(errno.EIO, "Input/output error"),
+    ValueError("wrong"),
+    chained(driver_error("SSLError", ConnectionError), ssl.SSLCertVerificationError("self-signed certificate")),
+    driver_error(
+        "ClientError", response={"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+    ),
+    driver_error("NoCredentialsError"),
+    driver_error("HttpError", code=403),
+    driver_error("ResourceNotFoundError", status_code=404, error_code="ContainerNotFound"),
+    driver_error("HTTPError", OSError, response=HasStatus(401)),
+]
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    driver_error("HttpError", code=507),
+    driver_error("HTTPError", OSError, response=HasStatus(507)),
+    chained(OSError(errno.EIO, "no"), driver_error("ClientError", response={"Error": {"Code": "QuotaExceeded"}})),
+]
+
+
+def failing(monkeypatch, error, times, method="pipe_file"):
+    """Have a method of memory:// fail some times; return the list that grows with each call."""
+    calls = []
+    real = getattr(MemoryFileSystem, method)
+
+    def fails(self, *arguments, **options):
+        calls.append(arguments)
+        if len(calls) <= times:
+            raise error
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, method, fails)
+    return calls
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_passing_faults_of_any_driver_are_met_with_patience(memory, monkeypatch, error):
+    calls = failing(monkeypatch, error, times=3)
+    memory.put("a", b"x")
+    assert memory.get("a") == b"x"
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("error", FINAL, ids=repr)
+def test_lasting_faults_of_any_driver_are_raised_at_once(memory, monkeypatch, error):
+    calls = failing(monkeypatch, error, times=100)
+    with pytest.raises(StorageError, match=r"cannot write memory://.*/out/a: ") as caught:
+        memory.put("a", b"x")
+    assert type(caught.value) is StorageError
+    assert caught.value.__cause__ is error
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("error", FULL, ids=repr)
+def test_a_full_store_has_its_own_error(memory, monkeypatch, error):
+    calls = failing(monkeypatch, error, times=100)
+    with pytest.raises(StorageFullError, match=r"cannot write memory://.*/out/a: there is no room left: ") as caught:
+        memory.put("a", b"x")
+    assert caught.value.__cause__ is error
+    assert len(calls) == 1
+
+
+def test_an_earlier_failure_does_not_colour_a_later_one(memory, monkeypatch):
+    calls = failing(monkeypatch, ConnectionResetError("reset"), times=QUICK.attempts)
+    with pytest.raises(StorageError, match="6 attempts"):
+        memory.put("a", b"x")
+    cat = failing(monkeypatch, FileNotFoundError("absent"), 100, "cat_file")
+    try:
+        raise StorageError("earlier") from ConnectionResetError("reset")
+    except StorageError:
+        with pytest.raises(StorageError, match=r"absent$"):
+            memory.get("absent")
+    assert (len(calls), len(cat)) == (6, 1)
+
+
+def test_waits_grow_are_drawn_and_are_bounded(tmp_path, monkeypatch, caplog):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    failing(monkeypatch, ConnectionResetError("reset"), times=1000)
+    storage = Storage(f"memory://{tmp_path.name}")
+    runs = []
+    for _ in range(20):
+        with caplog.at_level(logging.ERROR), pytest.raises(StorageError, match=r"reset \(6 attempts\)"):
+            storage.put("a", b"x")
+        runs.append(tuple(waits))
+        waits.clear()
+    assert all(
+        longest / 2 <= wait <= longest for run in runs for wait, longest in zip(run, (2, 4, 8, 16, 30), strict=True)
+    )
+    assert len(set(runs)) == 20
+
+
+def test_slow_failures_are_tried_twice_and_again_only_in_the_window(tmp_path, monkeypatch):
+    calls = failing(monkeypatch, TimeoutError("slow"), times=100)
+    storage = Storage(f"memory://{tmp_path.name}", Retries(first_wait_s=0.001, window_s=0))
+    with pytest.raises(StorageError, match=r"slow \(2 attempts\)"):
+        storage.put("a", b"x")
+    assert len(calls) == 2
+
+
+def test_a_retry_is_logged_with_its_number(memory, monkeypatch, caplog):
+    failing(monkeypatch, ConnectionResetError("reset by peer"), times=1)
+    memory.put("a", b"x")
+    (record,) = [record for record in caplog.records if record.name == "pipeline.faults"]
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == f"cannot write {memory.url('a')}: reset by peer; attempt 1 of 6, next in 0.0 s"
+
+
+def test_its_patience_travels_with_it(tmp_path):
+    assert pickle.loads(pickle.dumps(Storage(str(tmp_path), QUICK))).retries == QUICK
+
+
+def test_an_interrupt_is_not_retried(memory, monkeypatch):
+    calls = failing(monkeypatch, KeyboardInterrupt(), times=100)
+    with pytest.raises(KeyboardInterrupt):
+        memory.put("a", b"x")
+    assert len(calls) == 1
+
+
+SECRETS = [
+    ("https://host/a.mp4?X-Amz-Credential=AKIAHIDDENHIDDEN1234&X-Amz-Signature=hidden", "https://host/a.mp4?"),
+    ("https://account.blob.core.windows.net/c/a?sv=2024&sig=hidden%3D", "https://account.blob.core.windows.net/c/a?"),
+    ("proxy http://me:hidden@proxy:3128 refused", "proxy:3128 refused"),
+    ("headers {'Authorization': 'Bearer hidden', 'Host': 'h'}", "'Host': 'h'"),
+    (
+        "Authorization: AWS4-HMAC-SHA256 Credential=hidden/2026/us, SignedHeaders=host, Signature=hidden",
+        "SignedHeaders=host",
+    ),
+    ("AWS_SECRET_ACCESS_KEY=hidden", "AWS_SECRET_ACCESS_KEY="),
+    ("DefaultEndpointsProtocol=https;AccountKey=hidden==;EndpointSuffix=x", "EndpointSuffix=x"),
+    ('{"access_token": "hidden", "expires": 3}', '"expires": 3'),
+    ("the key AKIAHIDDEN1234567890 is unknown", "is unknown"),
+]
+
+
+@pytest.mark.parametrize(("message", "kept"), SECRETS)
+def test_no_secret_gets_into_errors_or_logs(memory, monkeypatch, caplog, message, kept):
+    failing(monkeypatch, chained(ConnectionResetError(message), ValueError(message)), times=100)
+    with caplog.at_level(logging.DEBUG), pytest.raises(StorageError) as caught:
+        memory.put("a", b"x")
+    for told in ("".join(traceback.format_exception(caught.value)), caplog.text):
+        assert "hidden" not in told.lower()
+        assert kept in told
+
+
+def test_what_arrives_damaged_is_sent_again_or_removed(memory, monkeypatch):
+    real = MemoryFileSystem.pipe_file
+    lengths = [1, 2, 3]
+
+    def cuts_off(self, path, value, **options):
+        real(self, path, value[: lengths.pop(0)], **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", cuts_off)
+    memory.put("a", b"xyz")
+    assert memory.get("a") == b"xyz"
+    lengths.extend([1] * QUICK.attempts)
+    with pytest.raises(StorageError, match=r"1 of 3 bytes arrived \(6 attempts\)"):
+        memory.put("a", b"xyz")
+    assert memory.list() == []
+
+
+def test_a_store_that_cannot_be_asked_does_not_answer_no(memory, monkeypatch):
+    failing(monkeypatch, PermissionError("Forbidden"), 100, "info")
+    with pytest.raises(StorageError, match=r"cannot look for .*Forbidden"):
+        memory.exists("a")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+    storage = Storage(str(tmp_path))
+    storage.put("open/a", b"x")
+    storage.put("closed/b", b"x")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError("Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StorageError, match=r"cannot list .*Permission denied"):
+        storage.list()
+    assert storage.list("open") == ["open/a"]
+
+
+@contextmanager
+def small_disk(folder):
+    """Mount a disk of 1 MiB, or say that this is not allowed here."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def refuses_what_has_no_room(folder, data):
+    storage = Storage(str(folder))
+    storage.put("v/a", b"old")
+    for path in ("v/a", "v/b"):
+        with pytest.raises(StorageFullError, match=r"cannot write .*no room left") as caught:
+            storage.put(path, data)
+        assert isinstance(caught.value.__cause__, OSError)
+    assert [path.name for path in folder.rglob("*")] == ["v", "a"]
+    assert storage.get("v/a") == b"old"
+    storage.put("v/b", b"small")
+
+
+def refuses_under_a_limit(folder, data):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+    refuses_what_has_no_room(folder, data)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # that children of threaded processes may deadlock
+def test_a_full_disk_keeps_the_old_file_and_nothing_else(tmp_path, kind):
+    data = b"x" * 2**21
+    if kind == "file":
+        (tmp_path / "data").write_bytes(data)
+        data = tmp_path / "data"
+    with small_disk(tmp_path / "disk") as mounted:
+        if mounted:
+            refuses_what_has_no_room(tmp_path / "disk", data)
+            return
+    # without the right to mount: no file may grow past 1 MiB
+    process = multiprocessing.get_context("fork").Process(target=refuses_under_a_limit, args=(tmp_path / "disk", data))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_disk_limit_counts_as_full(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=refuses_under_a_limit, args=(tmp_path, b"x" * 2**21))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
