@@ -1,10 +1,11 @@
 """One render job: the passes over what is missing, the rows only the driver writes, and the pictures at the end."""
 
 import logging
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -12,15 +13,19 @@ import pyarrow.compute as pc
 
 from pipeline import ledger, runner
 from pipeline.batching import read_rows
+from pipeline.faults import StorageError
 from pipeline.plan import Plan
 from pipeline.report import GalleryEntry, gallery
 from pipeline.rows import Batch, Item, RowError, ledger_table
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Storage
 from pipeline.worklist import Echo, RowRules, Worklist
+from pyramid_flow.errors import PyramidFlowError
 
 logger = logging.getLogger(__name__)
 
 MAX_PASSES = 3
+MAX_FAILURES, MAX_FAILED_SHARE, SHARE_FROM_ROWS = 20, 0.05, 200
+GRACE_S, IDLE_S = 60.0, 2.0
 GALLERY_FILE = "gallery.png"
 GALLERY_ROWS = 64
 
@@ -28,9 +33,78 @@ OnBatch = Callable[[Batch | None], None]
 """Told every finished batch, and None now and then while nothing finishes."""
 
 
+class TooManyFailures(PyramidFlowError):
+    """Failures that are not the rows' own fault keep coming: the machine, the storage or the model is to blame."""
+
+
+class RowsMissing(PyramidFlowError):
+    """Rows of the input never arrived at the ledger."""
+
+
+@dataclass
+class StopRequest:
+    """Whether somebody asked the job to stop; set by a signal handler."""
+
+    requested: bool = False
+
+
+@dataclass
+class Stopping:
+    """A stop under way: over when its grace is, or when nothing has run for some time."""
+
+    grace_s: float
+    began: float = field(default_factory=time.monotonic)
+    busy: float = field(default_factory=time.monotonic)
+
+    def is_over(self, is_idle: Callable[[], bool]) -> bool:
+        """Tell whether to wait no longer."""
+        now = time.monotonic()
+        if not is_idle():
+            self.busy = now
+        return now - self.began > self.grace_s or now - self.busy > IDLE_S
+
+
+@dataclass
+class Breaker:
+    """Counts failures that are not the rows' own fault; too many in a row, or too large a share, trip it.
+
+    tripped: why the job should end, or empty.
+    """
+
+    max_in_a_row: int
+    total: int = 0
+    failed: int = 0
+    in_a_row: int = 0
+    tripped: str = ""
+
+    def take(self, batch: Batch | None) -> None:
+        """Count a finished batch."""
+        for item in batch.items if batch else ():
+            error = item.row.error
+            self.total += 1
+            if error is None:
+                self.in_a_row = 0
+            elif not error.is_own_fault:
+                self.in_a_row += 1
+                self.failed += 1
+                self._check(error)
+
+    def _check(self, error: RowError) -> None:
+        too_many = self.total >= SHARE_FROM_ROWS and self.failed > MAX_FAILED_SHARE * self.total
+        if too_many or self.in_a_row >= self.max_in_a_row:
+            self.tripped = (
+                f"{self.failed} of {self.total} rows failed through no fault of their own, {self.in_a_row} in a row; "
+                f"the last in {error.stage}: {error.type}: {error.message}"
+            )
+
+
 @dataclass(frozen=True)
 class RenderJob:
-    """A job that is checked and planned. constants: ledger columns that are equal for all its rows."""
+    """A job that is checked and planned.
+
+    constants: ledger columns that are equal for all its rows; max_failures: see `Breaker`; grace_s: how long a stop
+    waits for what is in flight.
+    """
 
     run: str
     storage: Storage
@@ -41,6 +115,9 @@ class RenderJob:
     retry_failed: bool
     flush_rows: int = ledger.FLUSH_ROWS
     flush_seconds: float = ledger.FLUSH_SECONDS
+    limits: runner.Limits = field(default_factory=runner.Limits)
+    max_failures: int = MAX_FAILURES
+    grace_s: float = GRACE_S
 
     def pending(self) -> Worklist:
         """Return what the ledger lacks, or what failed in another run if failed rows are to be tried again."""
@@ -49,27 +126,25 @@ class RenderJob:
         settled = view.filter(done) if self.retry_failed else view
         return self.worklist.remaining(frozenset(settled["id"].to_pylist()))
 
-    def execute(self, on_batch: OnBatch) -> None:
-        """Render until nothing of the input is missing in the ledger, in at most 3 passes.
+    def execute(self, on_batch: OnBatch, stop: StopRequest | None = None) -> None:
+        """Render until nothing of the input is missing in the ledger, in at most 3 passes, or until asked to stop.
 
-        However it ends, what has finished is in the ledger afterwards.
+        However it ends, what has finished is in the ledger afterwards. Raises TooManyFailures, and what Ray raises.
         """
+        stop = stop or StopRequest()
         writer = ledger.LedgerWriter(self.storage, self.run, self.flush_rows, self.flush_seconds)
         state: dict[str, Any] = {"state": "running"}
         ledger.write_run(self.storage, self.run, state)
         try:
             for _ in range(MAX_PASSES):
                 pending = self.pending()
-                if pending.num_rows == 0:
+                if pending.num_rows == 0 or stop.requested:
                     break
-                for batch in runner.run(pending, self.plan, self.rules):
-                    self._record(batch, writer)
-                    on_batch(batch)
+                self._render(pending, writer, on_batch, stop)
                 writer.flush()
-            for batch in self._echoes():
-                self._record(batch, writer)
-                on_batch(batch)
-            state = {"state": "finished"}
+            if not stop.requested:
+                self._finish(writer, on_batch)
+            state = {"state": "interrupted" if stop.requested else "finished"}
         except KeyboardInterrupt:
             state = {"state": "interrupted"}
             raise
@@ -79,6 +154,35 @@ class RenderJob:
         finally:
             writer.flush()
             ledger.write_run(self.storage, self.run, state)
+
+    def _finish(self, writer: ledger.LedgerWriter, on_batch: OnBatch) -> None:
+        """Write the rows that only the driver writes, and see that the ledger holds every row of the input."""
+        missing = self.pending().num_rows
+        if missing:
+            raise RowsMissing(f"{missing} rows are still missing after {MAX_PASSES} passes")
+        for batch in self._echoes():
+            self._record(batch, writer)
+            on_batch(batch)
+
+    def _render(self, pending: Worklist, writer: ledger.LedgerWriter, on_batch: OnBatch, stop: StopRequest) -> None:
+        """Make one pass. A stop writes the open ledger part first, then waits for what is in flight."""
+        rendering = runner.Rendering(pending, self.plan, self.rules, self.limits)
+        breaker = Breaker(self.max_failures)
+        stopping: Stopping | None = None
+        for arrived in rendering:
+            batch = arrived.without_skipped() if arrived else None
+            self._record(batch, writer)
+            on_batch(batch)
+            breaker.take(batch)
+            if stopping is None and (stop.requested or breaker.tripped):
+                writer.flush()
+                rendering.stop()
+                stopping = Stopping(self.grace_s)
+                logger.info("stopping: waiting at most %.0f s for rows in flight", self.grace_s)
+            if stopping is not None and stopping.is_over(rendering.is_idle):
+                break
+        if breaker.tripped:
+            raise TooManyFailures(breaker.tripped)
 
     def view(self) -> pa.Table:
         """Return the ledger's rows of this job's input."""

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from pipeline.batching import read_batches
 from pipeline.inputs import InputPart
 from pipeline.plan import Plan, PlanError, Resources, StageSpec
+from pipeline.quarantine import MAX_ATTEMPTS, Guarded, start_watch
 from pipeline.rows import Batch, pack, unpack
 from pipeline.stages import Publish
 from pipeline.worklist import PartWork, RowRules, Worklist
@@ -24,54 +26,91 @@ READ_TASKS = 2
 READ_CPUS = 0.25
 MIN_LOGICAL_CPUS = 4
 POLL_S = 0.5
+CLOSE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a row is given up: deaths of its worker while it ran alone, and seconds per stage (None = no limit)."""
+
+    max_attempts: int = MAX_ATTEMPTS
+    row_timeout_s: float | None = None
 
 
 class Worker:
     """A pool actor: one stage, told nothing but packed batches."""
 
-    def __init__(self, spec: StageSpec) -> None:
+    def __init__(self, spec: StageSpec, watch: Any, limits: Limits) -> None:  # noqa: ANN401 - an actor handle
+        node = ray.get_runtime_context().get_node_id()
         arguments = dict(spec.arguments)
         if spec.stage is Publish:
-            arguments["node"] = ray.get_runtime_context().get_node_id()
-        self.stage = spec.stage(**arguments)
+            arguments["node"] = node
+        self.stage = Guarded(spec.stage(**arguments), watch, node, limits.row_timeout_s)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Map a block of packed batches."""
         return _table([self.stage(batch) for batch in _batches(table)])
 
 
-def run(worklist: Worklist, plan: Plan, rules: RowRules) -> Iterator[Batch | None]:
-    """Render what the worklist asks for; yields every finished batch, and None while nothing arrives.
+class Rendering:
+    """A running Dataset over a worklist: iterate over what it finishes, and stop it."""
 
-    The Dataset is consumed in a thread of its own, so that the caller stays free to write its ledger, show progress
-    and take signals. An error of the Dataset is raised here.
-    """
-    dataset = build(worklist, plan, rules)
-    arrived: queue.Queue[pa.Table | Exception | None] = queue.Queue(maxsize=64)
+    def __init__(self, worklist: Worklist, plan: Plan, rules: RowRules, limits: Limits) -> None:
+        self.watch = start_watch(limits.max_attempts)
+        self.dataset = build(worklist, plan, rules, self.watch, limits)
 
-    def consume() -> None:
+    def stop(self) -> None:
+        """Let no further row begin; what has begun goes on."""
+        self.watch.stop.remote()
+
+    def is_idle(self) -> bool:
+        """Tell whether no stage runs any row."""
+        return bool(ray.get(self.watch.is_idle.remote()))
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        """Yield every finished batch, and None while nothing arrives; raises an error of the Dataset.
+
+        The Dataset is consumed in a thread of its own, so that the caller stays free to write its ledger, show
+        progress and take signals. Whoever leaves the loop early ends the Dataset.
+        """
+        arrived: queue.Queue[pa.Table | Exception | None] = queue.Queue()
+        left = threading.Event()
+        consumer = threading.Thread(target=self._consume, args=(arrived, left), name="dataset", daemon=True)
+        consumer.start()
         try:
-            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            while True:
+                try:
+                    result = arrived.get(timeout=POLL_S)
+                except queue.Empty:
+                    yield None
+                    continue
+                if result is None:
+                    return
+                if isinstance(result, Exception):
+                    raise result
+                yield from _batches(result)
+        finally:
+            left.set()
+            consumer.join(CLOSE_S)
+
+    def _consume(self, arrived: "queue.Queue[pa.Table | Exception | None]", left: threading.Event) -> None:
+        try:
+            for table in self.dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 arrived.put(table)
+                if left.is_set():
+                    break
             arrived.put(None)
-        except Exception as error:  # noqa: BLE001 - raised in the caller's thread
+        except Exception as error:  # noqa: BLE001 - raised in the iterating thread
             arrived.put(error)
 
-    threading.Thread(target=consume, name="dataset", daemon=True).start()
-    while True:
-        try:
-            result = arrived.get(timeout=POLL_S)
-        except queue.Empty:
-            yield None
-            continue
-        if result is None:
-            return
-        if isinstance(result, Exception):
-            raise result
-        yield from _batches(result)
 
-
-def build(worklist: Worklist, plan: Plan, rules: RowRules) -> "ray.data.Dataset":
+def build(
+    worklist: Worklist,
+    plan: Plan,
+    rules: RowRules,
+    watch: Any,  # noqa: ANN401 - an actor handle
+    limits: Limits,
+) -> "ray.data.Dataset":
     """Return the lazy Dataset: read and batch -> one row per sampling batch -> the stages in order.
 
     The input is read by our own tasks rather than `read_parquet`, because every row must be known by its position.
@@ -95,7 +134,7 @@ def build(worklist: Worklist, plan: Plan, rules: RowRules) -> "ray.data.Dataset"
     for spec in plan.stages:
         dataset = dataset.map_batches(
             Worker,
-            fn_constructor_args=(spec,),
+            fn_constructor_args=(spec, watch, limits),
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=spec.workers),

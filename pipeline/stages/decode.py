@@ -1,15 +1,22 @@
 """Decode: latents to an mp4 and a thumbnail strip; frames go into the encoder chunk by chunk."""
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from pipeline.rows import Item, as_tensor
-from pipeline.stages.stage import ModelConfig, Stage
+from pipeline.stages.stage import ModelConfig, Stage, release_memory
 from pipeline.video import ThumbnailStrip, VideoWriter
 from pyramid_flow.pixels import decode_frames
 
+logger = logging.getLogger(__name__)
+
 VIDEO, THUMBNAIL = "video", "thumbnail"
+SMALLER_TILES = (512, 256)
+"""Sides in pixels of the tiles that are tried after the device ran out of memory."""
 
 
 class Decode(Stage):
@@ -30,9 +37,20 @@ class Decode(Stage):
 
     def process(self, items: Sequence[Item]) -> list[Item]:
         """Decode the rows one after another."""
-        return [self._decoded(item) for item in items]
+        return [self._decoded(item, self.tile) for item in items]
 
-    def _decoded(self, item: Item) -> Item:
+    def _decoded(self, item: Item, tile: int | None) -> Item:
+        try:
+            return self._decoded_with(item, tile)
+        except torch.OutOfMemoryError:
+            smaller = next((side for side in SMALLER_TILES if tile is None or side < tile), None)
+            if smaller is None:
+                raise
+        logger.warning("decode: row %s does not fit into memory, trying tiles of %d pixels", item.row.id, smaller)
+        release_memory()
+        return self._decoded(item, smaller)
+
+    def _decoded_with(self, item: Item, tile: int | None) -> Item:
         request = item.request
         tags = {"prompt": request.prompt, "seed": str(request.seed), "model": self.model_name, "render_id": request.id}
         strip = ThumbnailStrip(request.num_frames)
@@ -48,11 +66,11 @@ class Decode(Stage):
                 threads=self.encoder_threads,
             ) as writer:
                 chunks = decode_frames(
-                    self.vae, item.tensors["latents"], self.statistics, window=self.window, tile=self.tile
+                    self.vae, item.tensors["latents"], self.statistics, window=self.window, tile=tile
                 )
                 for chunk in chunks:
                     writer.write(chunk[0].numpy())
                     strip.add(chunk[0].numpy())
                     frames += chunk.shape[1]
             tensors = {VIDEO: as_tensor(path.read_bytes()), THUMBNAIL: as_tensor(strip.webp())}
-        return item.with_tensors(tensors, frames=frames, tiling=self.tile)
+        return item.with_tensors(tensors, frames=frames, tiling=tile)

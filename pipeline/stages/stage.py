@@ -41,25 +41,32 @@ class ModelConfig:
 
 
 class Stage(ABC):
-    """One step of the pipeline: maps the items of a batch that have not failed, one for one."""
+    """One step of the pipeline: maps the pending items of a batch, one for one."""
 
     name: ClassVar[str]
 
     def __call__(self, batch: Batch) -> Batch:
-        """Process a batch. Failed rows pass through; a row that raises becomes a failed row with its reason."""
-        pending = [item for item in batch.items if item.row.error is None]
+        """Process a batch. Failed rows pass through; a row that raises becomes a failed row with its reason.
+
+        Raises only an error after which the device is of no use to this process.
+        """
+        pending = [item for item in batch.items if item.is_pending]
         if not pending:
             return batch
         started = time.perf_counter()
         done = self._attempt(pending)
         share = (time.perf_counter() - started) / len(pending)
         timed = iter(_with_seconds(item, self.name, share) for item in done)
-        return batch.with_items([next(timed) if item.row.error is None else item for item in batch.items])
+        return batch.with_items([next(timed) if item.is_pending else item for item in batch.items])
 
     def _attempt(self, items: Sequence[Item]) -> list[Item]:
         try:
             return self.process(items)
+        except torch.AcceleratorError:
+            raise  # a device-side assert, say: every later call would fail too
         except Exception as error:  # noqa: BLE001 - recorded in the row, or tried again row by row
+            if isinstance(error, torch.OutOfMemoryError):
+                release_memory()
             if len(items) > 1:
                 logger.warning("%s: a batch of %d failed (%s), trying its rows alone", self.name, len(items), error)
                 return [self._attempt([item])[0] for item in items]
@@ -69,6 +76,12 @@ class Stage(ABC):
     @abstractmethod
     def process(self, items: Sequence[Item]) -> list[Item]:
         """Map items of one shape, one for one and in order; may raise for all of them."""
+
+
+def release_memory() -> None:
+    """Give cached device memory back, so that what is tried next finds all there is."""
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def _with_seconds(item: Item, stage: str, seconds: float) -> Item:

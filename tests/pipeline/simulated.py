@@ -1,0 +1,73 @@
+"""Stages without a model: they do what a row's prompt says, and a job made of them."""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.inputs import list_parts
+from pipeline.job import RenderJob
+from pipeline.ledger import new_run_id
+from pipeline.plan import Plan, StageSpec
+from pipeline.rows import Item
+from pipeline.runner import Limits
+from pipeline.stages import Stage
+from pipeline.storage import Storage
+from pipeline.worklist import RowRules, scan
+from pyramid_flow import Preset
+
+
+class Encode(Stage):
+    """Passes rows on."""
+
+    name = "encode"
+
+    def process(self, items: Sequence[Item]) -> list[Item]:
+        return list(items)
+
+
+class Sample(Stage):
+    """Appends each row's id to a file, then kills its process, hangs, raises or works, as the prompt says."""
+
+    name = "sample"
+
+    def __init__(self, log: str, seconds: float) -> None:
+        self.log, self.seconds = Path(log), seconds
+
+    def process(self, items: Sequence[Item]) -> list[Item]:
+        prompts = [item.request.prompt.split()[0] for item in items]
+        with self.log.open("a") as log:
+            log.write(" ".join(item.row.id for item in items) + "\n")
+        if "kill" in prompts:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "hang" in prompts:
+            time.sleep(1000)
+        if "poison" in prompts:
+            raise torch.AcceleratorError("device-side assert triggered")
+        if "disk" in prompts:
+            raise OSError("no space left on device")
+        time.sleep(self.seconds)
+        return [item.with_tensors({}, batch_size=len(items)) for item in items]
+
+
+def simulated_job(table: Path, output: Path, *, batch_size: int = 4, seconds: float = 0.0, **job: object) -> RenderJob:
+    """Return a job over a table whose stages are simulated; the sampler's log is `calls` beside the output."""
+    rules = RowRules(Preset(), allow_untrained=True)
+    output.mkdir(exist_ok=True)
+    stages = (
+        StageSpec(Encode, {}, workers=1, cpus=0, gpus=0),
+        StageSpec(Sample, {"log": str(output / "calls"), "seconds": seconds}, workers=2, cpus=0, gpus=0),
+    )
+    return RenderJob(
+        run=new_run_id(),
+        storage=Storage(str(output)),
+        worklist=scan(list_parts([str(table)]), rules),
+        rules=rules,
+        plan=Plan(stages, batch_size),
+        constants={"model": "simulated", "model_fingerprint": "0", "software_version": "0"},
+        retry_failed=False,
+        **{"limits": Limits(), **job},
+    )

@@ -1,0 +1,75 @@
+import pyarrow as pa
+import pytest
+
+from pipeline import job as job_module
+from pipeline.job import SHARE_FROM_ROWS, Breaker, RowsMissing, Stopping
+from pipeline.rows import Batch, Item, RenderRow, RowError
+from tests.pipeline.simulated import simulated_job
+from tests.pipeline.tables import write_table
+
+SHAPE = {"height": 64, "width": 64, "num_frames": 9}
+
+
+def batch(*errors: str | None) -> Batch:
+    """Return rows that succeeded (None) or failed with an error of the given type."""
+    found = [RowError(stage="sample", type=name, message="why") if name else None for name in errors]
+    rows = [RenderRow(id=f"r{i}", position="t:0", error=error) for i, error in enumerate(found)]
+    return Batch(tuple(Item(row) for row in rows), pa.table({"x": list(range(len(rows)))}))
+
+
+def test_failures_in_a_row_trip_the_breaker():
+    breaker = Breaker(max_in_a_row=3)
+    breaker.take(batch("OSError", "OSError"))
+    assert not breaker.tripped
+    breaker.take(batch("OSError"))
+    assert "3 in a row; the last in sample: OSError: why" in breaker.tripped
+
+
+def test_a_success_in_between_starts_the_count_again():
+    breaker = Breaker(max_in_a_row=2)
+    breaker.take(batch("OSError", None, "OSError", None))
+    assert not breaker.tripped
+
+
+def test_bad_rows_never_trip_the_breaker():
+    breaker = Breaker(max_in_a_row=2)
+    breaker.take(batch(*["RequestError"] * 500))
+    assert not breaker.tripped
+
+
+def test_too_large_a_share_trips_the_breaker_late():
+    breaker = Breaker(max_in_a_row=1000)
+    breaker.take(batch(*["OSError", *[None] * 9] * 10))
+    assert not breaker.tripped  # 10 % of 100 rows: too early to tell
+    breaker.take(batch(*["OSError", *[None] * 9] * (SHARE_FROM_ROWS // 10)))
+    assert breaker.tripped
+
+
+def test_a_stop_is_over_when_nothing_runs_or_its_grace_is_used_up(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(job_module.time, "monotonic", lambda: now)
+    stopping = Stopping(grace_s=10.0, began=now, busy=now)
+    assert not stopping.is_over(lambda: False)
+    now = 101.0
+    assert not stopping.is_over(lambda: True)
+    now = 102.5
+    assert stopping.is_over(lambda: True)
+    assert not Stopping(10.0, began=now, busy=now).is_over(lambda: False)
+    now = 120.0
+    assert stopping.is_over(lambda: False)
+
+
+def test_rows_that_never_arrive_are_an_error(tmp_path, monkeypatch):
+    class Nothing:
+        """A Dataset that loses every row."""
+
+        def __init__(self, *_):
+            pass
+
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr(job_module.runner, "Rendering", Nothing)
+    table = write_table(tmp_path / "in.parquet", [{"prompt": "a", **SHAPE}, {"prompt": "b", **SHAPE}])
+    with pytest.raises(RowsMissing, match="2 rows are still missing after 3 passes"):
+        simulated_job(table, tmp_path / "out").execute(lambda batch: None)
