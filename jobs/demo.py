@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from jobs import render
 from jobs.settings import DemoSettings, parse
 from pyramid_flow.toy import write_random_checkpoint
@@ -20,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(DemoSettings, sys.argv[1:] if argv is None else argv)
     model = Path(settings.output) / "model"
     if not model.exists():
+        disable_progress_bar()  # the checkpoint is tiny
         write_random_checkpoint(model)
     arguments = ["--input", str(SAMPLE_TABLE), "--output", settings.output, "--model", str(model)]
     return render.main([*arguments, "--device", "cpu", "--allow-failed", str(BAD_ROWS)])

@@ -18,21 +18,37 @@ from jobs.progress import Progress
 from jobs.settings import EXIT_WRONG_JOB, RenderSettings, parse
 from jobs.summary import plan_text, summary_text
 from pipeline import ledger, runner
-from pipeline.inputs import list_parts
-from pipeline.job import RenderJob
-from pipeline.plan import Job, Resources, make_plan
+from pipeline.inputs import check_apart, folder_of, list_parts
+from pipeline.job import RenderJob, StopRequest
+from pipeline.plan import Job, PlanError, Resources, make_plan
 from pipeline.storage import Storage
 from pipeline.worklist import RowRules, scan
 from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
 
-EXIT_BROKEN, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 3, 130, 143
+EXIT_BROKEN, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 3, 130
 
 logger = logging.getLogger("pyramid-render")
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
+class Signals:
+    """Takes SIGINT and SIGTERM: the first asks the job to stop, a second one stops it at once."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+        self.exit_code = EXIT_INTERRUPTED
+
+    def install(self) -> None:
+        """Take the signals from now on; after ray.init, which replaces handlers."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.take)
+
+    def take(self, number: int, _frame: FrameType | None) -> None:
+        """Handle a signal; raises KeyboardInterrupt at the second."""
+        self.exit_code = 128 + number
+        if self.stop.requested:
+            raise KeyboardInterrupt
+        self.stop.requested = True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             resources = _resources(settings, stack)
             job = prepare(settings, resources)
+            if settings.dry_run:
+                print(plan_text(job))
+                return 0
         except PyramidFlowError as error:
             logger.error("pyramid-render render: %s", error)
             return EXIT_WRONG_JOB
-        if settings.dry_run:
-            print(plan_text(job))
-            return 0
         return _run(job, settings, resources, stack)
 
 
@@ -57,6 +73,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     checkpoint = Checkpoint.open(settings.model, settings.variant)
     checkpoint.check()
     storage = Storage(settings.output)
+    check_apart(settings.input, storage.uri)
     device = _device(settings, resources)
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
     request = Job(
@@ -64,8 +81,8 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         variant=checkpoint.transformer_folder.name,
         device=device,
         dtype=dtype,
-        output=settings.output,
-        image_root=settings.image_root or _folder(settings.input[0]),
+        output=storage.uri,
+        image_root=settings.image_root or folder_of(settings.input[0]),
         decode_window=settings.decode_window,
         tile=settings.tile,
         batch_size=settings.batch_size,
@@ -92,35 +109,38 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         retry_failed=settings.retry_failed,
         flush_rows=settings.ledger_rows,
         flush_seconds=settings.ledger_seconds,
+        limits=runner.Limits(settings.max_attempts, settings.row_timeout_s),
+        max_failures=settings.max_failures,
+        grace_s=settings.grace_s,
     )
 
 
 def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: ExitStack) -> int:
     started = time.monotonic()
+    stop = StopRequest()
+    signals = Signals(stop)
     try:
         total = job.pending().num_rows
         if total and settings.address is None:
             stack.enter_context(runner.session(None, resources))
-        signal.signal(signal.SIGTERM, _terminate)  # only now: ray.init replaces handlers
+        signals.install()
         with Progress(total) as progress:
-            job.execute(progress.update)
+            job.execute(progress.update, stop)
         gallery = job.write_gallery()
-    except KeyboardInterrupt as stop:
-        logger.error("interrupted: what has finished is in the ledger, run the same command again to resume")
-        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        stop.requested = True
     except Exception as error:  # noqa: BLE001 - whatever it was, the run's record has the traceback
         cause = getattr(error, "cause", None) or error  # what a worker raised
         logger.error("the job broke: %s: %s", type(cause).__name__, str(cause).strip().split("\n")[0])
         logger.error("details: %s; run the same command again to resume", job.storage.url(f"runs/{job.run}.json"))
         return EXIT_BROKEN
+    if stop.requested:
+        logger.error("interrupted: what has finished is in the ledger, run the same command again to resume")
+        return signals.exit_code
     view = job.view()
     print(summary_text(view, job, gallery, rendered=total, seconds=time.monotonic() - started))
     failed = view["status"].to_pylist().count("failed")
     return 0 if settings.tolerates(failed, len(view)) else EXIT_SOME_FAILED
-
-
-def _terminate(_signum: int, _frame: FrameType | None) -> None:
-    raise Terminated
 
 
 def _resources(settings: RenderSettings, stack: ExitStack) -> Resources:
@@ -129,6 +149,8 @@ def _resources(settings: RenderSettings, stack: ExitStack) -> Resources:
         found = stack.enter_context(runner.session(settings.address))
     else:
         found = Resources(os.cpu_count() or 1, torch.cuda.device_count())
+        if (settings.gpus or 0) > found.gpus:
+            raise PlanError(f"--gpus {settings.gpus}: this machine has {found.gpus}")
     return found if settings.gpus is None else Resources(found.cpus, settings.gpus)
 
 
@@ -136,10 +158,6 @@ def _device(settings: RenderSettings, resources: Resources) -> str:
     if settings.device == "auto":
         return "cuda" if resources.gpus else "cpu"
     return settings.device
-
-
-def _folder(url: str) -> str:
-    return url.rsplit("/", 1)[0] if url.endswith(".parquet") and "/" in url else ("." if "/" not in url else url)
 
 
 def _job_record(settings: RenderSettings) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Settings of the jobs: a YAML file and flags become one validated, frozen value."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic_settings
 import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
@@ -30,6 +32,7 @@ class JobSettings(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
         cli_enforce_required=False,
+        cli_exit_on_error=False,
     )
 
     config: Path | None = Field(None, description="YAML file with any of these settings; flags win over it")
@@ -88,15 +91,24 @@ class RenderSettings(JobSettings):
     tile: int | None = Field(None, ge=64, description="side of a VAE tile in pixels (default: no tiling)")
     ledger_rows: Count = Field(1000, description="write a ledger part after this many rows")
     ledger_seconds: Annotated[float, Field(gt=0)] = Field(30, description="or after this many seconds")
+    max_attempts: Count = Field(3, description="give a row up after its worker died this often while it ran alone")
+    row_timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="end a worker whose row takes longer than this in one stage (default: no limit)"
+    )
+    max_failures: Count = Field(20, description="end the job after so many failures in a row that are no row's fault")
+    grace_s: Annotated[float, Field(ge=0)] = Field(
+        60, description="seconds an interrupted job waits for rows in flight"
+    )
     retry_failed: bool = Field(False, description="render rows again that failed in an earlier run")
-    allow_failed: str = Field("0", description="exit 0 with up to this many failed rows: a count or a percentage")
+    allow_failed: str = Field(
+        "0", coerce_numbers_to_str=True, description="exit 0 with up to this many failed rows: a count or a percentage"
+    )
     dry_run: bool = Field(False, description="print the plan and stop")
 
     @field_validator("allow_failed")
     @classmethod
     def _count_or_percentage(cls, value: str) -> str:
-        number = value.removesuffix("%")
-        if not number.replace(".", "", 1).isdigit() or (number == value and "." in value):
+        if not re.fullmatch(r"[0-9]+|([0-9]+(\.[0-9]*)?|\.[0-9]+)%", value):
             raise ValueError("must be a count or a percentage, such as 10 or 5%")
         return value
 
@@ -128,8 +140,9 @@ def parse(cls: type[Settings], argv: Sequence[str]) -> Settings:
     """Parse flags over the YAML file that --config names; on a wrong setting print one message and exit with 2."""
     try:
         values = _yaml_values(_config_path(argv))
+        _check_names(cls, values)
         return CliApp.run(cls, cli_args=list(argv), **values)
-    except (ValidationError, SettingsError) as error:
+    except (ValidationError, SettingsError, pydantic_settings.SettingsError) as error:
         print(f"{cls.model_config.get('cli_prog_name')}: {_message(error)}", file=sys.stderr)
         raise SystemExit(EXIT_WRONG_JOB) from error
 
@@ -137,7 +150,10 @@ def parse(cls: type[Settings], argv: Sequence[str]) -> Settings:
 def _config_path(argv: Sequence[str]) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
-    path: str | None = parser.parse_known_args(argv)[0].config
+    try:
+        path: str | None = parser.parse_known_args(argv)[0].config
+    except argparse.ArgumentError as error:
+        raise SettingsError(str(error)) from error
     return path
 
 
@@ -146,18 +162,25 @@ def _yaml_values(path: str | None) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"config {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"config {path} is not a mapping of settings")
     return values
 
 
-def _message(error: ValidationError | SettingsError) -> str:
-    if isinstance(error, SettingsError):
-        return str(error)
+def _check_names(cls: type[JobSettings], values: dict[str, Any]) -> None:
+    unknown = sorted(set(values) - set(cls.model_fields))
+    if unknown:
+        raise SettingsError(f"config has no setting {unknown[0]!r}; there are: {', '.join(cls.model_fields)}")
+
+
+def _message(error: ValidationError | SettingsError | pydantic_settings.SettingsError) -> str:
+    """Say in one line what is wrong first."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).removeprefix("error parsing CLI: ").split())
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
     if first["type"] == "missing":
         return f"--{name} is missing (see --help)"
-    return f"{name} {first['input']!r}: {first['msg']}"
+    return f"{name} {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"

@@ -72,7 +72,7 @@ def read(storage: Storage) -> pa.Table:
     names = [name for name in storage.list(PARTS) if name.endswith(".parquet")]
     if not names:
         return LEDGER_SCHEMA.empty_table()
-    rows = _joined([pq.read_table(io.BytesIO(storage.get(name))) for name in names])
+    rows = _joined([_part(storage, name) for name in names])
     order = pa.array(range(len(rows)), pa.int64())
     succeeded = pc.cast(pc.equal(rows["status"], "succeeded"), pa.int64())
     rank = pc.add(pc.multiply(succeeded, len(rows)), order)
@@ -85,11 +85,12 @@ def read(storage: Storage) -> pa.Table:
 def claim(storage: Storage, record: Mapping[str, Any], pixel_settings: Mapping[str, Any]) -> None:
     """Write job.json, or check that the OUTPUT's own agrees in everything that changes pixels; raises LedgerError."""
     if storage.exists(JOB_FILE):
-        earlier = json.loads(storage.get(JOB_FILE)).get("pixels", {})
-        for name, value in pixel_settings.items():
-            if earlier.get(name) != value:
+        earlier = _pixel_settings(storage)
+        for name in {**pixel_settings, **earlier}:
+            before, now = earlier.get(name), pixel_settings.get(name)
+            if before != now:
                 raise LedgerError(
-                    f"{storage.url(JOB_FILE)} was rendered with {name} {earlier.get(name)!r}, this job has {value!r}: "
+                    f"{storage.url(JOB_FILE)} was rendered with {name} {before!r}, this job has {now!r}: "
                     "use another --output"
                 )
         return
@@ -103,5 +104,43 @@ def write_run(storage: Storage, run: str, state: Mapping[str, Any]) -> None:
     storage.put(f"runs/{run}.json", json.dumps(heartbeat, indent=2).encode())
 
 
+def _pixel_settings(storage: Storage) -> dict[str, Any]:
+    try:
+        pixels: dict[str, Any] = dict(json.loads(storage.get(JOB_FILE))["pixels"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"{storage.url(JOB_FILE)} is damaged: use another --output") from error
+    return pixels
+
+
+def _part(storage: Storage, name: str) -> pa.Table:
+    try:
+        return pq.read_table(io.BytesIO(storage.get(name)))
+    except (OSError, pa.ArrowException) as error:
+        raise LedgerError(f"ledger part {storage.url(name)} cannot be read: {error}") from error
+
+
 def _joined(tables: list[pa.Table]) -> pa.Table:
-    return pa.concat_tables(tables, promote_options="permissive")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        mixed = _mixed_columns(tables)
+        return pa.concat_tables([_as_text(table, mixed) for table in tables], promote_options="permissive")
+
+
+def _mixed_columns(tables: list[pa.Table]) -> list[str]:
+    """Return the columns that cannot be joined: the user's, from input files that disagree about their types."""
+    mixed = []
+    for name in dict.fromkeys(name for table in tables for name in table.column_names):
+        columns = [table.select([name]) for table in tables if name in table.column_names]
+        try:
+            pa.concat_tables(columns, promote_options="permissive")
+        except pa.ArrowException:
+            mixed.append(name)
+    return mixed
+
+
+def _as_text(table: pa.Table, names: list[str]) -> pa.Table:
+    for name in set(names) & set(table.column_names):
+        texts = [None if value is None else str(value) for value in table[name].to_pylist()]
+        table = table.set_column(table.column_names.index(name), name, pa.array(texts, pa.string()))
+    return table

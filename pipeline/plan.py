@@ -1,13 +1,17 @@
 """How many workers of each stage, and what each takes of a machine: decided and checked before anything starts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample, Stage
 from pyramid_flow.errors import PyramidFlowError
 
-GPU_SHARES = {"encode": 0.15, "sample": 0.55, "decode": 0.3}
+GPU_SHARES = {"encode": 0.1, "sample": 0.55, "decode": 0.25}
+"""Ray packs fractions onto one GPU in the order of the stages: so two samplers never share one, and beside a sampler
+there is room for a decoder and two encoders."""
+
+GPUS_PER_ENCODER = 64  # encoding a prompt costs less than a thousandth of sampling it
 MAX_ENCODER_THREADS = 4
 
 
@@ -72,14 +76,16 @@ class Plan:
 def make_plan(job: Job, resources: Resources) -> Plan:
     """Plan the stages for the resources; raises PlanError if they cannot hold one worker of each stage.
 
-    Every GPU carries one worker of each GPU stage, so a job that gets fewer GPUs than planned is slower and never
-    stuck. Without GPUs each stage has one worker. Encode and sample take no CPUs: their time is the device's.
+    Every GPU carries a sampler and a decoder, and one of 64 an encoder; any of them can run on any GPU, so a job that
+    gets fewer GPUs than planned is slower and never stuck. Without GPUs each stage has one worker. Encode and sample
+    take no CPUs: their time is the device's.
     """
     on_gpu = job.device != "cpu"
     if on_gpu and resources.gpus < 1:
         raise PlanError("the job wants GPUs and there are none: use --device cpu")
     default = resources.gpus if on_gpu else 1
-    workers = {"encode": default, "sample": default, "decode": default, "publish": 1} | dict(job.workers)
+    encoders = 1 + (default - 1) // GPUS_PER_ENCODER
+    workers = {"encode": encoders, "sample": default, "decode": default, "publish": 1} | dict(job.workers)
     threads = max(1, resources.cpus // max(workers["sample"], workers["decode"]))
     decode_cpus = min(threads, MAX_ENCODER_THREADS, resources.cpus / (2 * workers["decode"]))
     encoder_threads = max(1, int(decode_cpus))
@@ -102,7 +108,19 @@ def make_plan(job: Job, resources: Resources) -> Plan:
 
 
 def _check_fit(stages: tuple[StageSpec, ...], resources: Resources) -> None:
-    gpus = sum(spec.workers * spec.gpus for spec in stages)
-    if gpus > resources.gpus + 1e-6:
+    gpus = _gpus_for([spec.gpus for spec in stages for _ in range(spec.workers) if spec.gpus])
+    if gpus > resources.gpus:
         wanted = ", ".join(f"{spec.workers} x {spec.gpus:g} for {spec.name}" for spec in stages if spec.gpus)
-        raise PlanError(f"the plan needs {gpus:g} GPUs ({wanted}) and there are {resources.gpus}")
+        raise PlanError(f"the plan needs {gpus} GPUs ({wanted}) and there are {resources.gpus}")
+
+
+def _gpus_for(shares: Sequence[float]) -> int:
+    """Return how many GPUs hold the shares, none of which can be split over two: the largest first, where it fits."""
+    free: list[float] = []
+    for share in sorted(shares, reverse=True):
+        fitting = next((i for i, left in enumerate(free) if share <= left + 1e-6), None)
+        if fitting is None:
+            free.append(1.0 - share)
+        else:
+            free[fitting] -= share
+    return len(free)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -117,29 +116,22 @@ class RenderRequest(BaseModel):
             return value + 0.0  # -0.0 asks for the same as 0.0
         return value
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
         """32 hex digits of a hash over what is asked for: the id of a row that brings none of its own."""
         given = self.model_dump(exclude={"id", "num_videos_per_prompt", "image"}, exclude_none=True)
-        if self.image_sha256 is not None:
+        if isinstance(self.image, bytes):
             given["image_sha256"] = self.image_sha256
         elif self.image is not None:
             given["image"] = self.image
         return hash_of(given)
 
-    @cached_property
+    @property
     def image_sha256(self) -> str | None:
         """Hash of the image's bytes, if it came as bytes."""
         return hashlib.sha256(self.image).hexdigest() if isinstance(self.image, bytes) else None
 
-    def copy_seed(self, copy: int) -> int:
-        """Return the seed of a copy: the given or derived one + copy."""
-        seed = self.seed if self.seed is not None else derived_seed(self.id or self.content_hash)
-        return (seed + copy) & MAX_SEED
-
-    def resolve(
-        self, preset: Preset, row_id: str, *, copy: int = 0, allow_untrained: bool = False
-    ) -> "ResolvedRequest":
+    def resolve(self, preset: Preset, row_id: str, *, allow_untrained: bool = False) -> "ResolvedRequest":
         """Fill in the preset's values; raises RequestError for a size or length the model was not trained for."""
         has_image = self.image is not None
         later = preset.later_guidance(has_image)
@@ -158,7 +150,7 @@ class RenderRequest(BaseModel):
             video_num_inference_steps=self.video_num_inference_steps or preset.video_num_inference_steps,
             guidance_scale=preset.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             video_guidance_scale=later if self.video_guidance_scale is None else self.video_guidance_scale,
-            seed=self.copy_seed(copy),
+            seed=derived_seed(self.id or self.content_hash) if self.seed is None else self.seed,
         )
         if not allow_untrained:
             _check_trained(resolved, preset)
@@ -195,6 +187,10 @@ class ResolvedRequest(BaseModel):
             for name in ("guidance_scale", "video_guidance_scale")
             if not low <= getattr(self, name) <= high
         ]
+
+    def copy_of(self, number: int) -> "ResolvedRequest":
+        """Return one of several copies, numbered from 0: id `<id>-<number>` and seed + number."""
+        return self.model_copy(update={"id": f"{self.id}-{number}", "seed": (self.seed + number) & MAX_SEED})
 
     @property
     def batch_key(self) -> tuple[object, ...]:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from pipeline.request import ResolvedRequest
 
+OWN_FAULTS = ("RequestError", "InvalidValueError", "ImageError", "ArithmeticError", "WorkerDied")
+"""Types of errors that are the row's own doing; any other one speaks of the machine, the storage or the model."""
+
 
 class RowError(BaseModel):
     """Why a row failed, and where."""
@@ -24,17 +27,24 @@ class RowError(BaseModel):
     type: str
     message: str
 
+    @property
+    def is_own_fault(self) -> bool:
+        """Whether the row itself is to blame."""
+        return self.type in OWN_FAULTS
+
     @classmethod
     def of(cls, stage: str, error: Exception) -> "RowError":
         """Describe an exception that a stage caught."""
-        return cls(stage=stage, type=type(error).__name__, message=str(error) or type(error).__name__)
+        message = plain_text(str(error)) or type(error).__name__
+        return cls(stage=stage, type=type(error).__name__, message=message)
 
 
 class RenderRow(BaseModel):
     """Everything known about one video so far; at the end it is a row of the ledger.
 
     position: where the row stands in the input; prompt: as given, if it is text at all; request: None only for a row
-    that could not be understood; seconds: the row's share of each stage's time.
+    that could not be understood; skipped: passed through untouched because the job is stopping; seconds: the row's
+    share of each stage's time.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -47,6 +57,7 @@ class RenderRow(BaseModel):
     warnings: tuple[str, ...] = ()
     attempts: int = 1
     duplicate_of: str | None = None
+    skipped: bool = False
     uri: str | None = None
     thumbnail_uri: str | None = None
     media_type: str | None = None
@@ -77,6 +88,11 @@ class Item:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
+    def is_pending(self) -> bool:
+        """Whether a stage has work to do on the row."""
+        return self.row.error is None and not self.row.skipped
+
+    @property
     def request(self) -> ResolvedRequest:
         """The resolved request; only rows without an error are asked for it."""
         assert self.row.request is not None
@@ -102,6 +118,15 @@ class Batch:
         """Return the batch with its items replaced, one for one."""
         assert len(items) == len(self.items)
         return replace(self, items=tuple(items))
+
+    def only(self, index: int) -> "Batch":
+        """Return one row as a batch of its own."""
+        return Batch((self.items[index],), self.columns.slice(index, 1))
+
+    def without_skipped(self) -> "Batch":
+        """Return the batch without the rows that nothing was done for."""
+        kept = [index for index, item in enumerate(self.items) if not item.row.skipped]
+        return Batch(tuple(self.items[index] for index in kept), self.columns.take(pa.array(kept, pa.int64())))
 
 
 _ROWS = TypeAdapter(list[RenderRow])
@@ -143,17 +168,29 @@ def as_bytes(tensor: Tensor) -> bytes:
     return tensor.numpy().tobytes()
 
 
+def plain_text(text: str) -> str:
+    """Return the text with what cannot be stored, lone halves of characters, written as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def ledger_table(batch: Batch, constants: dict[str, str]) -> pa.Table:
     """Return the batch as ledger rows: the rows' fields, the user's columns, and what is equal for the whole job."""
     records = pa.Table.from_pylist([_record(item.row) | constants for item in batch.items], LEDGER_SCHEMA)
     for name in batch.columns.column_names:
-        free = f"user_{name}" if name in LEDGER_SCHEMA.names else name
-        records = records.append_column(free, batch.columns[name])
+        records = records.append_column(_free_name(name, batch.columns.column_names), batch.columns[name])
     return records
 
 
+def _free_name(name: str, others: Sequence[str]) -> str:
+    """Prefix the name of a user's column until it is neither one of the ledger's nor another of the user's."""
+    free = name
+    while free in LEDGER_SCHEMA.names or (free != name and free in others):
+        free = f"user_{free}"
+    return free
+
+
 def _record(row: RenderRow) -> dict[str, Any]:
-    values = row.model_dump(exclude={"request", "error"})
+    values = row.model_dump(exclude={"request", "error", "skipped"})
     request = row.request.model_dump(exclude={"id", "has_image"}) if row.request else {}
     for name in ("num_inference_steps", "video_num_inference_steps"):
         if name in request:

@@ -1,13 +1,14 @@
 """What the input asks for, row by row: render, already done, equal to an earlier row, or in conflict with one."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import count
 
 from pipeline.inputs import REQUEST_COLUMNS, InputPart, read_blocks, request_values
-from pipeline.request import ID_PATTERN, RenderRequest, RequestError, hash_of
-from pipeline.rows import RenderRow, RowError
+from pipeline.request import ID_PATTERN, RenderRequest, RequestError, ResolvedRequest, hash_of
+from pipeline.rows import RenderRow, RowError, plain_text
 from pyramid_flow import Preset
 
 
@@ -32,31 +33,41 @@ def candidates(values: dict[str, object], position: str, rules: RowRules) -> lis
     """Return the render rows of one input row: one per copy, or one failed row if it cannot be understood."""
     try:
         request = RenderRequest.parse(values)
-        base = request.id or request.content_hash
-        copies = request.num_videos_per_prompt or 1
-        rows = []
-        for copy in range(copies):
-            row_id = base if copies == 1 else f"{base}-{copy}"
-            resolved = request.resolve(rules.preset, row_id, copy=copy, allow_untrained=rules.allow_untrained)
-            row = RenderRow(
-                id=row_id,
-                position=position,
-                prompt=request.prompt,
-                request=resolved,
-                warnings=tuple(resolved.warnings),
-            )
-            image = request.image if isinstance(request.image, bytes) else None
-            rows.append(Candidate(row, request.content_hash, image))
-        return rows
     except RequestError as error:
-        content, own_id, prompt = hash_of(values), values.get("id"), values.get("prompt")
-        row = RenderRow(
-            id=own_id if isinstance(own_id, str) and ID_PATTERN.fullmatch(own_id) else content,
-            position=position,
-            prompt=prompt if isinstance(prompt, str) else None,
-            error=RowError.of("read", error),
-        )
-        return [Candidate(row, content)]
+        return [_not_understood(values, position, error)]
+    content, copies = request.content_hash, request.num_videos_per_prompt or 1
+    base = request.id or content
+    try:
+        resolved = request.resolve(rules.preset, base, allow_untrained=rules.allow_untrained)
+    except RequestError as error:
+        ids = [base] if copies == 1 else [f"{base}-{number}" for number in range(copies)]
+        failed = RenderRow(id=base, position=position, prompt=request.prompt, error=RowError.of("read", error))
+        return [Candidate(failed.updated(id=row_id), content) for row_id in ids]
+    image = request.image if isinstance(request.image, bytes) else None
+    videos = [resolved] if copies == 1 else [resolved.copy_of(number) for number in range(copies)]
+    return [_candidate(video, position, content, image) for video in videos]
+
+
+def _candidate(request: ResolvedRequest, position: str, content: str, image: bytes | None) -> Candidate:
+    row = RenderRow(
+        id=request.id,
+        position=position,
+        prompt=request.prompt,
+        request=request,
+        warnings=tuple(request.warnings),
+    )
+    return Candidate(row, f"{content}, seed {request.seed}", image)  # a copy and a row can claim the same id
+
+
+def _not_understood(values: dict[str, object], position: str, error: RequestError) -> Candidate:
+    content, own_id, prompt = hash_of(values), values.get("id"), values.get("prompt")
+    row = RenderRow(
+        id=own_id if isinstance(own_id, str) and ID_PATTERN.fullmatch(own_id) else content,
+        position=position,
+        prompt=plain_text(prompt) if isinstance(prompt, str) else None,
+        error=RowError.of("read", error),
+    )
+    return Candidate(row, content)
 
 
 class Fate(IntEnum):
@@ -139,8 +150,8 @@ def scan(parts: Sequence[InputPart], rules: RowRules) -> Worklist:
 
 
 @dataclass(frozen=True)
-class _First:
-    """Where an id was met first."""
+class _Met:
+    """Where an id was met."""
 
     part: int
     index: int
@@ -155,9 +166,8 @@ class _Seen:
         self.parts: list[InputPart] = []
         self.fates: list[bytearray] = []
         self.ids: list[list[str]] = []
-        self.echoes: list[Echo] = []
-        self.first: dict[str, _First] = {}
-        self.repeats: Counter[str] = Counter()
+        self.first: dict[str, _Met] = {}
+        self.repeats: defaultdict[str, list[_Met]] = defaultdict(list)
 
     def begin(self, part: InputPart) -> None:
         self.parts.append(part)
@@ -166,32 +176,40 @@ class _Seen:
 
     def take(self, candidate: Candidate) -> None:
         row, part = candidate.row, len(self.parts) - 1
-        first = self.first.setdefault(row.id, _First(part, len(self.ids[part]), candidate.content, row.position))
-        if first.position == row.position:
+        met = _Met(part, len(self.ids[part]), candidate.content, row.position)
+        first = self.first.setdefault(row.id, met)
+        if first is met:
             self._add(Fate.RENDER, row.id)
-            return
-        self.repeats[row.id] += 1
-        echo = Echo(f"{row.id}-dup{self.repeats[row.id]}", part, len(self.ids[part]))
-        if first.content == candidate.content:
+        else:
             self._add(Fate.DUPLICATE)
-            self.echoes.append(replace(echo, duplicate_of=row.id))
-            return
-        message = f"id {row.id!r} has two contents, at {first.position} and {row.position}"
-        self._add(Fate.CONFLICT)
-        self.echoes.append(replace(echo, message=message))
-        self._dispute(first, row.id, message)
+            self.repeats[row.id].append(met)
 
     def _add(self, fate: Fate, row_id: str = "") -> None:
         self.fates[-1].append(fate)
         self.ids[-1].append(row_id)
 
-    def _dispute(self, first: _First, row_id: str, message: str) -> None:
-        """Take the first row with a disputed id out of the rendering, once."""
-        if self.fates[first.part][first.index] == Fate.RENDER:
-            self.fates[first.part][first.index] = Fate.CONFLICT
-            self.ids[first.part][first.index] = ""
-            self.echoes.append(Echo(row_id, first.part, first.index, message=message))
-
     def worklist(self) -> Worklist:
+        echoes = [echo for row_id, repeats in self.repeats.items() for echo in self._settled(row_id, repeats)]
+        echoes.sort(key=lambda echo: (echo.part, echo.index))
         parts = tuple(PartWork(part, bytes(fates)) for part, fates in zip(self.parts, self.fates, strict=True))
-        return Worklist(parts, tuple(tuple(ids) for ids in self.ids), tuple(self.echoes))
+        return Worklist(parts, tuple(tuple(ids) for ids in self.ids), tuple(echoes))
+
+    def _settled(self, row_id: str, repeats: Sequence[_Met]) -> Iterator[Echo]:
+        """Yield the repeats of an id as duplicates, or all rows that claim it as conflicts if one differs."""
+        first, names = self.first[row_id], self._free_names(row_id)
+        others = [repeat for repeat in repeats if repeat.content != first.content]
+        if not others:
+            for repeat, name in zip(repeats, names, strict=False):
+                yield Echo(name, repeat.part, repeat.index, duplicate_of=row_id)
+            return
+        self.ids[first.part][first.index] = ""
+        for met, name in [(first, row_id), *zip(repeats, names, strict=False)]:
+            self.fates[met.part][met.index] = Fate.CONFLICT
+            rival = others[0] if met.content == first.content else met
+            message = f"id {row_id!r} has two contents, at {first.position} and {rival.position}"
+            yield Echo(name, met.part, met.index, message=message)
+
+    def _free_names(self, row_id: str) -> Iterator[str]:
+        """Yield `<id>-dup1`, `<id>-dup2`, ... without those that are the ids of other rows."""
+        names = (f"{row_id}-dup{number}" for number in count(1))
+        return (name for name in names if name not in self.first)

@@ -17,6 +17,7 @@ import pytest
 from jobs import render
 from jobs.settings import RenderSettings
 from pipeline import ledger
+from pipeline.job import StopRequest
 from pipeline.plan import Resources
 from pipeline.storage import Storage
 from pipeline.video import probe
@@ -173,9 +174,32 @@ def test_an_empty_table_is_a_finished_job(tiny_checkpoint, tmp_path, capsys):
     assert "0 of 0 rows succeeded" in capsys.readouterr().out
 
 
+def test_the_first_signal_asks_and_the_second_insists():
+    stop = StopRequest()
+    signals = render.Signals(stop)
+    assert not stop.requested
+    signals.take(signal.SIGINT, None)
+    assert stop.requested
+    assert signals.exit_code == 130
+    with pytest.raises(KeyboardInterrupt):
+        signals.take(signal.SIGTERM, None)
+    assert signals.exit_code == 143
+
+
+def test_an_output_inside_the_input_folder_exits_2(tiny_checkpoint, tmp_path, caplog):
+    write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
+    assert render.main(flags(tmp_path, tmp_path / "out", tiny_checkpoint)) == 2
+    assert "lies inside the input folder" in caplog.text
+
+
+def test_more_gpus_than_the_machine_has_exits_2(tiny_checkpoint, tmp_path, caplog):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
+    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint, "--gpus", "99")) == 2
+    assert "--gpus 99" in caplog.text
+
+
 @pytest.mark.ray
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_job_keeps_what_is_done_and_resumes(number, code, tiny_checkpoint, cluster, tmp_path):
+def test_an_interrupted_job_keeps_what_is_done_and_resumes(tiny_checkpoint, cluster, tmp_path):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **WIDE} for i in range(300)])
     arguments = flags(source, tmp_path / "out", tiny_checkpoint, "--ledger-rows", "1", "--batch-size", "1")
     process = subprocess.Popen([sys.executable, "-m", "jobs.render", *arguments], stderr=subprocess.PIPE, text=True)
@@ -185,9 +209,9 @@ def test_an_interrupted_job_keeps_what_is_done_and_resumes(number, code, tiny_ch
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 143, errors
     assert "run the same command again to resume" in errors
     done = ledger.read(Storage(str(tmp_path / "out")))
     assert set(done["status"].to_pylist()) == {"succeeded"}

@@ -9,6 +9,8 @@ from PIL import Image
 
 from pipeline.rows import Batch, Item, pack, unpack
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
+from pipeline.stages import decode as decode_module
+from pipeline.stages import sample as sample_module
 from pipeline.video import probe, read_frames, read_tags
 from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
 from tests.pipeline.tables import batch, item, rows
@@ -127,6 +129,63 @@ def test_a_row_that_breaks_a_batch_fails_alone(preset, encode, sample):
     assert [row.error is None for row in rows(done)] == [True, False, True]
     assert rows(done)[1].error.stage == "sample"
     assert [row.batch_size for row in rows(done)] == [1, None, 1]
+
+
+def test_decoding_tries_smaller_tiles_when_memory_runs_out(model, preset, encode, sample, monkeypatch):
+    tried = []
+
+    def decode_frames(vae, latents, statistics, *, window, tile):
+        tried.append(tile)
+        if tile != 256:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(vae, latents, statistics, window=window, tile=None)
+
+    original = decode_module.decode_frames
+    monkeypatch.setattr(decode_module, "decode_frames", decode_frames)
+    encoded = through(batch(item(preset, prompt="big", **SHAPE)), encode, sample)
+    [row] = rows(Decode(model, window=1, tile=None, encoder_threads=1)(encoded))
+    assert tried == [None, 512, 256]
+    assert (row.error, row.tiling) == (None, 256)
+
+
+def test_decoding_that_never_fits_fails_its_row(model, preset, encode, sample, monkeypatch):
+    def decode_frames(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(decode_module, "decode_frames", decode_frames)
+    encoded = through(batch(item(preset, prompt="big", **SHAPE)), encode, sample)
+    [row] = rows(Decode(model, window=1, tile=None, encoder_threads=1)(encoded))
+    assert row.error.type == "OutOfMemoryError"
+    assert not row.error.is_own_fault
+
+
+def test_a_poisoned_device_is_no_rows_fault(preset, encode, sample, monkeypatch):
+    def generate_latents(*_, **__):
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    monkeypatch.setattr(sample_module, "generate_latents", generate_latents)
+    encoded = encode(batch(item(preset, prompt="x", **SHAPE)))
+    with pytest.raises(torch.AcceleratorError):
+        sample(encoded)
+
+
+def test_latents_that_are_not_finite_fail_their_row_only(preset, encode, sample, monkeypatch):
+    def generate_latents(*arguments, **options):
+        latents = original(*arguments, **options)
+        latents[0, 0, 0, 0, 0] = float("nan")
+        return latents
+
+    original = sample_module.generate_latents
+    monkeypatch.setattr(sample_module, "generate_latents", generate_latents)
+    requests = [item(preset, prompt=prompt, **SHAPE) for prompt in ("one", "two")]
+    done = rows(sample(encode(batch(*requests))))
+    assert [row.error.message if row.error else None for row in done] == ["the latents are not finite", None]
+
+
+def test_skipped_rows_pass_through(preset, encode, sample):
+    skipped = item(preset, prompt="later", **SHAPE)
+    skipped = Item(skipped.row.updated(skipped=True), skipped.tensors)
+    assert rows(through(batch(skipped), encode, sample)) == [skipped.row]
 
 
 def test_failed_rows_pass_through_untouched(model, encode, sample, tmp_path):

@@ -1,0 +1,87 @@
+"""The command: its table of subcommands, its help, and its exit code for what it does not know."""
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+import pytest
+
+from jobs import cli
+from jobs.settings import DemoSettings, RenderSettings
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["pyramid-render", *arguments])
+    return cli.main()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_every_subcommand(monkeypatch, capsys, arguments):
+    assert called(monkeypatch, *arguments) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("usage: pyramid-render")
+    for name, (_, purpose) in cli.COMMANDS.items():
+        assert name in output
+        assert purpose in output
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    assert called(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == version("pyramid-render")
+
+
+@pytest.mark.parametrize("name", ["rendr", "", "--nope", "jobs.render", "../render"])
+def test_an_unknown_subcommand_is_named(monkeypatch, capsys, name):
+    assert called(monkeypatch, name) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"pyramid-render: no command {name!r}\n")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_subcommand_is_there_and_gets_the_arguments_after_its_name(monkeypatch, name):
+    module = import_module(cli.COMMANDS[name][0])
+    monkeypatch.setattr(module, "main", lambda arguments: 40 + len(arguments))
+    assert called(monkeypatch, name, "--one", "two") == 42
+
+
+@pytest.mark.parametrize(("name", "settings"), [("render", RenderSettings), ("demo", DemoSettings)])
+def test_the_help_of_a_subcommand_explains_every_setting(monkeypatch, capsys, name, settings):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        called(monkeypatch, name, "--help")
+    assert caught.value.code == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.startswith(f"usage: pyramid-render {name}")
+    assert settings.__doc__.splitlines()[0] in output
+    for field, info in settings.model_fields.items():
+        assert f"--{field.replace('_', '-')}" in output
+        assert info.description
+        assert info.description in output
+
+
+def test_the_help_of_render_explains_columns_and_exit_codes(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        called(monkeypatch, "render", "--help")
+    output = capsys.readouterr().out
+    assert all(
+        code in output for code in ("0 every row", "1 the job broke", "2 the job is wrong", "3 some rows", "143")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["render"], "--input is missing"),
+        (["render", "--nope"], "--nope"),
+        (["demo", "--nope"], "--nope"),
+        (["demo", "--output", ""], "output ''"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_exit_code_2(monkeypatch, capsys, arguments, word):
+    with pytest.raises(SystemExit) as caught:
+        called(monkeypatch, *arguments)
+    assert caught.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pyramid-render {arguments[0]}: ")
+    assert word in line

@@ -1,0 +1,206 @@
+"""Settings: flags win over YAML, nothing else counts, and every mistake is one line and exit code 2."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.settings import DemoSettings, RenderSettings, parse
+
+NEEDED = ["--input", "in.parquet", "--output", "out", "--model", "model"]
+VALUES = {"input": ["in.parquet"], "output": "out", "model": "model"}
+
+
+def parsed(*flags: str) -> RenderSettings:
+    return parse(RenderSettings, [*NEEDED, *flags])
+
+
+def from_yaml(folder: Path, values: object, *flags: str) -> RenderSettings:
+    file = folder / "job.yaml"
+    file.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return parse(RenderSettings, ["--config", str(file), *flags])
+
+
+def the_line(capsys: pytest.CaptureFixture[str], caught: pytest.ExceptionInfo[SystemExit]) -> str:
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.endswith("\n")
+    [line] = output.err.splitlines()
+    assert line.startswith("pyramid-render render: ")
+    return line
+
+
+def test_defaults_are_those_of_the_help():
+    settings = parsed()
+    assert (settings.input, settings.output, settings.model) == (["in.parquet"], "out", "model")
+    assert (settings.batch_size, settings.device, settings.dtype, settings.dry_run) == (4, "auto", "auto", False)
+    assert (settings.ledger_rows, settings.ledger_seconds, settings.workers) == (1000, 30, {})
+
+
+def test_flags_win_over_the_file(tmp_path):
+    file = {**VALUES, "batch_size": 2, "dry_run": True, "tile": 256, "allow_failed": "3"}
+    assert from_yaml(tmp_path, file).model_dump(include=set(file)) == file
+    settings = from_yaml(tmp_path, file, "--batch-size", "9", "--no-dry-run", "--output", "other", "--input", "b")
+    assert (settings.batch_size, settings.dry_run, settings.output, settings.input) == (9, False, "other", ["b"])
+    assert (settings.tile, settings.allow_failed) == (256, "3")
+
+
+def test_needed_settings_may_be_split_between_file_and_flags(tmp_path):
+    assert from_yaml(tmp_path, {"input": ["a"], "output": "o"}, "--model", "m").model == "m"
+    assert from_yaml(tmp_path, "", *NEEDED).output == "out"
+
+
+def test_inputs_may_be_repeated_and_the_last_of_other_flags_wins():
+    assert parsed("--input", "b.parquet").input == ["in.parquet", "b.parquet"]
+    assert parsed("--batch-size", "2", "--batch-size=3").batch_size == 3
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        parsed().batch_size = 5
+
+
+def test_no_environment_variable_changes_a_setting(monkeypatch, tmp_path):
+    expected = parsed().model_dump()
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    for name in RenderSettings.model_fields:
+        for spelled in (name, name.upper(), f"PYRAMID_RENDER_{name.upper()}"):
+            monkeypatch.setenv(spelled, "77")
+            lines.append(f"{spelled}=77")
+    (tmp_path / ".env").write_text("\n".join(lines))
+    assert parsed().model_dump() == expected
+    assert os.environ["BATCH_SIZE"] == "77"
+    assert parse(DemoSettings, []).output == "outputs/demo"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch-size", "x"], ["batch-size 'x'", "integer"]),
+        (["--batch-size", "0"], ["batch-size '0'", "greater than or equal to 1"]),
+        (["--batch-size", "2.5"], ["batch-size '2.5'"]),
+        (["--batch-size", "a\nb"], ["batch-size 'a\\nb'"]),
+        (["--batch-size"], ["--batch-size", "expected one argument"]),
+        (["--sample-workers", "0"], ["sample-workers"]),
+        (["--gpus", "-1"], ["gpus '-1'"]),
+        (["--device", "tpu"], ["device 'tpu'", "'cuda'"]),
+        (["--dtype", "float16"], ["dtype 'float16'", "'bfloat16'"]),
+        (["--tile", "32"], ["tile '32'", "64"]),
+        (["--tile", "100"], ["tile '100'", "must be a multiple of 32"]),
+        (["--ledger-seconds", "0"], ["ledger-seconds '0'"]),
+        (["--ledger-seconds", "nan"], ["ledger-seconds 'nan'"]),
+        (["--output", ""], ["output ''"]),
+        (["--nope", "3"], ["--nope"]),
+        (["--out", "x"], ["--out"]),
+        (["--batch_size", "3"], ["--batch_size"]),
+        (["--dry-run=false"], ["--dry-run"]),
+        (["extra"], ["extra"]),
+        (["--config"], ["--config", "expected one argument"]),
+        (["--config", "/nowhere/job.yaml"], ["/nowhere/job.yaml", "No such file"]),
+        (["--config", ""], ["config"]),
+        (["--input", "{not json}"], ["input"]),
+    ],
+)
+def test_wrong_flags_are_one_line(capsys, flags, words):
+    with pytest.raises(SystemExit) as caught:
+        parsed(*flags)
+    line = the_line(capsys, caught)
+    assert all(word in line for word in words)
+    assert "Value error" not in line
+
+
+@pytest.mark.parametrize("missing", ["input", "output", "model"])
+def test_a_missing_setting_is_named_as_a_flag(capsys, tmp_path, missing):
+    with pytest.raises(SystemExit) as caught:
+        from_yaml(tmp_path, {name: value for name, value in VALUES.items() if name != missing})
+    assert f"--{missing} is missing" in the_line(capsys, caught)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nope: 2", ["'nope'", "batch_size"]),
+        ("batch-size: 2", ["'batch-size'", "batch_size"]),
+        ("workers: 2", ["'workers'"]),
+        ("cli_args: [a]", ["'cli_args'"]),
+        ("model_cls: x", ["'model_cls'"]),
+        ("model_config: {}", ["'model_config'"]),
+        ("_env_file: x", ["'_env_file'"]),
+        ("1: 2", ["not a mapping"]),
+        ("- input", ["not a mapping"]),
+        ("just text", ["not a mapping"]),
+        ("batch_size: x", ["batch-size 'x'"]),
+        ("batch_size: 2.5", ["batch-size 2.5"]),
+        ("batch_size:", ["batch-size None"]),
+        ("input: a", ["input 'a'", "list"]),
+        ("input: []", ["input []"]),
+        ("input: [1]", ["input.0 1"]),
+        ("variant: 384", ["variant 384"]),
+        ("tile: 100", ["tile 100", "multiple of 32"]),
+        ("dry_run: perhaps", ["dry-run 'perhaps'"]),
+        ("x: [", ["cannot be read"]),
+        ("x: !!python/object:os.system {}", ["cannot be read"]),
+    ],
+)
+def test_wrong_files_are_one_line(capsys, tmp_path, text, words):
+    values = yaml.safe_dump({name: value for name, value in VALUES.items() if not text.startswith(f"{name}:")})
+    with pytest.raises(SystemExit) as caught:
+        from_yaml(tmp_path, text if text.startswith(("-", "just")) else f"{values}{text}")
+    line = the_line(capsys, caught)
+    assert all(word in line for word in words)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"output: \xff", b"\0"])
+def test_files_that_are_no_text_are_one_line(capsys, tmp_path, data):
+    (tmp_path / "job.yaml").write_bytes(data)
+    with pytest.raises(SystemExit) as caught:
+        parse(RenderSettings, ["--config", str(tmp_path / "job.yaml")])
+    assert "cannot be read" in the_line(capsys, caught)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "failed", "tolerated"),
+    [
+        ("0", 0, True),
+        ("0", 1, False),
+        ("10", 10, True),
+        ("10", 11, False),
+        ("5%", 10, True),
+        ("5%", 11, False),
+        ("0.5%", 1, True),
+        ("0.5%", 2, False),
+        (".5%", 1, True),
+        ("0%", 1, False),
+        ("100%", 200, True),
+    ],
+)
+def test_tolerated_failures_are_a_count_or_a_share_of_all_rows(allowed, failed, tolerated):
+    assert parsed("--allow-failed", allowed).tolerates(failed, 200) is tolerated
+    assert parsed("--allow-failed", allowed).tolerates(0, 0)
+
+
+@pytest.mark.parametrize(
+    "allowed", ["", "%", "-1", "1.5", "1e3", "nan", "nan%", " 5", "5 %", "5%%", ".", ".%", "²", "１"]
+)
+def test_other_tolerances_are_refused_before_the_job(capsys, allowed):
+    with pytest.raises(SystemExit) as caught:
+        parsed(f"--allow-failed={allowed}")
+    assert "must be a count or a percentage" in the_line(capsys, caught)
+
+
+def test_a_tolerance_may_be_a_number_in_the_file(tmp_path):
+    assert from_yaml(tmp_path, {**VALUES, "allow_failed": 5}).tolerates(5, 200)
+    assert from_yaml(tmp_path, {**VALUES, "allow_failed": "5%"}).tolerates(10, 200)
+
+
+def test_pinned_pools_are_named_by_stage():
+    assert parsed("--sample-workers", "3", "--publish-workers", "2").workers == {"sample": 3, "publish": 2}
+
+
+def test_settings_survive_the_job_record():
+    settings = parsed("--tile", "256", "--allow-failed", "5%")
+    again = RenderSettings(**settings.model_dump(mode="json"))
+    assert again == settings
