@@ -197,7 +197,7 @@ class RenderJob:
         return self.storage.url(GALLERY_FILE)
 
     def _record(self, batch: Batch | None, writer: ledger.LedgerWriter) -> None:
-        if batch is None:
+        if batch is None or not batch.items:
             writer.tick()
         else:
             writer.append(ledger_table(batch, {**self.constants, "run": self.run}))

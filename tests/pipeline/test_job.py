@@ -1,8 +1,11 @@
+import json
+
 import pyarrow as pa
 import pytest
 
 from pipeline import job as job_module
-from pipeline.job import SHARE_FROM_ROWS, Breaker, RowsMissing, Stopping
+from pipeline.batching import read_rows
+from pipeline.job import SHARE_FROM_ROWS, Breaker, RowsMissing, Stopping, StopRequest
 from pipeline.rows import Batch, Item, RenderRow, RowError
 from tests.pipeline.simulated import simulated_job
 from tests.pipeline.tables import write_table
@@ -57,6 +60,41 @@ def test_a_stop_is_over_when_nothing_runs_or_its_grace_is_used_up(monkeypatch):
     assert not Stopping(10.0, began=now, busy=now).is_over(lambda: False)
     now = 120.0
     assert stopping.is_over(lambda: False)
+
+
+def test_a_stop_keeps_what_is_done_and_writes_nothing_for_skipped_rows(tmp_path, monkeypatch):
+    stop = StopRequest()
+
+    class Half:
+        """A Dataset that finishes its first row, and passes the second one through after a stop."""
+
+        def __init__(self, worklist, _plan, rules, _limits):
+            [work] = [work for work in worklist.parts if work.num_rows]
+            self.first, self.second = [one for _, one in read_rows(work.part, rules, [0, 1])]
+            self.stopped = False
+
+        def stop(self):
+            self.stopped = True
+
+        def is_idle(self):
+            return False
+
+        def __iter__(self):
+            yield self.first
+            stop.requested = True
+            yield None
+            assert self.stopped
+            item = self.second.items[0]
+            yield self.second.with_items([Item(item.row.updated(skipped=True))])
+
+    monkeypatch.setattr(job_module.runner, "Rendering", Half)
+    table = write_table(tmp_path / "in.parquet", [{"prompt": "a", **SHAPE}, {"prompt": "b", **SHAPE}])
+    job = simulated_job(table, tmp_path / "out")
+    job.execute(lambda batch: None, stop)
+    assert job.view()["prompt"].to_pylist() == ["a"]
+    assert len(list((tmp_path / "out" / "metadata").iterdir())) == 1
+    assert job.pending().num_rows == 1
+    assert json.loads((tmp_path / "out" / "runs" / f"{job.run}.json").read_text())["state"] == "interrupted"
 
 
 def test_rows_that_never_arrive_are_an_error(tmp_path, monkeypatch):
