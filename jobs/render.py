@@ -18,7 +18,7 @@ from jobs.progress import Progress
 from jobs.settings import EXIT_WRONG_JOB, RenderSettings, parse
 from jobs.summary import plan_text, summary_text
 from pipeline import ledger, runner
-from pipeline.inputs import check_apart, folder_of, list_parts
+from pipeline.inputs import check_apart, folder_of, full_url, list_parts
 from pipeline.job import RenderJob, StopRequest
 from pipeline.plan import Job, PlanError, Resources, make_plan
 from pipeline.storage import Storage
@@ -72,6 +72,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     """Check everything that can be checked before a model is loaded; raises a PyramidFlowError if the job is wrong."""
     checkpoint = Checkpoint.open(settings.model, settings.variant)
     checkpoint.check()
+    parts = list_parts(settings.input)
     storage = Storage(settings.output)
     check_apart(settings.input, storage.uri)
     device = _device(settings, resources)
@@ -82,7 +83,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         device=device,
         dtype=dtype,
         output=storage.uri,
-        image_root=settings.image_root or folder_of(settings.input[0]),
+        image_root=full_url(settings.image_root) if settings.image_root else folder_of(settings.input[0]),
         decode_window=settings.decode_window,
         tile=settings.tile,
         batch_size=settings.batch_size,
@@ -90,7 +91,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     )
     plan = make_plan(request, resources)
     rules = RowRules(checkpoint.preset, settings.allow_untrained)
-    worklist = scan(list_parts(settings.input), rules)
+    worklist = scan(parts, rules)
     if not settings.dry_run:
         storage.probe()
         pixels = {"model_fingerprint": checkpoint.fingerprint, "dtype": dtype, "tile": settings.tile}

@@ -49,6 +49,12 @@ def list_parts(urls: Sequence[str]) -> list[InputPart]:
     return [part for file in files for part in _row_groups(file)]
 
 
+def full_url(url: str) -> str:
+    """Return a path or URL in full, as a worker in another folder understands it."""
+    fs, path = url_to_fs(url)
+    return str(fs.unstrip_protocol(path))
+
+
 def folder_of(url: str) -> str:
     """Return the full URL of an input's folder: of the folder itself, or the one a file lies in."""
     fs, path = url_to_fs(url)

@@ -130,6 +130,8 @@ def test_latents_do_not_depend_on_workers_or_batches(tiny_checkpoint, cluster, t
     [
         ({"model": "no/such/model"}, "there is no checkpoint folder"),
         ({"input": "no/such/table.parquet"}, "neither a file nor a folder"),
+        ({"input": "nowhere://bucket/table.parquet"}, "cannot be listed"),
+        ({"output": "nowhere://bucket/out"}, "nowhere"),
         ({"variant": "768p"}, "has no variant '768p'"),
         ({"device": "cuda", "gpus": "0"}, "wants GPUs"),
     ],
@@ -156,6 +158,18 @@ def test_another_model_into_the_same_output_is_refused(tiny_checkpoint, tmp_path
     ledger.claim(Storage(str(tmp_path / "out")), {}, {"model_fingerprint": "other"})
     assert render.main(flags(source, tmp_path / "out", tiny_checkpoint)) == 2
     assert "model_fingerprint 'other'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, "tables"), ("pictures", "pictures"), ("not/there", "not/there")]
+)
+def test_the_image_root_is_the_inputs_folder_or_what_is_said(given, expected, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tables", "pictures"):
+        (tmp_path / folder).mkdir()
+    source = write_table(Path("tables") / "in.parquet", [{"prompt": "x", **SMALL}])
+    job = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint, image_root=given), Resources(2, 0))
+    assert job.plan.stages[0].arguments["image_root"] == f"file://{tmp_path / expected}"
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path, capsys):
