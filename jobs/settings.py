@@ -72,7 +72,9 @@ class RenderSettings(JobSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="pyramid-render render")
 
-    input: list[str] = Field(min_length=1, description="Parquet files or folders, local or URLs; may be repeated")
+    input: list[str] = Field(
+        min_length=1, description=".parquet, .csv, .jsonl files or folders, local or URLs; may be repeated"
+    )
     output: str = Field(min_length=1, description="folder or URL (s3://, gs://, ...) for videos, ledger and gallery")
     model: str = Field(min_length=1, description="checkpoint folder in the published layout")
     variant: str | None = Field(None, description='"384p", "768p", "image" or a folder name, if there are several')

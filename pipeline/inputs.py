@@ -1,30 +1,39 @@
-"""Input tables: which Parquet files and row groups there are, and reading them in blocks of light rows."""
+"""Input tables: which files and row groups there are, and reading them in blocks of light rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from pyarrow import csv, json
 
 from pipeline.request import RenderRequest
 from pyramid_flow.errors import PyramidFlowError
 
 READ_ROWS = 4096
 READ_BYTES = 128 * 2**20
+TEXT_BLOCK = 16 * 2**20
 REQUEST_COLUMNS = tuple(RenderRequest.model_fields)
+TEXT_COLUMNS = [(name, pa.string()) for name in ("id", "prompt", "negative_prompt", "image")]
+"""Columns of text files that are never taken for numbers or dates."""
+
+
+Columns = Sequence[str] | None
+"""Names of the columns that are wanted; None = all."""
 
 
 class InputError(PyramidFlowError):
-    """The input cannot be used as a whole: nothing there, not Parquet, no prompt column."""
+    """The input cannot be used as a whole: nothing there, not a table, no prompt column."""
 
 
 @dataclass(frozen=True)
 class InputPart:
-    """One row group of one Parquet file: the unit that a read task takes.
+    """One row group of a Parquet file, or a whole text file: the unit that a read task takes.
 
-    first_row: number of the group's first row in its file, from 0.
+    first_row: number of the group's first row in its file, from 0; num_rows: 0 for a text file.
     """
 
     url: str
@@ -38,7 +47,7 @@ class InputPart:
 
 
 def list_parts(urls: Sequence[str]) -> list[InputPart]:
-    """List the row groups of Parquet files and folders (local or fsspec URLs) in a fixed order.
+    """List the parts of Parquet, CSV and JSON-lines files and folders (local or fsspec URLs) in a fixed order.
 
     Raises InputError if a file is missing or unreadable, or has no prompt column.
     """
@@ -46,7 +55,7 @@ def list_parts(urls: Sequence[str]) -> list[InputPart]:
     for url in urls:
         for file in _files(url):
             files[file] = None
-    return [part for file in files for part in _row_groups(file)]
+    return [part for file in files for part in _parts(file)]
 
 
 def full_url(url: str) -> str:
@@ -70,18 +79,16 @@ def check_apart(urls: Sequence[str], output: str) -> None:
             raise InputError(f"output {output} lies inside the input folder {url}")
 
 
-def read_blocks(part: InputPart, columns: Sequence[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
+def read_blocks(part: InputPart, columns: Columns = None) -> Iterator[tuple[int, pa.Table]]:
     """Yield blocks of at most 4096 rows and about 128 MiB as (number of the first row within the part, table)."""
-    with _open(part.url) as file:
-        names = [name for name in file.schema_arrow.names if columns is None or name in columns]
-        start, size = 0, file.metadata.row_group(part.row_group).total_byte_size
-        rows = max(1, min(READ_ROWS, READ_BYTES * part.num_rows // max(1, size)))
-        try:
-            for record_batch in file.iter_batches(rows, row_groups=[part.row_group], columns=names):
-                yield start, _without_views(pa.Table.from_batches([record_batch]))
-                start += record_batch.num_rows
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"input {part.url}, row group {part.row_group}, cannot be read: {error}") from error
+    start = 0
+    try:
+        for table in FORMATS[_suffix(part.url)](part, columns):
+            names = [name for name in table.column_names if columns is None or name in columns]
+            yield start, _without_views(table.select(names))
+            start += len(table)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"input {part.url}, row group {part.row_group}, cannot be read: {error}") from error
 
 
 def request_values(table: pa.Table) -> list[dict[str, object]]:
@@ -116,31 +123,33 @@ def _without_views(table: pa.Table) -> pa.Table:
     return table.cast(pa.schema([field.with_type(plain.get(field.type, field.type)) for field in table.schema]))
 
 
+def _suffix(url: str) -> str:
+    """Return the ending that names a file's format; Parquet if it has none that is known."""
+    return next((suffix for suffix in FORMATS if url.lower().endswith(suffix)), PARQUET)
+
+
 def _files(url: str) -> list[str]:
-    """A file stands for itself, a folder for the .parquet files below it, sorted."""
+    """A file stands for itself, a folder for the tables below it, sorted."""
     if not url:
         raise InputError("input '' is empty")
     try:
         fs, path = url_to_fs(url)
         if fs.isfile(path):
             return [fs.unstrip_protocol(path)]
-        found = sorted(name for name in fs.find(path) if name.endswith(".parquet"))
+        found = sorted(name for name in fs.find(path) if name.lower().endswith(tuple(FORMATS)))
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"input {url} cannot be listed: {error}") from error
     if not found:
-        raise InputError(f"input {url} is neither a file nor a folder with .parquet files")
+        raise InputError(f"input {url} is neither a file nor a folder with {', '.join(FORMATS)} files")
     return [fs.unstrip_protocol(name) for name in found]
 
 
-def _row_groups(url: str) -> list[InputPart]:
+def _parts(url: str) -> list[InputPart]:
+    """List the parts of a file: a Parquet file's row groups, or a text file as one part of unknown length."""
     try:
-        with _open(url) as file:
-            names, counts = (
-                file.schema_arrow.names,
-                [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)],
-            )
+        names, counts = _parquet_layout(url) if _suffix(url) == PARQUET else _text_layout(url)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"input {url} is not a readable Parquet file: {error}") from error
+        raise InputError(f"input {url} is not a readable {_suffix(url)} file: {error}") from error
     if "prompt" not in names:
         raise InputError(f"input {url} has no column 'prompt', it has: {', '.join(names)}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -148,8 +157,69 @@ def _row_groups(url: str) -> list[InputPart]:
     return [InputPart(url, i, sum(counts[:i]), count) for i, count in enumerate(counts)]
 
 
+def _parquet_layout(url: str) -> tuple[list[str], list[int]]:
+    with _open(url) as source, pq.ParquetFile(source) as file:
+        return file.schema_arrow.names, [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+
+
+def _text_layout(url: str) -> tuple[list[str], list[int]]:
+    first = next(FORMATS[_suffix(url)](InputPart(url, 0, 0, 0), None))
+    return first.column_names, [0]
+
+
+def _parquet_tables(part: InputPart, columns: Columns) -> Iterator[pa.Table]:
+    with _open(part.url) as source, pq.ParquetFile(source, pre_buffer=True) as file:
+        size = file.metadata.row_group(part.row_group).total_byte_size
+        rows = max(1, min(READ_ROWS, READ_BYTES * part.num_rows // max(1, size)))
+        names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+        for record_batch in file.iter_batches(rows, row_groups=[part.row_group], columns=names):
+            yield pa.Table.from_batches([record_batch])
+
+
+def _csv_tables(part: InputPart, _columns: Columns) -> Iterator[pa.Table]:
+    """Read a CSV file with a header; an empty cell is null, and types are those of the first 16 MiB."""
+    convert = csv.ConvertOptions(column_types=dict(TEXT_COLUMNS), null_values=[""], strings_can_be_null=True)
+    with _open(part.url) as source:
+        reader = csv.open_csv(
+            source,
+            read_options=csv.ReadOptions(block_size=TEXT_BLOCK),
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=convert,
+        )
+        yield reader.schema.empty_table()
+        for record_batch in reader:
+            yield from _slices(pa.Table.from_batches([record_batch]))
+
+
+def _jsonl_tables(part: InputPart, _columns: Columns) -> Iterator[pa.Table]:
+    """Read a file of one JSON object per line, as a whole."""
+    with _open(part.url) as source:
+        table = json.read_json(
+            source,
+            read_options=json.ReadOptions(block_size=TEXT_BLOCK),
+            parse_options=json.ParseOptions(explicit_schema=pa.schema(TEXT_COLUMNS), unexpected_field_behavior="infer"),
+        )
+    yield table.schema.empty_table()
+    yield from _slices(table)
+
+
+def _slices(table: pa.Table) -> Iterator[pa.Table]:
+    for start in range(0, len(table), READ_ROWS):
+        yield table.slice(start, READ_ROWS)
+
+
 @contextmanager
-def _open(url: str) -> Iterator[pq.ParquetFile]:
+def _open(url: str) -> Iterator[BinaryIO]:
     fs, path = url_to_fs(url)
-    with fs.open(path, "rb") as source, pq.ParquetFile(source, pre_buffer=True) as file:
-        yield file
+    with fs.open(path, "rb") as source:
+        yield source
+
+
+PARQUET = ".parquet"
+FORMATS: dict[str, Callable[[InputPart, Columns], Iterator[pa.Table]]] = {
+    PARQUET: _parquet_tables,
+    ".csv": _csv_tables,
+    ".jsonl": _jsonl_tables,
+    ".ndjson": _jsonl_tables,
+}
+"""Readers of tables by the ending of their file."""

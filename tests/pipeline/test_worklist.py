@@ -57,8 +57,8 @@ def rendered(worklist: Worklist) -> dict[str, str]:
     ("content", "reason"),
     [
         (None, "neither a file nor a folder"),
-        (b"", "not a readable Parquet file"),
-        (b"prompt\na fox\n", "not a readable Parquet file"),
+        (b"", "not a readable .parquet file"),
+        (b"prompt\na fox\n", "not a readable .parquet file"),
         (pa.table({"text": ["a"]}), "no column 'prompt', it has: text"),
         (
             pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]),
@@ -86,8 +86,68 @@ def test_places_that_are_none_are_an_input_error(url):
 
 def test_a_folder_without_tables_is_an_input_error(tmp_path):
     (tmp_path / "notes.txt").write_text("a fox")
-    with pytest.raises(InputError, match=r"\.parquet files"):
+    with pytest.raises(InputError, match=r"a folder with \.parquet, \.csv, \.jsonl, \.ndjson files"):
         list_parts([str(tmp_path)])
+
+
+TEXT_TABLES = {
+    "t.csv": 'prompt,id,height,guidance_scale,note\n"a fox, running",one,128,4.5,x\n2024-01-01,,,,y\n,,128,,\n',
+    "t.jsonl": (
+        '{"prompt": "a fox, running", "id": "one", "height": 128, "guidance_scale": 4.5, "note": "x"}\n'
+        '{"prompt": "2024-01-01", "note": "y"}\n'
+        '{"height": 128}\n'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_TABLES)
+def test_text_files_hold_the_same_rows_as_parquet(tmp_path, name):
+    rows = [
+        {"prompt": "a fox, running", "id": "one", "height": 128, "guidance_scale": 4.5, "note": "x"},
+        {"prompt": "2024-01-01", "note": "y"},
+        {"height": 128},
+    ]
+    expected = scanned(write_table(tmp_path / "t.parquet", rows))
+    file = tmp_path / name
+    file.write_text(TEXT_TABLES[name])
+    worklist = scanned(file)
+    assert list(worklist.expected_ids()) == list(expected.expected_ids())
+    assert set(rendered(worklist)) == set(rendered(expected))
+    [batch, *_] = batches(worklist)
+    assert batch.columns.column_names == ["note"]
+    assert batch.items[0].row.position == f"file://{file}:0"
+
+
+def test_text_files_are_read_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "READ_ROWS", 3)
+    file = tmp_path / "t.csv"
+    file.write_text("prompt\n" + "".join(f"prompt {i}\n" for i in range(8)))
+    [part] = list_parts([str(file)])
+    assert [(start, len(table)) for start, table in read_blocks(part) if len(table)] == [(0, 3), (3, 3), (6, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("t.csv", "", "not a readable .csv file"),
+        ("t.csv", "text,note\na,b\n", "no column 'prompt', it has: text, note"),
+        ("t.jsonl", '{"prompt": "a"\n', "not a readable .jsonl file"),
+        ("t.jsonl", "prompt\n", "not a readable .jsonl file"),
+    ],
+)
+def test_text_that_is_no_table_is_an_input_error(tmp_path, name, content, reason):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(InputError, match=reason):
+        list_parts([str(file)])
+
+
+def test_a_text_file_that_breaks_off_is_an_input_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "TEXT_BLOCK", 2**10)
+    file = tmp_path / "t.csv"
+    file.write_text("prompt,height\n" + "a fox,64\n" * 1000 + "a fox,64,what\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        scanned(file)
 
 
 def test_damaged_pages_are_an_input_error(tmp_path):
