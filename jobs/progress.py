@@ -32,7 +32,7 @@ class Progress:
 
     def update(self, batch: Batch | None) -> None:
         """Take a finished batch, or nothing."""
-        rows = [item.row for item in batch.items if item.row.duplicate_of is None] if batch else []
+        rows = [item.row for item in batch.items] if batch else []
         self.done += len(rows)
         self.failed += sum(row.error is not None for row in rows)
         self.bar.set_postfix(failed=self.failed, refresh=False)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic_settings
 import yaml
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
 
 EXIT_WRONG_JOB = 2
 
@@ -56,6 +56,14 @@ class DemoSettings(JobSettings):
     model_config = SettingsConfigDict(cli_prog_name="pyramid-render demo")
 
     output: str = Field("outputs/demo", min_length=1, description="folder for the model, videos, ledger and gallery")
+
+
+class StatusSettings(JobSettings):
+    """Say how far the jobs of an output are: rows done, rate, time left, failures by reason."""
+
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render status")
+
+    output: CliPositionalArg[str] = Field(min_length=1, description="folder or URL that render writes to")
 
 
 class RenderSettings(JobSettings):

@@ -22,13 +22,19 @@ def plan_text(job: RenderJob) -> str:
     return f"{rows}\n{job.plan.describe()}\nup to {job.plan.batch_size} rows of one shape in a batch"
 
 
+def failures(view: pa.Table) -> list[str]:
+    """Return a line for each of the commonest reasons of failed rows."""
+    pairs = zip(view["status"].to_pylist(), view["error_message"].to_pylist(), strict=True)
+    reasons = Counter(reason for status, reason in pairs if status == "failed")
+    return [f"  failed, {count} x: {reason}" for reason, count in reasons.most_common(SHOWN_REASONS)]
+
+
 def summary_text(view: pa.Table, job: RenderJob, gallery: str, *, rendered: int, seconds: float) -> str:
     """Say what was done, what failed and why, where the time went, and where to look."""
-    rows = view.select(["status", "error_message", "seconds", "run", "device"]).to_pylist()
+    rows = view.select(["status", "seconds", "run"]).to_pylist()
     succeeded = [row for row in rows if row["status"] == "succeeded"]
     lines = [f"{len(succeeded)} of {len(rows)} rows succeeded; this run took {rendered} rows in {seconds:.1f} s"]
-    reasons = Counter(row["error_message"] for row in rows if row["status"] == "failed")
-    lines += [f"  failed, {count} x: {reason}" for reason, count in reasons.most_common(SHOWN_REASONS)]
+    lines += failures(view)
     mine = [dict(row["seconds"]) for row in succeeded if row["run"] == job.run and row["seconds"]]
     if mine:
         means = ", ".join(f"{stage} {sum(row.get(stage, 0) for row in mine) / len(mine):.2f}" for stage in STAGES)

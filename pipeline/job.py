@@ -133,46 +133,48 @@ class RenderJob:
         """
         stop = stop or StopRequest()
         writer = ledger.LedgerWriter(self.storage, self.run, self.flush_rows, self.flush_seconds)
-        state: dict[str, Any] = {"state": "running"}
-        ledger.write_run(self.storage, self.run, state)
+        heartbeat = ledger.Heartbeat(self.storage, self.run, self.pending().num_rows, self.flush_seconds)
+        heartbeat.write("running")
+
+        def take(batch: Batch | None) -> None:
+            self._record(batch, writer)
+            items = batch.items if batch else ()
+            heartbeat.count(len(items), sum(item.row.error is not None for item in items))
+            on_batch(batch)
+
         try:
             for _ in range(MAX_PASSES):
                 pending = self.pending()
                 if pending.num_rows == 0 or stop.requested:
                     break
-                self._render(pending, writer, on_batch, stop)
+                self._render(pending, writer, take, stop)
                 writer.flush()
             if not stop.requested:
-                self._finish(writer, on_batch)
-            state = {"state": "interrupted" if stop.requested else "finished"}
-        except KeyboardInterrupt:
-            state = {"state": "interrupted"}
-            raise
-        except Exception:
-            state = {"state": "broken", "error": traceback.format_exc()}
-            raise
-        finally:
+                self._finish(writer)
             writer.flush()
-            ledger.write_run(self.storage, self.run, state)
+            heartbeat.write("interrupted" if stop.requested else "finished")
+        except BaseException as error:
+            writer.flush()
+            interrupted = isinstance(error, KeyboardInterrupt)
+            heartbeat.write("interrupted" if interrupted else "broken", None if interrupted else traceback.format_exc())
+            raise
 
-    def _finish(self, writer: ledger.LedgerWriter, on_batch: OnBatch) -> None:
+    def _finish(self, writer: ledger.LedgerWriter) -> None:
         """Write the rows that only the driver writes, and see that the ledger holds every row of the input."""
         missing = self.pending().num_rows
         if missing:
             raise RowsMissing(f"{missing} rows are still missing after {MAX_PASSES} passes")
         for batch in self._echoes():
             self._record(batch, writer)
-            on_batch(batch)
 
-    def _render(self, pending: Worklist, writer: ledger.LedgerWriter, on_batch: OnBatch, stop: StopRequest) -> None:
+    def _render(self, pending: Worklist, writer: ledger.LedgerWriter, take: OnBatch, stop: StopRequest) -> None:
         """Make one pass. A stop writes the open ledger part first, then waits for what is in flight."""
         rendering = runner.Rendering(pending, self.plan, self.rules, self.limits)
         breaker = Breaker(self.max_failures)
         stopping: Stopping | None = None
         for arrived in rendering:
             batch = arrived.without_skipped() if arrived else None
-            self._record(batch, writer)
-            on_batch(batch)
+            take(batch)
             breaker.take(batch)
             if stopping is None and (stop.requested or breaker.tripped):
                 writer.flush()

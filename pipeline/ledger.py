@@ -18,6 +18,7 @@ from pipeline.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
 
 PARTS = "metadata"
+RUNS = "runs"
 JOB_FILE = "job.json"
 FLUSH_ROWS = 1000
 FLUSH_SECONDS = 30.0
@@ -98,10 +99,50 @@ def claim(storage: Storage, record: Mapping[str, Any], pixel_settings: Mapping[s
     storage.put(JOB_FILE, text.encode())
 
 
-def write_run(storage: Storage, run: str, state: Mapping[str, Any]) -> None:
-    """Write the state of a run to runs/<run>.json."""
-    heartbeat = {"run": run, "at": datetime.now(UTC).isoformat(), **state}
-    storage.put(f"runs/{run}.json", json.dumps(heartbeat, indent=2).encode())
+@dataclass
+class Heartbeat:
+    """The state of a run in runs/<run>.json, rewritten every 30 s: what `pyramid-render status` reads.
+
+    total: rows the run set out to render; done, failed: how many of them have arrived.
+    """
+
+    storage: Storage
+    run: str
+    total: int
+    seconds: float = FLUSH_SECONDS
+    done: int = 0
+    failed: int = 0
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _written_at: float = field(default_factory=time.monotonic)
+
+    def count(self, done: int, failed: int) -> None:
+        """Count rows that have arrived, and write the state if it is due."""
+        self.done += done
+        self.failed += failed
+        if time.monotonic() - self._written_at >= self.seconds:
+            self.write("running")
+
+    def write(self, state: str, error: str | None = None) -> None:
+        """Write the state: running, finished, interrupted or broken (with its traceback)."""
+        self._written_at = time.monotonic()
+        record = {
+            "run": self.run,
+            "state": state,
+            "started_at": self.started_at.isoformat(),
+            "at": datetime.now(UTC).isoformat(),
+            "rows": {"total": self.total, "done": self.done, "failed": self.failed},
+            "error": error,
+        }
+        self.storage.put(f"{RUNS}/{self.run}.json", json.dumps(record, indent=2).encode())
+
+
+def read_runs(storage: Storage) -> list[dict[str, Any]]:
+    """Return the states of all runs, the earliest first; raises LedgerError if one is damaged."""
+    names = [name for name in storage.list(RUNS) if name.endswith(".json")]
+    try:
+        return [dict(json.loads(storage.get(name))) for name in names]
+    except (ValueError, TypeError) as error:
+        raise LedgerError(f"a run's state below {storage.url(RUNS)} is damaged: {error}") from error
 
 
 def _pixel_settings(storage: Storage) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from jobs.progress import Progress
 from pipeline.rows import Batch, Item, RenderRow, RowError
 
 
-def batch(*, failed: int = 0, fine: int = 0, duplicates: int = 0) -> Batch:
+def batch(*, failed: int = 0, fine: int = 0) -> Batch:
     error = RowError(stage="sample", type="ValueError", message="no")
     rows = [RenderRow(id=f"f{i}", position="t:0", error=error) for i in range(failed)]
     rows += [RenderRow(id=f"s{i}", position="t:0") for i in range(fine)]
-    rows += [RenderRow(id=f"d{i}", position="t:0", duplicate_of="s0") for i in range(duplicates)]
     return Batch(tuple(Item(row) for row in rows), pa.table({"x": list(range(len(rows)))}))
 
 
@@ -26,14 +25,6 @@ def test_lines_say_what_is_done_and_what_is_left(caplog, monkeypatch):
     assert caplog.messages[1].startswith("0 of 10 rows, 0 failed")
     assert caplog.messages[2].startswith("4 of 10 rows, 1 failed")
     assert "s left" in caplog.messages[2]
-
-
-def test_rows_that_are_not_rendered_do_not_count(caplog, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
-    caplog.set_level(logging.INFO)
-    with Progress(2) as shown:
-        shown.update(batch(fine=1, duplicates=5))
-    assert caplog.messages[-1].startswith("1 of 2 rows")
 
 
 def test_nothing_to_do_says_nothing(caplog):

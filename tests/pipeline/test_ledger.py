@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import ledger
 from pipeline.faults import StorageError
-from pipeline.ledger import LedgerError, LedgerWriter, claim, new_run_id, read, write_run
+from pipeline.ledger import Heartbeat, LedgerError, LedgerWriter, claim, new_run_id, read, read_runs
 from pipeline.rows import LEDGER_SCHEMA, Batch, Item, RenderRow, RowError, ledger_table
 from pipeline.storage import Storage
 
@@ -221,10 +221,28 @@ def test_a_damaged_job_record_is_refused(storage, data):
         claim(storage, {}, PIXELS)
 
 
-def test_runs_have_ids_that_sort_by_time_and_a_record(storage, monkeypatch):
+def test_runs_have_ids_that_sort_by_time():
     ids = [new_run_id() for _ in range(100)]
     assert len(set(ids)) == 100
     assert sorted({run[:15] for run in ids}) == list(dict.fromkeys(run[:15] for run in ids))
-    write_run(storage, ids[0], {"state": "running"})
-    write_run(storage, ids[0], {"state": "finished"})
-    assert json.loads(storage.get(f"runs/{ids[0]}.json"))["state"] == "finished"
+
+
+def test_a_heartbeat_is_written_when_it_is_due_and_at_the_end(storage):
+    heartbeat = Heartbeat(storage, "r", total=3, seconds=1000)
+    heartbeat.write("running")
+    heartbeat.count(2, 1)
+    assert read_runs(storage)[0]["rows"] == {"total": 3, "done": 0, "failed": 0}
+    heartbeat.seconds = 0
+    heartbeat.count(1, 0)
+    [run] = read_runs(storage)
+    assert (run["state"], run["rows"]) == ("running", {"total": 3, "done": 3, "failed": 1})
+    heartbeat.write("broken", "why")
+    [run] = read_runs(storage)
+    assert (run["state"], run["error"]) == ("broken", "why")
+    assert run["started_at"] <= run["at"]
+
+
+def test_runs_are_read_in_order_of_time(storage):
+    for run in ("20260102T000000-b", "20260101T000000-a"):
+        Heartbeat(storage, run, total=0).write("finished")
+    assert [run["run"] for run in read_runs(storage)] == ["20260101T000000-a", "20260102T000000-b"]
