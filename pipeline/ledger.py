@@ -139,10 +139,15 @@ class Heartbeat:
 def read_runs(storage: Storage) -> list[dict[str, Any]]:
     """Return the states of all runs, the earliest first; raises LedgerError if one is damaged."""
     names = [name for name in storage.list(RUNS) if name.endswith(".json")]
+    return [_run_state(storage, name) for name in names]
+
+
+def _run_state(storage: Storage, name: str) -> dict[str, Any]:
     try:
-        return [dict(json.loads(storage.get(name))) for name in names]
-    except (ValueError, TypeError) as error:
-        raise LedgerError(f"a run's state below {storage.url(RUNS)} is damaged: {error}") from error
+        record: dict[str, Any] = json.loads(storage.get(name))
+        return {key: record[key] for key in ("run", "state", "started_at", "at", "rows", "error")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"{storage.url(name)} is damaged or of another version") from error
 
 
 def _pixel_settings(storage: Storage) -> dict[str, Any]:

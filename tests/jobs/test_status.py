@@ -1,5 +1,7 @@
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from jobs import status
 from pipeline.batching import read_rows
 from pipeline.ledger import Heartbeat
@@ -58,8 +60,9 @@ def test_a_place_without_jobs_exits_2(tmp_path, capsys):
     assert "no job has written" in capsys.readouterr().err
 
 
-def test_a_damaged_state_exits_2(tmp_path, capsys):
-    Storage(str(tmp_path)).put("runs/r.json", b"{")
+@pytest.mark.parametrize("data", [b"{", b"[]", b"{}"])
+def test_a_damaged_state_exits_2(data, tmp_path, capsys):
+    Storage(str(tmp_path)).put("runs/r.json", data)
     assert status.main([str(tmp_path)]) == 2
     assert "is damaged" in capsys.readouterr().err
 
