@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except PyramidFlowError as error:
             logger.error("pyramid-render render: %s", error)
             return EXIT_WRONG_JOB
+        except KeyboardInterrupt:
+            logger.error("interrupted: nothing was rendered")
+            return EXIT_INTERRUPTED
         return _run(job, settings, resources, stack)
 
 

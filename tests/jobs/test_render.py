@@ -188,6 +188,16 @@ def test_an_empty_table_is_a_finished_job(tiny_checkpoint, tmp_path, capsys):
     assert "0 of 0 rows succeeded" in capsys.readouterr().out
 
 
+def test_an_interrupt_while_the_input_is_read_is_no_traceback(tiny_checkpoint, tmp_path, monkeypatch, caplog):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(render, "scan", interrupted)
+    source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
+    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint)) == 130
+    assert "nothing was rendered" in caplog.text
+
+
 def test_the_first_signal_asks_and_the_second_insists():
     stop = StopRequest()
     signals = render.Signals(stop)
