@@ -1,7 +1,7 @@
-"""Frames to mp4 and back: a streaming writer, a reader, a probe, container tags and strips of thumbnails.
+"""Frames to mp4: a streaming writer with container tags, and strips of thumbnails.
 
-ffmpeg is the one that imageio-ffmpeg ships or finds. Its own reader and writer are not used: they neither look at
-ffmpeg's exit status nor keep what it says on stderr.
+ffmpeg is the one that imageio-ffmpeg ships or finds. Its own writer is not used: it neither looks at ffmpeg's exit
+status nor keeps what it says on stderr.
 """
 
 import io
@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -42,34 +41,10 @@ _TO_BT709 = (
     f"scale=out_color_matrix=bt709:out_range=tv:{_SCALE},format=yuv420p,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
-# anchored to the line start: a line inside a printed tag begins with blanks and a colon
-_STREAM_LINE = re.compile(
-    r"^  Stream #0:\d+[^\n]*?: Video: (?P<codec>\w+)[^\n]*?, (?P<pixel_format>\w+)(?:\([^\n]*?\))?, \d+x\d+",
-    re.MULTILINE,
-)
 
 
 class VideoError(PyramidFlowError):
     """ffmpeg failed, and the message holds its last lines; or a writer or strip was used out of order."""
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a video file holds, found by decoding all of it.
-
-    Attributes:
-        width, height: Pixels.
-        frames: Number of frames that decode.
-        fps: Frames per second.
-        codec, pixel_format: ffmpeg's names, such as "h264" and "yuv420p".
-    """
-
-    width: int
-    height: int
-    frames: int
-    fps: float
-    codec: str
-    pixel_format: str
 
 
 class VideoWriter:
@@ -203,53 +178,6 @@ class VideoWriter:
         self._process = None
 
 
-def read_frames(path: str | os.PathLike[str]) -> Frames:
-    """Decodes a whole video into memory, about twice height * width * 3 bytes per frame while it runs.
-
-    Returns:
-        uint8 RGB, [n, height, width, 3].
-
-    Raises:
-        VideoError: The file is missing, is no video, or does not decode.
-    """
-    info = probe(path)
-    raw = _decode(path, "-vf", f"scale={_SCALE}", "-pix_fmt", "rgb24", "-f", "rawvideo").stdout
-    return np.frombuffer(raw, np.uint8).reshape(-1, info.height, info.width, 3).copy()
-
-
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """Decodes a video once and tells what is in it.
-
-    Raises:
-        VideoError: The file is missing, is no video, or does not decode.
-    """
-    result = _decode(path, "-c:v", "rawvideo", "-f", "framecrc")
-    stream = _STREAM_LINE.search(result.stderr.decode("utf-8", "replace"))
-    lines = result.stdout.decode("ascii").splitlines()
-    header = dict(line[1:].split(": ", 1) for line in lines if line.startswith("#"))
-    if stream is None or "dimensions 0" not in header:
-        raise VideoError(f"{path}: ffmpeg finds no video stream")
-    width, height = header["dimensions 0"].split("x")
-    return VideoInfo(
-        width=int(width),
-        height=int(height),
-        frames=sum(not line.startswith("#") for line in lines),
-        fps=float(1 / Fraction(header["tb 0"])),  # the time base of a constant-rate stream is one frame
-        codec=stream["codec"],
-        pixel_format=stream["pixel_format"],
-    )
-
-
-def read_tags(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns the container tags of a video, without those that the container sets itself.
-
-    Raises:
-        VideoError: The file is missing or is no video.
-    """
-    raw = _run_ffmpeg(path, "-v", "error", "-i", _file_url(path), "-f", "ffmetadata", "pipe:1").stdout
-    return {key: value for key, value in _parse_ffmetadata(raw) if key not in _CONTAINER_TAGS}
-
-
 class ThumbnailStrip:
     """Picks evenly spaced frames, first and last among them, while chunks stream by.
 
@@ -350,36 +278,6 @@ def _tag_value(value: str) -> str:
     if len(encoded) > MAX_TAG_BYTES:
         logger.warning("a container tag of %d bytes is cut to %d", len(encoded), MAX_TAG_BYTES)
     return encoded[:MAX_TAG_BYTES].decode("utf-8", "ignore")
-
-
-def _parse_ffmetadata(raw: bytes) -> list[tuple[str, str]]:
-    # a backslash escapes the byte after it, also a line's end
-    tags = []
-    for line in re.findall(rb"(?:\\.|[^\\\n])+", raw, re.DOTALL):
-        if line.startswith(b"["):  # sections of streams and chapters follow the container's tags
-            break
-        match = re.fullmatch(rb"((?:\\.|[^\\=;#])+)=(.*)", line, re.DOTALL)
-        if match:
-            key, value = (re.sub(rb"\\(.)", rb"\1", part, flags=re.DOTALL) for part in match.groups())
-            tags.append((key.decode("utf-8", "replace"), value.decode("utf-8", "replace")))
-    return tags
-
-
-def _decode(path: str | os.PathLike[str], *output: str) -> subprocess.CompletedProcess[bytes]:
-    return _run_ffmpeg(
-        path, "-xerror", "-err_detect", "explode", "-i", _file_url(path), "-map", "0:v:0", *output, "pipe:1"
-    )
-
-
-def _run_ffmpeg(path: str | os.PathLike[str], *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", *arguments]
-    try:
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    except OSError as error:
-        raise VideoError(f"cannot start ffmpeg: {error}") from error
-    if result.returncode:
-        raise VideoError(f"{path}: ffmpeg failed with status {result.returncode}: {_last_lines(result.stderr)}")
-    return result
 
 
 def _close_pipe(process: subprocess.Popen[bytes]) -> None:

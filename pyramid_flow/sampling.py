@@ -204,20 +204,20 @@ def check_num_frames(value: int) -> None:
 
 def check_steps(name: str, value: Steps) -> None:
     """Raise InvalidValueError unless every count of steps is sensible."""
-    if not _as_sequence(value):
-        raise InvalidValueError(name, value, "is empty")
-    for count in _as_sequence(value):
-        if not 1 <= count <= MAX_STEPS:
-            raise InvalidValueError(name, value, f"is not between 1 and {MAX_STEPS}")
+    _check_range(name, value, 1, MAX_STEPS)
 
 
 def check_guidance(name: str, value: Guidance) -> None:
     """Raise InvalidValueError unless every guidance scale is sensible (NaN is not)."""
-    if not _as_sequence(value):
+    _check_range(name, value, 0, MAX_GUIDANCE)
+
+
+def _check_range(name: str, value: float | Sequence[float], low: float, high: float) -> None:
+    numbers = _as_sequence(value)
+    if not numbers:
         raise InvalidValueError(name, value, "is empty")
-    for scale in _as_sequence(value):
-        if not 0 <= scale <= MAX_GUIDANCE:
-            raise InvalidValueError(name, value, f"is not between 0 and {MAX_GUIDANCE:g}")
+    if not all(low <= number <= high for number in numbers):
+        raise InvalidValueError(name, value, f"is not between {low:g} and {high:g}")
 
 
 def _as_sequence(value: float | Sequence[float]) -> Sequence[float]:

@@ -20,7 +20,7 @@ from pipeline import ledger
 from pipeline.job import StopRequest
 from pipeline.plan import Resources
 from pipeline.storage import Storage
-from pipeline.video import probe
+from tests.pipeline.mp4 import probe
 from tests.pipeline.tables import write_table
 
 SMALL = {"height": 64, "width": 64, "num_frames": 9}

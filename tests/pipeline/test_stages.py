@@ -11,8 +11,8 @@ from pipeline.rows import Batch, Item, pack, unpack
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
 from pipeline.stages import decode as decode_module
 from pipeline.stages import sample as sample_module
-from pipeline.video import probe, read_frames, read_tags
 from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
+from tests.pipeline.mp4 import probe, read_frames, read_tags
 from tests.pipeline.tables import batch, item, rows
 
 SHAPE = {"height": 64, "width": 128, "num_frames": 17}

@@ -9,17 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.video import (
-    MAX_TAG_BYTES,
-    THUMBNAIL_WIDTH,
-    ThumbnailStrip,
-    VideoError,
-    VideoWriter,
-    probe,
-    read_frames,
-    read_tags,
-)
+from pipeline.video import MAX_TAG_BYTES, THUMBNAIL_WIDTH, ThumbnailStrip, VideoError, VideoWriter
 from pyramid_flow.errors import InvalidValueError, ShapeError
+from tests.pipeline.mp4 import probe, read_frames, read_tags
 
 
 def moving_gradient(num_frames=9, height=64, width=128):
