@@ -37,8 +37,11 @@ def summary_text(view: pa.Table, job: RenderJob, gallery: str, *, rendered: int,
     lines += failures(view)
     mine = [dict(row["seconds"]) for row in succeeded if row["run"] == job.run and row["seconds"]]
     if mine:
-        means = ", ".join(f"{stage} {sum(row.get(stage, 0) for row in mine) / len(mine):.2f}" for stage in STAGES)
-        lines.append(f"  seconds per video: {means}")
+        means = {stage: sum(row.get(stage, 0) for row in mine) / len(mine) for stage in STAGES}
+        lines.append("  seconds per video: " + ", ".join(f"{stage} {mean:.2f}" for stage, mean in means.items()))
+        shares = {spec.name: spec.gpus for spec in job.plan.stages if spec.gpus}
+        if shares:
+            lines.append(f"  GPU-seconds per video: {sum(means[stage] * gpus for stage, gpus in shares.items()):.2f}")
     storage = job.storage
     lines += [
         f"  videos   {storage.url('videos')}",
