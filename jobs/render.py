@@ -8,19 +8,22 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 
 from jobs.progress import Progress
 from jobs.settings import EXIT_WRONG_JOB, RenderSettings, parse
-from jobs.summary import plan_text, summary_text
+from jobs.summary import SUMMARY_COLUMNS, plan_text, summary_text
 from pipeline import ledger, runner
+from pipeline.costs import Costs, expected_costs, flops_estimate, read_measured
 from pipeline.inputs import check_apart, folder_of, full_url, list_parts
 from pipeline.job import RenderJob, StopRequest
-from pipeline.plan import Job, PlanError, Resources, make_plan
+from pipeline.plan import Job, Plan, PlanError, Resources, make_plan
 from pipeline.storage import Storage
 from pipeline.worklist import RowRules, scan
 from pyramid_flow import Checkpoint
@@ -59,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             resources = _resources(settings, stack)
             job = prepare(settings, resources)
-            if settings.dry_run:
-                print(plan_text(job))
+            if settings.dry_run and not settings.calibrate:
+                print(plan_text(job, settings.gpu_hour_price))
                 return 0
         except PyramidFlowError as error:
             logger.error("pyramid-render render: %s", error)
@@ -80,37 +83,50 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     check_apart(settings.input, storage.uri)
     device = _device(settings, resources)
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
-    request = Job(
+    target = Job(
         model_path=str(checkpoint.root),
         variant=checkpoint.transformer_folder.name,
         device=device,
         dtype=dtype,
         output=storage.uri,
         image_root=full_url(settings.image_root) if settings.image_root else folder_of(settings.input[0]),
+        image_hosts=frozenset(settings.allow_image_host),
         decode_window=settings.decode_window,
         tile=settings.tile,
         batch_size=settings.batch_size,
         workers=settings.workers,
+        gpu_shares=settings.gpu_shares,
+        encoder_threads=settings.ffmpeg_threads,
+        layout=settings.layout,
     )
-    plan = make_plan(request, resources)
+    make_plan(target, resources)  # a plan that cannot fit is said before the input is read
     rules = RowRules(checkpoint.preset, settings.allow_untrained)
     worklist = scan(parts, rules)
-    if not settings.dry_run:
+    if settings.shard:
+        worklist = worklist.shard(*settings.shard_of)
+    if not settings.dry_run or settings.calibrate:
         storage.probe()
         pixels = {"model_fingerprint": checkpoint.fingerprint, "dtype": dtype, "tile": settings.tile}
         ledger.claim(storage, _job_record(settings), pixels)
+
+    def plan_for(costs: Costs | None) -> Plan:
+        return make_plan(replace(target, costs=costs), resources)
+
+    estimate = flops_estimate(checkpoint, device, settings.tile)
     return RenderJob(
         run=ledger.new_run_id(),
         storage=storage,
         worklist=worklist,
         rules=rules,
-        plan=plan,
+        plan=plan_for(expected_costs(worklist.num_rows_by_shape, read_measured(storage), estimate)),
+        plan_for=plan_for,
         constants={
             "model": f"{checkpoint.root.name}/{checkpoint.variant}",
             "model_fingerprint": checkpoint.fingerprint,
             "software_version": version("pyramid-render"),
         },
         retry_failed=settings.retry_failed,
+        shard=settings.shard and settings.shard.replace("/", "-of-"),
         flush_rows=settings.ledger_rows,
         flush_seconds=settings.ledger_seconds,
         limits=runner.Limits(settings.max_attempts, settings.row_timeout_s),
@@ -125,12 +141,17 @@ def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: 
     signals = Signals(stop)
     try:
         total = job.pending().num_rows
-        if total and settings.address is None:
+        if total and settings.own_cluster:
             stack.enter_context(runner.session(None, resources))
         signals.install()
+        if settings.calibrate and total:
+            job = _calibrated(job, stop)
+        if settings.dry_run and not stop.requested:
+            print(plan_text(job, settings.gpu_hour_price))
+            return 0
         with Progress(total) as progress:
             job.execute(progress.update, stop)
-        gallery = job.write_gallery()
+        gallery, failed = job.write_gallery(), job.write_failed()
     except KeyboardInterrupt:
         stop.requested = True
     except Exception as error:  # noqa: BLE001 - whatever it was, the run's record has the traceback
@@ -141,15 +162,32 @@ def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: 
     if stop.requested:
         logger.error("interrupted: what has finished is in the ledger, run the same command again to resume")
         return signals.exit_code
-    view = job.view()
-    print(summary_text(view, job, gallery, rendered=total, seconds=time.monotonic() - started))
-    failed = view["status"].to_pylist().count("failed")
-    return 0 if settings.tolerates(failed, len(view)) else EXIT_SOME_FAILED
+    view = job.view(SUMMARY_COLUMNS)
+    print(summary_text(view, job, rendered=total, seconds=time.monotonic() - started))
+    print(*(f"  {name:<8} {url}" for name, url in _places(job, gallery, failed).items()), sep="\n")
+    num_failed = pc.sum(pc.equal(view["status"], "failed")).as_py() or 0
+    return 0 if settings.tolerates(num_failed, len(view)) else EXIT_SOME_FAILED
+
+
+def _calibrated(job: RenderJob, stop: StopRequest) -> RenderJob:
+    """Render two batches of each shape, rows of the job like any other, and return it planned by their costs."""
+    first = job.pending().first_of_each_shape(2 * job.plan.batch_size)
+    logger.info("calibrating with %d rows", first.num_rows)
+    trial = replace(job, run=ledger.new_run_id(), worklist=first)
+    with Progress(first.num_rows) as progress:
+        trial.execute(progress.update, stop)
+    costs = trial.measured.costs()
+    return job if costs is None else replace(job, plan=job.plan_for(costs))
+
+
+def _places(job: RenderJob, gallery: str, failed: str | None) -> dict[str, str]:
+    places = {"videos": job.storage.url("videos"), "ledger": job.storage.url("metadata"), "gallery": gallery}
+    return places if failed is None else places | {"failed": failed}
 
 
 def _resources(settings: RenderSettings, stack: ExitStack) -> Resources:
     """Return what the job may use: of this machine, or of the running cluster, which is connected to."""
-    if settings.address is not None:
+    if not settings.own_cluster:
         found = stack.enter_context(runner.session(settings.address))
     else:
         found = Resources(os.cpu_count() or 1, torch.cuda.device_count())

@@ -1,9 +1,11 @@
 """Settings of the jobs: a YAML file and flags become one validated, frozen value."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,9 +14,13 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pipeline.plan import Layout
+
 EXIT_WRONG_JOB = 2
+OWN_CLUSTER = "local"
 
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class SettingsError(Exception):
@@ -46,7 +52,7 @@ class JobSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take nothing from environment variables: a stray HEIGHT or MODEL must not change a job."""
+        """Take no setting from a variable of its name: a stray HEIGHT or MODEL must not change a job."""
         return (init_settings,)
 
 
@@ -64,6 +70,21 @@ class StatusSettings(JobSettings):
     model_config = SettingsConfigDict(cli_prog_name="pyramid-render status")
 
     output: CliPositionalArg[str] = Field(min_length=1, description="folder or URL that render writes to")
+
+
+class CompactSettings(JobSettings):
+    """Merge the parts of an output's ledger into few, and list its orphans: files that no row names.
+
+    The ledger says the same before, meanwhile and after. Jobs may go on: the parts of a run that is alive are left alone.
+
+    Exit codes: 0 done, 1 it broke midway (nothing is lost, run it again), 2 there is no ledger or it is damaged,
+    130 interrupted.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render compact")
+
+    output: CliPositionalArg[str] = Field(min_length=1, description="folder or URL that render writes to")
+    delete_orphans: bool = Field(False, description="delete the orphans that are older than 24 hours")
 
 
 class RenderSettings(JobSettings):
@@ -87,16 +108,29 @@ class RenderSettings(JobSettings):
     model: str = Field(min_length=1, description="checkpoint folder in the published layout")
     variant: str | None = Field(None, description='"384p", "768p", "image" or a folder name, if there are several')
     image_root: str | None = Field(None, description="image URIs must lie below it (default: the input's folder)")
+    allow_image_host: list[str] = Field([], description="fetch http(s) images from this host; may be repeated")
+    shard: str | None = Field(None, description="i/n: render the i-th of n parts of the input, n jobs share one output")
     allow_untrained: bool = Field(False, description="accept sizes and lengths the model was not trained for")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is a GPU")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = float32 on cpu, else bfloat16")
-    address: str | None = Field(None, description='a running Ray cluster, such as "auto" (default: one of its own)')
+    address: str = Field(
+        default_factory=lambda: os.environ.get("RAY_ADDRESS") or OWN_CLUSTER,
+        description='a running Ray cluster, such as "auto", or "local" for one of its own (default: RAY_ADDRESS, '
+        "which is set in a submitted job, else local)",
+    )
     gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs to plan for (default: those there are)")
+    layout: Layout = Field(
+        "auto", description="one pool of workers per stage, or one for all; auto: fused without GPUs"
+    )
     batch_size: Count = Field(4, description="rows of one shape sampled together, at most")
     encode_workers: Count | None = Field(None, description="pin the number of encode workers")
     sample_workers: Count | None = Field(None, description="pin the number of sample workers")
     decode_workers: Count | None = Field(None, description="pin the number of decode workers")
     publish_workers: Count | None = Field(None, description="pin the number of publish workers")
+    encode_gpus: Share | None = Field(None, description="pin the share of a GPU that an encode worker takes")
+    sample_gpus: Share | None = Field(None, description="pin the share of a GPU that a sample worker takes")
+    decode_gpus: Share | None = Field(None, description="pin the share of a GPU that a decode worker takes")
+    ffmpeg_threads: Count | None = Field(None, description="pin the threads of ffmpeg, which are also a worker's CPUs")
     decode_window: Count = Field(1, description="latent frames decoded at a time")
     tile: int | None = Field(None, ge=64, description="side of a VAE tile in pixels (default: no tiling)")
     ledger_rows: Count = Field(1000, description="write a ledger part after this many rows")
@@ -113,7 +147,11 @@ class RenderSettings(JobSettings):
     allow_failed: str = Field(
         "0", coerce_numbers_to_str=True, description="exit 0 with up to this many failed rows: a count or a percentage"
     )
-    dry_run: bool = Field(False, description="print the plan and stop")
+    calibrate: bool = Field(False, description="render two batches of each shape first, and plan by what they cost")
+    gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="price of an hour of one GPU, to print what the job is expected to cost"
+    )
+    dry_run: bool = Field(False, description="print the plan, its expected speed and cost, and stop")
 
     @field_validator("allow_failed")
     @classmethod
@@ -129,12 +167,38 @@ class RenderSettings(JobSettings):
             raise ValueError("must be a multiple of 32")
         return value
 
+    @field_validator("shard")
+    @classmethod
+    def _one_of_several(cls, value: str | None) -> str | None:
+        if value is not None and not (re.fullmatch(r"[1-9][0-9]*/[1-9][0-9]*", value) and Fraction(value) <= 1):
+            raise ValueError("must be i/n with 1 <= i <= n, such as 1/4")
+        return value
+
+    @property
+    def own_cluster(self) -> bool:
+        """Whether the job starts a Ray cluster of its own on this machine."""
+        return self.address == OWN_CLUSTER
+
+    @property
+    def shard_of(self) -> tuple[int, int]:
+        """The number of the part to render, from 1, and of how many."""
+        number, count = (self.shard or "1/1").split("/")
+        return int(number), int(count)
+
     @property
     def workers(self) -> dict[str, int]:
         """Pinned pool sizes by stage name."""
+        return self._pinned("workers")
+
+    @property
+    def gpu_shares(self) -> dict[str, float]:
+        """Pinned shares of a GPU by stage name."""
+        return self._pinned("gpus")
+
+    def _pinned(self, what: str) -> dict[str, Any]:
         stages = ("encode", "sample", "decode", "publish")
-        pinned = {stage: getattr(self, f"{stage}_workers") for stage in stages}
-        return {stage: count for stage, count in pinned.items() if count is not None}
+        pinned = {stage: getattr(self, f"{stage}_{what}", None) for stage in stages}
+        return {stage: value for stage, value in pinned.items() if value is not None}
 
     def tolerates(self, failed: int, total: int) -> bool:
         """Tell whether so many failed rows are fine."""

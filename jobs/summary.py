@@ -1,51 +1,84 @@
-"""What a render says before and after: the plan, and the closing summary."""
-
-from collections import Counter
+"""What a render says before and after: the plan with its expected speed, and the closing summary."""
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.costs import Costs
 from pipeline.job import RenderJob
+from pipeline.plan import Plan, PlanError
 from pipeline.worklist import Fate
 
+SUMMARY_COLUMNS = ("id", "status", "error_message")
 STAGES = ("encode", "sample", "decode", "publish")
 SHOWN_REASONS = 5
 
 
-def plan_text(job: RenderJob) -> str:
-    """Say what would be done: rows, workers."""
+def plan_text(job: RenderJob, gpu_hour_price: float | None) -> str:
+    """Say what would be done: rows, workers, expected speed and cost."""
     pending = job.pending()
-    fates = Counter(fate for work in pending.parts for fate in work.fates)
+    fates = pending.num_rows_by_fate
     rows = (
         f"{fates[Fate.RENDER]} rows to render, {fates[Fate.SKIP]} in the ledger already, "
         f"{fates[Fate.DUPLICATE]} equal to an earlier row, {fates[Fate.CONFLICT]} with a disputed id"
     )
-    return f"{rows}\n{job.plan.describe()}\nup to {job.plan.batch_size} rows of one shape in a batch"
+    if fates[Fate.ELSEWHERE]:
+        rows += f", {fates[Fate.ELSEWHERE]} of other shards"
+    lines = [rows, job.plan.describe(), f"up to {job.plan.batch_size} rows of one shape in a batch"]
+    return "\n".join(lines + expectation(job.plan, pending.num_rows, gpu_hour_price))
+
+
+def expectation(plan: Plan, num_rows: int, gpu_hour_price: float | None) -> list[str]:
+    """Say how fast a plan is expected to be, what the rows will take, and how that is known."""
+    if plan.costs is None or not plan.rows_per_hour:
+        return []
+    hours = num_rows / plan.rows_per_hour
+    text = f"expected: {plan.rows_per_hour:.1f} videos per hour, {hours:.2f} hours for {num_rows} rows"
+    if plan.num_gpus:
+        text += f", {hours * plan.num_gpus:.2f} GPU-hours"
+        if gpu_hour_price is not None:
+            text += f", cost {hours * plan.num_gpus * gpu_hour_price:.2f}"
+    source = "measured by earlier runs" if plan.costs.measured else "assumed from FLOPs; --calibrate measures them"
+    return [text, f"seconds per video: {stage_seconds(plan.costs)} ({source})"]
+
+
+def stage_seconds(costs: Costs) -> str:
+    """Return the seconds per row of each stage in one line."""
+    return ", ".join(f"{stage} {costs.seconds[stage]:.3g}" for stage in STAGES if stage in costs.seconds)
 
 
 def failures(view: pa.Table) -> list[str]:
     """Return a line for each of the commonest reasons of failed rows."""
-    pairs = zip(view["status"].to_pylist(), view["error_message"].to_pylist(), strict=True)
-    reasons = Counter(reason for status, reason in pairs if status == "failed")
-    return [f"  failed, {count} x: {reason}" for reason, count in reasons.most_common(SHOWN_REASONS)]
+    reasons = pc.value_counts(view.filter(pc.equal(view["status"], "failed"))["error_message"]).to_pylist()
+    common = sorted(reasons, key=lambda reason: -reason["counts"])[:SHOWN_REASONS]
+    return [f"  failed, {reason['counts']} x: {reason['values']}" for reason in common]
 
 
-def summary_text(view: pa.Table, job: RenderJob, gallery: str, *, rendered: int, seconds: float) -> str:
-    """Say what was done, what failed and why, where the time went, and where to look."""
-    rows = view.select(["status", "seconds", "run"]).to_pylist()
-    succeeded = [row for row in rows if row["status"] == "succeeded"]
-    lines = [f"{len(succeeded)} of {len(rows)} rows succeeded; this run took {rendered} rows in {seconds:.1f} s"]
-    lines += failures(view)
-    mine = [dict(row["seconds"]) for row in succeeded if row["run"] == job.run and row["seconds"]]
-    if mine:
-        means = {stage: sum(row.get(stage, 0) for row in mine) / len(mine) for stage in STAGES}
-        lines.append("  seconds per video: " + ", ".join(f"{stage} {mean:.2f}" for stage, mean in means.items()))
-        shares = {spec.name: spec.gpus for spec in job.plan.stages if spec.gpus}
-        if shares:
-            lines.append(f"  GPU-seconds per video: {sum(means[stage] * gpus for stage, gpus in shares.items()):.2f}")
-    storage = job.storage
-    lines += [
-        f"  videos   {storage.url('videos')}",
-        f"  ledger   {storage.url('metadata')}",
-        f"  gallery  {gallery}",
-    ]
-    return "\n".join(lines)
+def summary_text(view: pa.Table, job: RenderJob, *, rendered: int, seconds: float) -> str:
+    """Say what was done, what failed and why, and where the time went."""
+    succeeded = pc.sum(pc.equal(view["status"], "succeeded")).as_py() or 0
+    lines = [f"{succeeded} of {len(view)} rows succeeded; this run took {rendered} rows in {seconds:.1f} s"]
+    return "\n".join(lines + failures(view) + _measured(job))
+
+
+def _measured(job: RenderJob) -> list[str]:
+    """Say what the rows of this run cost, and what a plan by these costs would give."""
+    costs, fill = job.measured.costs(), job.measured.fill(job.plan.batch_size)
+    if costs is None or fill is None:
+        return []
+    lines = [f"  seconds per video: {stage_seconds(costs)}; batches {100 * fill:.0f} % full"]
+    shares = {spec.name: pool.gpus for pool in job.plan.pools if pool.gpus for spec in pool.stages}
+    if shares:
+        gpu_s = sum(costs.seconds.get(stage, 0.0) * share for stage, share in shares.items())
+        lines.append(f"  GPU-seconds per video: {gpu_s:.3g}")
+    return [*lines, f"  planned by these costs: {_advice(job, costs)}"]
+
+
+def _advice(job: RenderJob, costs: Costs) -> str:
+    try:
+        better = job.plan_for(costs)
+    except PlanError as error:
+        return str(error)
+    sizes = {pool.name: pool.workers for pool in better.pools}
+    same = sizes == {pool.name: pool.workers for pool in job.plan.pools}
+    workers = "the same workers" if same else ", ".join(f"{count} x {name}" for name, count in sizes.items())
+    return f"{workers}, {better.rows_per_hour or 0:.1f} videos per hour"

@@ -1,33 +1,58 @@
 """From rows of the input to batches: rows of one shape together, the failed ones apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
-from pipeline.inputs import InputPart, own_columns, read_blocks, request_values
+from pipeline.inputs import READ_ROWS, InputPart, own_columns, read_blocks, request_values
+from pipeline.request import Shape
 from pipeline.rows import Batch, Item, as_tensor
 from pipeline.worklist import Candidate, Fate, PartWork, RowRules, candidates
 
 IMAGE = "image"
 
+Key = tuple[Shape | None, pa.Schema]
+"""Rows with equal keys can be in one batch: their shape (None = they cannot be rendered), and their own columns."""
+
 Member = tuple[int, Candidate]
 """A candidate and the number of its row within its block."""
 
 
-def read_batches(work: PartWork, rules: RowRules, batch_size: int) -> Iterator[Batch]:
-    """Yield the batches of a part: within each block of 4096 rows, rows of one batch key in input order.
+def read_units(works: Iterable[PartWork]) -> Iterator[list[PartWork]]:
+    """Put parts together until they hold 4096 rows to render: many small files would give many unfilled batches."""
+    unit: list[PartWork] = []
+    for work in works:
+        unit.append(work)
+        if sum(one.num_rows for one in unit) >= READ_ROWS:
+            yield unit
+            unit = []
+    if unit:
+        yield unit
 
-    Only rows whose fate is `RENDER` are taken. Rows that cannot be rendered come as one batch of failed rows.
+
+def read_batches(works: Sequence[PartWork], rules: RowRules, batch_size: int) -> Iterator[Batch]:
+    """Yield the batches of the parts of a unit; rows of one shape stay in input order.
+
+    Only rows whose fate is `RENDER` are taken. Rows that do not fill a batch wait for more of their shape, 4096 of them
+    at most. Rows that cannot be rendered do not wait.
     """
-    for table, members in _blocks(work.part, rules):
-        groups: dict[object, list[Member]] = {}
-        for index, member in members:
-            if work.fates[index] == Fate.RENDER:
-                groups.setdefault(_key(member[1]), []).append(member)
-        for key, group in groups.items():
-            size = len(group) if key is None else batch_size
-            for i in range(0, len(group), size):
-                yield _batch(group[i : i + size], table)
+    waiting: dict[Key, Batch] = {}
+    for key, rows in _groups(works, rules):
+        shape, _ = key
+        if shape is None:
+            yield rows
+            continue
+        if key in waiting:
+            rows = waiting.pop(key).joined(rows)
+        filled = len(rows) - len(rows) % batch_size
+        for start in range(0, filled, batch_size):
+            yield rows.part(start, start + batch_size)
+        if filled < len(rows):
+            waiting[key] = rows.part(filled, len(rows))
+        if sum(map(len, waiting.values())) > READ_ROWS:
+            yield from waiting.values()
+            waiting = {}
+    yield from waiting.values()
 
 
 def read_rows(part: InputPart, rules: RowRules, indices: Sequence[int]) -> Iterator[tuple[int, Batch]]:
@@ -37,6 +62,18 @@ def read_rows(part: InputPart, rules: RowRules, indices: Sequence[int]) -> Itera
         for index, member in members:
             if index in wanted:
                 yield index, _batch([member], table)
+
+
+def _groups(works: Sequence[PartWork], rules: RowRules) -> Iterator[tuple[Key, Batch]]:
+    """Yield the rows to render of each block by their key."""
+    for work in works:
+        for table, members in _blocks(work.part, rules):
+            groups: dict[Shape | None, list[Member]] = {}
+            for index, member in members:
+                if work.fates[index] == Fate.RENDER:
+                    groups.setdefault(_shape(member[1]), []).append(member)
+            for shape, group in groups.items():
+                yield (shape, table.schema), _batch(group, table)
 
 
 def _blocks(part: InputPart, rules: RowRules) -> Iterator[tuple[pa.Table, list[tuple[int, Member]]]]:
@@ -51,9 +88,9 @@ def _blocks(part: InputPart, rules: RowRules) -> Iterator[tuple[pa.Table, list[t
         yield own_columns(table), members
 
 
-def _key(candidate: Candidate) -> tuple[object, ...] | None:
+def _shape(candidate: Candidate) -> Shape | None:
     request = candidate.row.request
-    return None if candidate.row.error or request is None else request.batch_key
+    return None if candidate.row.error or request is None else request.shape
 
 
 def _batch(members: Sequence[Member], columns: pa.Table) -> Batch:

@@ -1,5 +1,6 @@
-"""Input images named by a URI: only files below one root are read."""
+"""Input images named by a URI: only files below one root are read, and what allowed web servers hold."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,42 +8,54 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.faults import presentable, redacted
+from pipeline.fetch import Fetcher, ImageError, Limits, climbs, is_public_address, is_web
 from pipeline.request import RequestError
-from pyramid_flow.errors import PyramidFlowError
 
 MAX_IMAGE_BYTES = 64 * 2**20
 
 
-class ImageError(PyramidFlowError):
-    """An input image cannot be fetched."""
-
-
 @dataclass(frozen=True)
 class ImageRoot:
-    """The folder or URL below which every image URI must lie."""
+    """The folder or URL below which an image URI must lie, unless it is an http(s) URL of an allowed host.
+
+    is_public: whether a web server at an IP address may be asked.
+    """
 
     url: str
+    allowed_hosts: frozenset[str] = frozenset()
+    is_public: Callable[[str], bool] = is_public_address
 
     def read(self, uri: str) -> bytes:
-        """Return an image file's bytes; `uri` is relative to the root or a full URI below it.
+        """Return an image file's bytes; `uri` is relative to the root, a full URI below it, or at an allowed host.
 
-        Links and ".." are resolved before the comparison. Raises RequestError for a URI outside the root and ImageError
-        for a file that cannot be read.
+        Links and ".." are resolved before the comparison, ".." is refused where there are no folders.
+
+        Raises:
+            RequestError: The URI lies outside the root and the allowed hosts, or the image is too large.
+            ImageError: There is no such file, or it cannot be read.
+            StorageError: A web server cannot be reached, or fails.
         """
-        fs, root = url_to_fs(self.url)
+        if is_web(uri) or is_web(self.url):
+            fetcher = Fetcher(self.allowed_hosts, Limits(MAX_IMAGE_BYTES), self.is_public)
+            return fetcher.read(uri, self.url if is_web(self.url) else None)
+        return self._read_file(uri)
+
+    def _read_file(self, uri: str) -> bytes:
+        (fs, root), name = url_to_fs(self.url), redacted(uri)
         try:
             path = _local(uri, root) if isinstance(fs, LocalFileSystem) else _remote(uri, root, fs)
             if path is None:
-                raise RequestError(f"image {uri!r} lies outside the image root {self.url}")
+                raise RequestError(f"image {name!r} lies outside the image root {redacted(self.url)}")
             if fs.info(path)["type"] != "file":  # reading a pipe would never end
-                raise ImageError(f"image {uri!r} is no file")
+                raise ImageError(f"image {name!r} is no file")
             data: bytes = fs.cat_file(path, end=MAX_IMAGE_BYTES + 1)
         except RequestError:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL byte
-            raise ImageError(f"image {uri!r} cannot be read: {error}") from error
+            raise ImageError(f"image {name!r} cannot be read: {redacted(str(error))}") from presentable(error)
         if len(data) > MAX_IMAGE_BYTES:
-            raise RequestError(f"image {uri!r} is larger than {MAX_IMAGE_BYTES} bytes")
+            raise RequestError(f"image {name!r} is larger than {MAX_IMAGE_BYTES} bytes")
         return data
 
 
@@ -61,7 +74,7 @@ def _remote(uri: str, root: str, fs: AbstractFileSystem) -> str | None:
     if (full or path.startswith("/")) and not path.startswith(base):
         return None
     name = path.removeprefix(base)
-    return None if "://" in name or ".." in name.split("/") else base + name
+    return None if "://" in name or climbs(name) else base + name
 
 
 def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:

@@ -101,7 +101,8 @@ def request_values(table: pa.Table) -> list[dict[str, object]]:
 
 def own_columns(table: pa.Table) -> pa.Table:
     """Return the user's columns that are no request fields: they are carried through untouched."""
-    return table.drop_columns([name for name in table.column_names if name in REQUEST_COLUMNS])
+    own = table.drop_columns([name for name in table.column_names if name in REQUEST_COLUMNS])
+    return own.replace_schema_metadata(None)
 
 
 def _values(column: pa.ChunkedArray) -> list[object]:

@@ -4,7 +4,8 @@ import logging
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,9 @@ import pyarrow.compute as pc
 
 from pipeline import ledger, runner
 from pipeline.batching import read_rows
-from pipeline.faults import StorageError
+from pipeline.costs import Costs, Measured, write_measured
+from pipeline.failed import write_failed
+from pipeline.faults import StorageError, StorageFullError
 from pipeline.plan import Plan
 from pipeline.report import GalleryEntry, gallery
 from pipeline.rows import Batch, Item, RowError, ledger_table
@@ -26,7 +29,6 @@ logger = logging.getLogger(__name__)
 MAX_PASSES = 3
 MAX_FAILURES, MAX_FAILED_SHARE, SHARE_FROM_ROWS = 20, 0.05, 200
 GRACE_S, IDLE_S = 60.0, 2.0
-GALLERY_FILE = "gallery.png"
 GALLERY_ROWS = 64
 
 OnBatch = Callable[[Batch | None], None]
@@ -66,7 +68,7 @@ class Stopping:
 
 @dataclass
 class Breaker:
-    """Counts failures that are not the rows' own fault; too many in a row, or too large a share, trip it.
+    """Counts failures that are not the rows' own fault; too many in a row, too large a share, or a full store trip it.
 
     tripped: why the job should end, or empty.
     """
@@ -91,7 +93,8 @@ class Breaker:
 
     def _check(self, error: RowError) -> None:
         too_many = self.total >= SHARE_FROM_ROWS and self.failed > MAX_FAILED_SHARE * self.total
-        if too_many or self.in_a_row >= self.max_in_a_row:
+        full = error.type == StorageFullError.__name__
+        if full or too_many or self.in_a_row >= self.max_in_a_row:
             self.tripped = (
                 f"{self.failed} of {self.total} rows failed through no fault of their own, {self.in_a_row} in a row; "
                 f"the last in {error.stage}: {error.type}: {error.message}"
@@ -102,8 +105,9 @@ class Breaker:
 class RenderJob:
     """A job that is checked and planned.
 
-    constants: ledger columns that are equal for all its rows; max_failures: see `Breaker`; grace_s: how long a stop
-    waits for what is in flight.
+    constants: ledger columns that are equal for all its rows; plan_for: the plan other costs would give; shard: which
+    of several jobs on one input it is, such as 2-of-4; max_failures: see `Breaker`; grace_s: how long a stop waits for
+    what is in flight; measured: what its rows cost.
     """
 
     run: str
@@ -111,20 +115,23 @@ class RenderJob:
     worklist: Worklist
     rules: RowRules
     plan: Plan
+    plan_for: Callable[[Costs], Plan]
     constants: Mapping[str, str]
     retry_failed: bool
+    shard: str | None = None
     flush_rows: int = ledger.FLUSH_ROWS
     flush_seconds: float = ledger.FLUSH_SECONDS
     limits: runner.Limits = field(default_factory=runner.Limits)
     max_failures: int = MAX_FAILURES
     grace_s: float = GRACE_S
+    measured: Measured = field(default_factory=Measured)
 
     def pending(self) -> Worklist:
         """Return what the ledger lacks, or what failed in another run if failed rows are to be tried again."""
-        view = ledger.read(self.storage)
+        view = ledger.read(self.storage, ["id", "status", "run"])
         done = pc.or_(pc.equal(view["status"], "succeeded"), pc.equal(view["run"], self.run))
         settled = view.filter(done) if self.retry_failed else view
-        return self.worklist.remaining(frozenset(settled["id"].to_pylist()))
+        return self.worklist.remaining(settled["id"].combine_chunks())
 
     def execute(self, on_batch: OnBatch, stop: StopRequest | None = None) -> None:
         """Render until nothing of the input is missing in the ledger, in at most 3 passes, or until asked to stop.
@@ -140,6 +147,7 @@ class RenderJob:
             self._record(batch, writer)
             items = batch.items if batch else ()
             heartbeat.count(len(items), sum(item.row.error is not None for item in items))
+            self.measured.take(batch)
             on_batch(batch)
 
         try:
@@ -152,11 +160,16 @@ class RenderJob:
             if not stop.requested:
                 self._finish(writer)
             writer.flush()
+            write_measured(self.storage, self.measured)
             heartbeat.write("interrupted" if stop.requested else "finished")
         except BaseException as error:
-            writer.flush()
             interrupted = isinstance(error, KeyboardInterrupt)
-            heartbeat.write("interrupted" if interrupted else "broken", None if interrupted else traceback.format_exc())
+            with _logged("finished rows may be missing in the ledger, and will be rendered again"):
+                writer.flush()
+            with _logged("the state of the run could not be written"):
+                heartbeat.write(
+                    "interrupted" if interrupted else "broken", None if interrupted else traceback.format_exc()
+                )
             raise
 
     def _finish(self, writer: ledger.LedgerWriter) -> None:
@@ -186,17 +199,26 @@ class RenderJob:
         if breaker.tripped:
             raise TooManyFailures(breaker.tripped)
 
-    def view(self) -> pa.Table:
-        """Return the ledger's rows of this job's input."""
-        rows = ledger.read(self.storage)
-        return rows.filter(pc.is_in(rows["id"], pa.array(self.worklist.expected_ids(), pa.string())))
+    def view(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the ledger's rows of this job's input; columns: those that are wanted, None = all."""
+        return ledger.read(self.storage, columns, self.worklist.expected_ids())
+
+    def write_failed(self) -> str | None:
+        """Write failed.parquet, the input's rows that failed; returns its URL, or None if there are none."""
+        view = self.view(["id", "status", "error_message"])
+        failed = view.filter(pc.equal(view["status"], "failed"))
+        reasons = dict(zip(failed["id"].to_pylist(), failed["error_message"].to_pylist(), strict=True))
+        return write_failed(self.storage, self._named("failed", "parquet"), self.worklist, reasons)
 
     def write_gallery(self) -> str:
         """Write gallery.png, a contact sheet of the first 64 rows; returns its URL."""
-        rows = self.view()
-        entries = [self._gallery_entry(row) for row in rows.slice(0, GALLERY_ROWS).to_pylist()]
-        self.storage.put(GALLERY_FILE, gallery(entries))
-        return self.storage.url(GALLERY_FILE)
+        name = self._named("gallery", "png")
+        rows = ledger.read(self.storage, ids=self.worklist.expected_ids().slice(0, GALLERY_ROWS))
+        self.storage.put(name, gallery([self._gallery_entry(row) for row in rows.to_pylist()]))
+        return self.storage.url(name)
+
+    def _named(self, stem: str, suffix: str) -> str:
+        return f"{stem}.{suffix}" if self.shard is None else f"{stem}-{self.shard}.{suffix}"
 
     def _record(self, batch: Batch | None, writer: ledger.LedgerWriter) -> None:
         if batch is None or not batch.items:
@@ -211,10 +233,11 @@ class RenderJob:
             by_part[echo.part][echo.index] = echo
         if not by_part:
             return
-        view = ledger.read(self.storage)
+        wanted = {echo.duplicate_of for echoes in by_part.values() for echo in echoes.values() if echo.duplicate_of}
+        view = ledger.read(self.storage, ids=pa.array(wanted, pa.string()))
         originals = {row["id"]: row for row in view.to_pylist()}
         for part, echoes in by_part.items():
-            for index, batch in read_rows(self.worklist.parts[part].part, self.rules, list(echoes)):
+            for index, batch in read_rows(self.worklist.parts[part], self.rules, list(echoes)):
                 yield batch.with_items([_echoed(batch.items[0], echoes[index], originals)])
 
     def _gallery_entry(self, row: dict[str, Any]) -> GalleryEntry:
@@ -239,10 +262,19 @@ COPIED = ("uri", "thumbnail_uri", "media_type", "bytes", "sha256", "latents_sha2
 """What a duplicate's ledger row takes from the row it repeats, beside its fate."""
 
 
+@contextmanager
+def _logged(consequence: str) -> Iterator[None]:
+    """Log a StorageError instead of raising it: another error is on its way already."""
+    try:
+        yield
+    except StorageError as error:
+        logger.error("%s; %s", error, consequence)
+
+
 def _echoed(item: Item, echo: Echo, originals: Mapping[str, dict[str, Any]]) -> Item:
     row = item.row.updated(id=echo.id, duplicate_of=echo.duplicate_of)
     if echo.duplicate_of is None:
-        return Item(row.updated(error=RowError(stage="read", type="RequestError", message=str(echo.message))))
+        return Item(row.updated(error=RowError(stage="read", type="RequestError", message=str(echo.conflict))))
     original = originals[echo.duplicate_of]
     if original["status"] == "failed":
         fields = {name: original[f"error_{name}"] for name in ("stage", "type", "message")}

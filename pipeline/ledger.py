@@ -2,22 +2,41 @@
 
 import io
 import json
+import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from pipeline.faults import StorageError
 from pipeline.rows import LEDGER_SCHEMA
 from pipeline.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
 PARTS = "metadata"
+COMPACTED = f"{PARTS}/part-x-"
+"""Compacted parts begin so and sort after all others: a listing that misses a part that was deleted meanwhile has not
+passed its replacement yet."""
+KEYS = ("id", "status", "run")
+"""The columns that decide which rows the view holds."""
+THREADS = 8
 RUNS = "runs"
 JOB_FILE = "job.json"
 FLUSH_ROWS = 1000
@@ -62,25 +81,125 @@ class LedgerWriter:
         if not self._tables:
             return
         sink = io.BytesIO()
-        pq.write_table(_joined(self._tables), sink)
+        pq.write_table(_joined([decoded(table) for table in self._tables]), sink)
         self.storage.put(f"{PARTS}/part-{self.run}-{self._parts:06d}.parquet", sink.getvalue())
         self._parts += 1
         self._tables = []
 
 
-def read(storage: Storage) -> pa.Table:
-    """Return the ledger: per id the succeeded row if there is one, else the latest; in order of first appearance."""
-    names = [name for name in storage.list(PARTS) if name.endswith(".parquet")]
-    if not names:
-        return LEDGER_SCHEMA.empty_table()
-    rows = _joined([_part(storage, name) for name in names])
-    order = pa.array(range(len(rows)), pa.int64())
-    succeeded = pc.cast(pc.equal(rows["status"], "succeeded"), pa.int64())
-    rank = pc.add(pc.multiply(succeeded, len(rows)), order)
-    groups = pa.table({"id": rows["id"], "rank": rank, "order": order}).group_by("id")
-    best = groups.aggregate([("rank", "max"), ("order", "min")]).sort_by("order_min")
-    chosen = [value % len(rows) for value in best["rank_max"].to_pylist()]
-    return rows.take(pa.array(chosen, pa.int64()))
+def read(
+    storage: Storage, columns: Sequence[str] | None = None, ids: Collection[str] | pa.StringArray | None = None
+) -> pa.Table:
+    """Return the ledger: per id the succeeded row if there is one, else the latest; by run, then as they appear.
+
+    columns: those that are wanted, None = all; one that no row has is null. ids: rows that are wanted, None = all.
+    Raises LedgerError if a part is damaged.
+    """
+    wanted = None if columns is None else [*dict.fromkeys((*KEYS, *columns))]
+    rows = _view(read_parts(storage, wanted, ids))
+    if columns is None:
+        return rows
+    for name in set(columns) - set(rows.column_names):
+        kind = LEDGER_SCHEMA.field(name).type if name in LEDGER_SCHEMA.names else pa.null()
+        rows = rows.append_column(name, pa.nulls(len(rows), kind))
+    return rows.select(list(columns))
+
+
+def read_parts(
+    storage: Storage, columns: Sequence[str] | None = None, ids: Collection[str] | pa.StringArray | None = None
+) -> list[pa.Table]:
+    """Return the rows of every part, in order of the parts' names; columns, ids: as for `read`.
+
+    No row is missed while the ledger is compacted: a part that is gone before it is read has a replacement, which the
+    next listing shows; listings go on until one shows no new compacted part.
+    """
+    if ids is not None:
+        ids = frozenset(ids.to_pylist() if isinstance(ids, pa.Array) else ids)
+    load = partial(_rows, storage, columns=columns, ids=ids)
+    found: dict[str, pa.Table | None] = {}
+    unread = part_names(storage)
+    while unread:
+        found.update(zip(unread, prefetched(load, unread), strict=True))
+        unread = [name for name in part_names(storage) if is_compacted(name) and name not in found]
+        if unread:
+            logger.debug("%s was compacted while it was read, %d new parts", storage.url(PARTS), len(unread))
+    return [table for _, table in sorted(found.items()) if table is not None]
+
+
+def part_names(storage: Storage) -> list[str]:
+    """Return the parts there are, sorted."""
+    return [name for name in storage.list(PARTS) if name.endswith(".parquet")]
+
+
+def is_compacted(name: str) -> bool:
+    """Tell whether a part was written by a compaction."""
+    return name.startswith(COMPACTED)
+
+
+def fetch(storage: Storage, name: str) -> bytes | None:
+    """Return the content of a part, or None if a compaction has replaced it meanwhile."""
+    try:
+        return storage.get(name)
+    except StorageError:
+        if storage.exists(name):
+            raise
+        logger.debug("ledger part %s is gone", storage.url(name))
+        return None
+
+
+@contextmanager
+def blamed(storage: Storage, name: str) -> Iterator[None]:
+    """Raise what goes wrong while a part is decoded as a LedgerError that names it."""
+    try:
+        yield
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise LedgerError(f"ledger part {storage.url(name)} cannot be read: {error}") from error
+
+
+def prefetched(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield the results of a call for every item, in order; a few threads work ahead."""
+    ahead: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(call, item))
+                if len(ahead) > THREADS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def chosen(keys: pa.Table) -> NDArray[np.int64]:
+    """Return which rows the view holds, as indices in the order of the view; keys: the columns KEYS of all rows."""
+    num_rows = len(keys)
+    run = pc.fill_null(keys["run"], "")
+    runs = pa.array(sorted(pc.unique(run).to_pylist()), pa.string())
+    age = pc.index_in(run, value_set=runs).to_numpy().astype(np.int64)
+    succeeded = pc.equal(keys["status"], "succeeded").to_numpy()
+    rank = (succeeded * len(runs) + age) * num_rows + np.arange(num_rows)
+    ids = keys["id"].dictionary_encode().combine_chunks()
+    best = np.zeros(len(ids.dictionary), np.int64)
+    np.maximum.at(best, ids.indices.to_numpy(), rank)
+    in_order: NDArray[np.int64] = np.sort(best % (len(runs) * num_rows)) % num_rows
+    return in_order
+
+
+def masks(rows: NDArray[np.int64], lengths: Sequence[int]) -> list[NDArray[np.bool_]]:
+    """Return for each of some tables which of its rows are meant; rows: indices into all tables, one after another."""
+    mask = np.zeros(sum(lengths), np.bool_)
+    mask[rows] = True
+    return np.split(mask, np.cumsum(lengths)[:-1])
+
+
+def decoded(table: pa.Table) -> pa.Table:
+    """Return the table without dictionary columns: indices of theirs overflow when dictionaries are joined."""
+    for index, column in enumerate(table.schema):
+        if pa.types.is_dictionary(column.type):
+            table = table.set_column(index, column.name, table[column.name].cast(column.type.value_type))
+    return table
 
 
 def claim(storage: Storage, record: Mapping[str, Any], pixel_settings: Mapping[str, Any]) -> None:
@@ -139,10 +258,11 @@ class Heartbeat:
 def read_runs(storage: Storage) -> list[dict[str, Any]]:
     """Return the states of all runs, the earliest first; raises LedgerError if one is damaged."""
     names = [name for name in storage.list(RUNS) if name.endswith(".json")]
-    return [_run_state(storage, name) for name in names]
+    return [read_run(storage, name) for name in names]
 
 
-def _run_state(storage: Storage, name: str) -> dict[str, Any]:
+def read_run(storage: Storage, name: str) -> dict[str, Any]:
+    """Return the state of one run, given the name of its record; raises LedgerError if it is damaged."""
     try:
         record: dict[str, Any] = json.loads(storage.get(name))
         return {key: record[key] for key in ("run", "state", "started_at", "at", "rows", "error")}
@@ -158,11 +278,45 @@ def _pixel_settings(storage: Storage) -> dict[str, Any]:
     return pixels
 
 
-def _part(storage: Storage, name: str) -> pa.Table:
-    try:
-        return pq.read_table(io.BytesIO(storage.get(name)))
-    except (OSError, pa.ArrowException) as error:
-        raise LedgerError(f"ledger part {storage.url(name)} cannot be read: {error}") from error
+def _rows(storage: Storage, name: str, *, columns: Sequence[str] | None, ids: frozenset[str] | None) -> pa.Table | None:
+    """Return a part's rows; None if it is gone."""
+    data = fetch(storage, name)
+    if data is None:
+        return None
+    with blamed(storage, name):
+        file = pq.ParquetFile(pa.BufferReader(data))
+        there = file.schema_arrow.names
+        present = there if columns is None else [column for column in columns if column in there]
+        none = file.schema_arrow.empty_table().select(present)
+        return decoded(pa.concat_tables([none, *_row_groups(file, present, ids)], promote_options="default"))
+
+
+def _row_groups(file: pq.ParquetFile, columns: list[str], ids: frozenset[str] | None) -> Iterator[pa.Table]:
+    """Yield the rows with the given ids; row groups that have none are not decoded."""
+    for number in range(file.num_row_groups):
+        mine = None
+        if ids is not None:
+            mine = ids.intersection(file.read_row_group(number, ["id"], use_threads=False)["id"].to_pylist())
+            if not mine:
+                continue
+        rows = file.read_row_group(number, columns, use_threads=False).select(columns)  # "a" finds "a.b", too
+        yield rows if mine is None else rows.filter(pc.is_in(rows["id"], value_set=pa.array(mine, pa.string())))
+
+
+def _view(tables: Sequence[pa.Table]) -> pa.Table:
+    """Return the chosen rows of all tables; only these have a say in the types of columns."""
+    tables = [table for table in tables if len(table)]
+    if not tables:
+        return LEDGER_SCHEMA.empty_table()
+    rows = chosen(pa.concat_tables([table.select(KEYS) for table in tables], promote_options="permissive"))
+    kept = [
+        table if mask.all() else table.filter(pa.array(mask))
+        for table, mask in zip(tables, masks(rows, [len(table) for table in tables]), strict=True)
+        if mask.any()
+    ]
+    in_place = np.sort(rows)
+    view = _joined(kept)
+    return view if np.array_equal(rows, in_place) else view.take(pa.array(np.searchsorted(in_place, rows)))
 
 
 def _joined(tables: list[pa.Table]) -> pa.Table:

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import ceil
+from typing import Any, Literal
 
+from pipeline.costs import Costs
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample, Stage
 from pyramid_flow.errors import PyramidFlowError
 
@@ -11,8 +13,13 @@ GPU_SHARES = {"encode": 0.1, "sample": 0.55, "decode": 0.25}
 """Ray packs fractions onto one GPU in the order of the stages: so two samplers never share one, and beside a sampler
 there is room for a decoder and two encoders."""
 
-GPUS_PER_ENCODER = 64  # encoding a prompt costs less than a thousandth of sampling it
+HEADROOM = 1.5
+"""Other stages get this much more capacity than sampling needs from them, so that it alone decides the speed."""
+
+CPUS_PER_WORKER = 4  # of one worker for all stages, without GPUs
 MAX_ENCODER_THREADS = 4
+
+Layout = Literal["auto", "staged", "fused"]
 
 
 class PlanError(PyramidFlowError):
@@ -29,13 +36,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What a stage is, how many workers run it, and what each takes (logical CPUs and GPUs)."""
+    """What a stage is: its class and the arguments of its constructor."""
 
     stage: type[Stage]
     arguments: Mapping[str, Any]
-    workers: int
-    cpus: float
-    gpus: float
 
     @property
     def name(self) -> str:
@@ -44,8 +48,31 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Workers that run the same stages one after another, and what each takes (logical CPUs and GPUs)."""
+
+    stages: tuple[StageSpec, ...]
+    workers: int
+    cpus: float
+    gpus: float
+
+    @property
+    def name(self) -> str:
+        """The names of its stages."""
+        return "+".join(spec.name for spec in self.stages)
+
+    def seconds(self, costs: Costs) -> float:
+        """Return the seconds that a row takes in this pool."""
+        return sum(costs.seconds.get(spec.name, 0.0) for spec in self.stages)
+
+
+@dataclass(frozen=True)
 class Job:
-    """What a plan is made for. workers: pinned pool sizes by stage name; tile: side of a VAE tile in pixels."""
+    """What a plan is made for.
+
+    workers: pinned pool sizes by stage; gpu_shares: pinned shares of a GPU by stage; encoder_threads: pinned threads of
+    ffmpeg; tile: side of a VAE tile in pixels; layout: one pool per stage, or one for all; costs: None = unknown.
+    """
 
     model_path: str
     variant: str | None
@@ -56,62 +83,141 @@ class Job:
     decode_window: int
     tile: int | None
     batch_size: int
-    workers: Mapping[str, int]
+    image_hosts: frozenset[str] = frozenset()
+    workers: Mapping[str, int] | None = None
+    gpu_shares: Mapping[str, float] | None = None
+    encoder_threads: int | None = None
+    layout: Layout = "auto"
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages in the order in which data flows, and the rows per sampling batch."""
+    """The pools in the order in which data flows, and the rows per sampling batch.
 
-    stages: tuple[StageSpec, ...]
+    devices: GPUs, or workers without one, of which each is busy with one row at a time; costs: None = unknown.
+    """
+
+    pools: tuple[Pool, ...]
     batch_size: int
+    devices: int = 1
+    costs: Costs | None = None
 
     def describe(self) -> str:
         """Return the plan as a small table."""
-        lines = [f"{'stage':<8} {'workers':>7} {'CPUs each':>10} {'GPUs each':>10}"]
-        lines += [f"{s.name:<8} {s.workers:>7} {s.cpus:>10.2f} {s.gpus:>10.2f}" for s in self.stages]
+        width = max(len(pool.name) for pool in self.pools)
+        lines = [f"{'stage':<{width}} {'workers':>7} {'CPUs each':>10} {'GPUs each':>10}"]
+        lines += [f"{p.name:<{width}} {p.workers:>7} {p.cpus:>10.2f} {p.gpus:>10.2f}" for p in self.pools]
         return "\n".join(lines)
+
+    @property
+    def num_gpus(self) -> int:
+        """Number of GPUs that the plan fills."""
+        return self.devices if any(pool.gpus for pool in self.pools) else 0
+
+    @property
+    def rows_per_hour(self) -> float | None:
+        """Expected rows per hour; None if no costs are known.
+
+        Stages on one device exclude each other, so its rate is 1 / (the sum of their seconds); no pool is faster than
+        workers / seconds.
+        """
+        if self.costs is None:
+            return None
+        on_device = [pool for pool in self.pools if pool.gpus or not self.num_gpus]
+        device_s = sum(pool.seconds(self.costs) for pool in on_device)
+        rates = [pool.workers / s for pool in self.pools if (s := pool.seconds(self.costs))]
+        return 3600 * min([self.devices / device_s, *rates]) if device_s else None
 
 
 def make_plan(job: Job, resources: Resources) -> Plan:
     """Plan the stages for the resources; raises PlanError if they cannot hold one worker of each stage.
 
-    Every GPU carries a sampler and a decoder, and one of 64 an encoder; any of them can run on any GPU, so a job that
-    gets fewer GPUs than planned is slower and never stuck. Without GPUs each stage has one worker. Encode and sample
-    take no CPUs: their time is the device's.
+    Staged: every GPU carries a sampler, and as many decoders and encoders are placed beside the samplers as keep
+    sampling the bottleneck. Any of them can run on any GPU, so a job that gets fewer GPUs than planned is slower and
+    never stuck. Encode and sample take no CPUs: their time is the device's.
+
+    Fused: one worker per device does everything. Where all stages share the same cores this is as fast, with fewer
+    processes to start; so it is the choice without GPUs. On a GPU it would wait for ffmpeg and for storage, and every
+    GPU would have to hold the text encoders.
     """
-    on_gpu = job.device != "cpu"
-    if on_gpu and resources.gpus < 1:
+    if job.device != "cpu" and resources.gpus < 1:
         raise PlanError("the job wants GPUs and there are none: use --device cpu")
-    default = resources.gpus if on_gpu else 1
-    encoders = 1 + (default - 1) // GPUS_PER_ENCODER
-    workers = {"encode": encoders, "sample": default, "decode": default, "publish": 1} | dict(job.workers)
+    fused = job.layout == "fused" or (job.layout == "auto" and job.device == "cpu" and not job.workers)
+    plan = _fused(job, resources) if fused else _staged(job, resources)
+    _check_fit(plan.pools, resources)
+    return plan
+
+
+def _fused(job: Job, resources: Resources) -> Plan:
+    pinned = dict(job.workers or {})
+    on_gpu = job.device != "cpu"
+    workers = pinned.pop("sample", resources.gpus if on_gpu else max(1, resources.cpus // CPUS_PER_WORKER))
+    if pinned or job.gpu_shares:
+        raise PlanError("with one pool for all stages only --sample-workers can be pinned: use --layout staged")
+    threads = max(1, resources.cpus // workers)
+    cpus, encoder_threads = _decode_cpus(job, resources, workers)
+    stages = _stages(job, threads, encoder_threads)
+    pool = Pool(tuple(stages.values()), workers, cpus, 1.0 if on_gpu else 0.0)
+    return Plan((pool,), job.batch_size, workers, job.costs)
+
+
+def _staged(job: Job, resources: Resources) -> Plan:
+    on_gpu = job.device != "cpu"
+    pinned = job.workers or {}
+    devices = resources.gpus if on_gpu else pinned.get("sample", 1)
+    workers = _workers(job.costs, devices) | pinned
+    shares = GPU_SHARES | dict(job.gpu_shares or {}) if on_gpu else {}
     threads = max(1, resources.cpus // max(workers["sample"], workers["decode"]))
-    decode_cpus = min(threads, MAX_ENCODER_THREADS, resources.cpus / (2 * workers["decode"]))
-    encoder_threads = max(1, int(decode_cpus))
-    model = ModelConfig(job.model_path, job.variant, job.device, job.dtype, threads)
-    shares = GPU_SHARES if on_gpu else {}
-
-    def spec(stage: type[Stage], cpus: float, **arguments: Any) -> StageSpec:  # noqa: ANN401 - the stage's own
-        return StageSpec(stage, arguments, workers[stage.name], cpus, shares.get(stage.name, 0.0))
-
-    stages = (
-        spec(Encode, 0, model=model, image_root=job.image_root),
-        spec(Sample, 0, model=model),
-        spec(
-            Decode, decode_cpus, model=model, window=job.decode_window, tile=job.tile, encoder_threads=encoder_threads
-        ),
-        spec(Publish, 0, output=job.output),
+    decode_cpus, encoder_threads = _decode_cpus(job, resources, workers["decode"])
+    cpus = {"decode": decode_cpus}
+    pools = tuple(
+        Pool((spec,), workers[name], cpus.get(name, 0.0), shares.get(name, 0.0))
+        for name, spec in _stages(job, threads, encoder_threads).items()
     )
-    _check_fit(stages, resources)
-    return Plan(stages, job.batch_size)
+    return Plan(pools, job.batch_size, devices, job.costs)
 
 
-def _check_fit(stages: tuple[StageSpec, ...], resources: Resources) -> None:
-    gpus = _gpus_for([spec.gpus for spec in stages for _ in range(spec.workers) if spec.gpus])
+def _workers(costs: Costs | None, devices: int) -> dict[str, int]:
+    """Return the pool sizes that make sampling the bottleneck, at most one worker of a stage per device."""
+    if costs is None or not costs.seconds.get("sample"):
+        return {"encode": 1, "sample": devices, "decode": devices, "publish": 1}
+    needed = {name: HEADROOM * devices * s / costs.seconds["sample"] for name, s in costs.seconds.items()}
+    sizes = {name: max(1, min(devices, ceil(needed.get(name, 0)))) for name in ("encode", "decode", "publish")}
+    return sizes | {"sample": devices}
+
+
+def _decode_cpus(job: Job, resources: Resources, workers: int) -> tuple[float, int]:
+    """Return the logical CPUs of a worker that decodes, and the threads of its ffmpeg."""
+    if job.encoder_threads is not None:
+        return float(job.encoder_threads), job.encoder_threads
+    cpus = min(max(1, resources.cpus // workers), MAX_ENCODER_THREADS, resources.cpus / (2 * workers))
+    return cpus, max(1, int(cpus))
+
+
+def _stages(job: Job, threads: int, encoder_threads: int) -> dict[str, StageSpec]:
+    model = ModelConfig(job.model_path, job.variant, job.device, job.dtype, threads)
+    stages = (
+        StageSpec(Encode, {"model": model, "image_root": job.image_root, "image_hosts": job.image_hosts}),
+        StageSpec(Sample, {"model": model}),
+        StageSpec(
+            Decode,
+            {"model": model, "window": job.decode_window, "tile": job.tile, "encoder_threads": encoder_threads},
+        ),
+        StageSpec(Publish, {"output": job.output}),
+    )
+    return {spec.name: spec for spec in stages}
+
+
+def _check_fit(pools: tuple[Pool, ...], resources: Resources) -> None:
+    gpus = _gpus_for([pool.gpus for pool in pools for _ in range(pool.workers) if pool.gpus])
     if gpus > resources.gpus:
-        wanted = ", ".join(f"{spec.workers} x {spec.gpus:g} for {spec.name}" for spec in stages if spec.gpus)
+        wanted = ", ".join(f"{pool.workers} x {pool.gpus:g} for {pool.name}" for pool in pools if pool.gpus)
         raise PlanError(f"the plan needs {gpus} GPUs ({wanted}) and there are {resources.gpus}")
+    cpus = sum(pool.workers * pool.cpus for pool in pools)
+    if cpus > resources.cpus:
+        wanted = ", ".join(f"{pool.workers} x {pool.cpus:g} for {pool.name}" for pool in pools if pool.cpus)
+        raise PlanError(f"the plan needs {cpus:g} CPUs ({wanted}) and there are {resources.cpus}")
 
 
 def _gpus_for(shares: Sequence[float]) -> int:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -193,23 +193,53 @@ class ResolvedRequest(BaseModel):
         return self.model_copy(update={"id": f"{self.id}-{number}", "seed": (self.seed + number) & MAX_SEED})
 
     @property
-    def batch_key(self) -> tuple[object, ...]:
-        """Requests with equal keys can be sampled in one batch."""
-        steps = (self.num_inference_steps, self.video_num_inference_steps)
-        return self.height, self.width, self.num_frames, steps, self.has_image, self.guidance_scale > 0
+    def shape(self) -> "Shape":
+        """What rows of one sampling batch have in common."""
+        return Shape(
+            height=self.height,
+            width=self.width,
+            num_frames=self.num_frames,
+            num_inference_steps=self.num_inference_steps,
+            video_num_inference_steps=self.video_num_inference_steps,
+            has_image=self.has_image,
+            guided=self.guidance_scale > 0,
+        )
+
+
+class Shape(NamedTuple):
+    """What decides the work of a row: rows of one shape can be sampled in one batch, and cost the same."""
+
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: Steps
+    video_num_inference_steps: Steps
+    has_image: bool
+    guided: bool
+
+    def __str__(self) -> str:
+        """Name the shape, such as 640x384, 121 frames, steps 20/20/20 then 10/10/10, image."""
+        first, later = (_slashed(steps) for steps in (self.num_inference_steps, self.video_num_inference_steps))
+        text = f"{self.width}x{self.height}, {self.num_frames} frames, steps {first} then {later}"
+        return text + ", image" * self.has_image + ", unguided" * (not self.guided)
+
+    def sampling_params(self, guidance: Sequence[float], video_guidance: Sequence[float]) -> SamplingParams:
+        """Return the sampler's parameters for rows of this shape, with the guidance of each."""
+        return SamplingParams(
+            height=self.height,
+            width=self.width,
+            num_frames=self.num_frames,
+            num_inference_steps=self.num_inference_steps,
+            video_num_inference_steps=self.video_num_inference_steps,
+            guidance_scale=guidance,
+            video_guidance_scale=video_guidance,
+        )
 
 
 def sampling_params(requests: Sequence[ResolvedRequest]) -> SamplingParams:
-    """Return the sampler's parameters for requests of one batch key."""
-    first = requests[0]
-    return SamplingParams(
-        height=first.height,
-        width=first.width,
-        num_frames=first.num_frames,
-        num_inference_steps=first.num_inference_steps,
-        video_num_inference_steps=first.video_num_inference_steps,
-        guidance_scale=[request.guidance_scale for request in requests],
-        video_guidance_scale=[request.video_guidance_scale for request in requests],
+    """Return the sampler's parameters for requests of one shape."""
+    return requests[0].shape.sampling_params(
+        [request.guidance_scale for request in requests], [request.video_guidance_scale for request in requests]
     )
 
 
@@ -222,6 +252,10 @@ def hash_of(values: dict[str, Any]) -> str:
 def derived_seed(text: str) -> int:
     """Return a 32-bit seed that depends on the text only."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def _slashed(steps: Steps) -> str:
+    return "/".join(map(str, (steps,) * NUM_LEVELS if isinstance(steps, int) else steps))
 
 
 def _check_trained(request: ResolvedRequest, preset: Preset) -> None:

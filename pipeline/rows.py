@@ -119,9 +119,21 @@ class Batch:
         assert len(items) == len(self.items)
         return replace(self, items=tuple(items))
 
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.items)
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Return some rows that follow one another as a batch of their own."""
+        return Batch(self.items[start:stop], self.columns.slice(start, stop - start))
+
     def only(self, index: int) -> "Batch":
         """Return one row as a batch of its own."""
-        return Batch((self.items[index],), self.columns.slice(index, 1))
+        return self.part(index, index + 1)
+
+    def joined(self, other: "Batch") -> "Batch":
+        """Return the batch followed by another one with the same columns."""
+        return Batch(self.items + other.items, pa.concat_tables([self.columns, other.columns]))
 
     def without_skipped(self) -> "Batch":
         """Return the batch without the rows that nothing was done for."""

@@ -4,22 +4,25 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+from pythonjsonlogger.json import JsonFormatter
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-from pipeline.batching import read_batches
+from pipeline.batching import read_batches, read_units
 from pipeline.inputs import InputPart
-from pipeline.plan import Plan, PlanError, Resources, StageSpec
+from pipeline.metrics import QueueMetrics, StageMetrics
+from pipeline.plan import Plan, PlanError, Pool, Resources, StageSpec
 from pipeline.quarantine import MAX_ATTEMPTS, Guarded, start_watch
 from pipeline.rows import Batch, pack, unpack
-from pipeline.stages import Publish
+from pipeline.stages import Publish, Stage
 from pipeline.worklist import PartWork, RowRules, Worklist
 
 READ_TASKS = 2
@@ -38,18 +41,37 @@ class Limits:
 
 
 class Worker:
-    """A pool actor: one stage, told nothing but packed batches."""
+    """A pool actor: the stages of its pool one after another, told nothing but packed batches."""
 
-    def __init__(self, spec: StageSpec, watch: Any, limits: Limits) -> None:  # noqa: ANN401 - an actor handle
+    def __init__(self, pool: Pool, watch: Any, limits: Limits) -> None:  # noqa: ANN401 - an actor handle
         node = ray.get_runtime_context().get_node_id()
-        arguments = dict(spec.arguments)
-        if spec.stage is Publish:
-            arguments["node"] = node
-        self.stage = Guarded(spec.stage(**arguments), watch, node, limits.row_timeout_s)
+        _log_as_json(node)
+        self.metrics = StageMetrics()
+        self.stages = [Guarded(_made(spec, node), watch, node, limits.row_timeout_s) for spec in pool.stages]
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Map a block of packed batches."""
-        return _table([self.stage(batch) for batch in _batches(table)])
+        return _table([self._through(batch) for batch in _batches(table)])
+
+    def _through(self, batch: Batch) -> Batch:
+        for guarded in self.stages:
+            started = time.perf_counter()
+            result = guarded(batch)
+            self.metrics.count(guarded.stage.name, batch, result, time.perf_counter() - started)
+            batch = result
+        return batch
+
+
+def _log_as_json(node: str) -> None:
+    """Write this process's log as a JSON object per line, into Ray's log file of the worker."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter("%(asctime)s%(levelname)s%(name)s%(message)s", static_fields={"node": node}))
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+
+
+def _made(spec: StageSpec, node: str) -> Stage:
+    place = {"node": node} if spec.stage is Publish else {}
+    return spec.stage(**spec.arguments, **place)
 
 
 class Rendering:
@@ -58,6 +80,7 @@ class Rendering:
     def __init__(self, worklist: Worklist, plan: Plan, rules: RowRules, limits: Limits) -> None:
         self.watch = start_watch(limits.max_attempts)
         self.dataset = build(worklist, plan, rules, self.watch, limits)
+        self.metrics = QueueMetrics(worklist.num_rows)
 
     def stop(self) -> None:
         """Let no further row begin; what has begun goes on."""
@@ -88,7 +111,9 @@ class Rendering:
                     return
                 if isinstance(result, Exception):
                     raise result
-                yield from _batches(result)
+                for batch in _batches(result):
+                    self.metrics.finished(len(batch))
+                    yield batch
         finally:
             left.set()
             consumer.join(CLOSE_S)
@@ -121,44 +146,37 @@ def build(
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
 
-    works = [work for work in worklist.parts if work.num_rows]
-    dataset: ray.data.Dataset = ray.data.from_items([_describe(work) for work in works], override_num_blocks=len(works))
+    units = [_describe(unit) for unit in read_units(worklist.part_works())]
+    dataset: ray.data.Dataset = ray.data.from_items(units, override_num_blocks=len(units))
     dataset = dataset.map_batches(
         _read,  # type: ignore[arg-type]
         fn_args=(rules, plan.batch_size),
         batch_size=1,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(size=min(READ_TASKS, len(works))),
+        compute=TaskPoolStrategy(size=min(READ_TASKS, len(units))),
         num_cpus=READ_CPUS,
     ).repartition(target_num_rows_per_block=1)
-    for spec in plan.stages:
+    for pool in plan.pools:
         dataset = dataset.map_batches(
             Worker,
-            fn_constructor_args=(spec, watch, limits),
+            fn_constructor_args=(pool, watch, limits),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=spec.workers),
-            num_cpus=spec.cpus,
-            num_gpus=spec.gpus or None,
+            compute=ActorPoolStrategy(size=pool.workers),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
         )
     return dataset
 
 
-def _describe(work: PartWork) -> dict[str, Any]:
-    part = work.part
-    return {
-        "url": part.url,
-        "row_group": part.row_group,
-        "first_row": part.first_row,
-        "num_rows": part.num_rows,
-        "fates": work.fates,
-    }
+def _describe(unit: list[PartWork]) -> dict[str, Any]:
+    return {"works": [{**asdict(work.part), "fates": work.fates} for work in unit]}
 
 
 def _read(table: pa.Table, rules: RowRules, batch_size: int) -> Iterator[pa.Table]:
     for record in table.to_pylist():
-        fates = record.pop("fates")
-        for batch in read_batches(PartWork(InputPart(**record), fates), rules, batch_size):
+        works = [PartWork(fates=work.pop("fates"), part=InputPart(**work)) for work in record["works"]]
+        for batch in read_batches(works, rules, batch_size):
             yield _table([batch])
 
 

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,6 +142,15 @@ class Storage:
         target = self._absolute(path)
         return self._persist(f"look for {self.url(path)}", partial(self._exists, target))
 
+    def modified(self, path: str) -> datetime:
+        """Returns when a file was last written, in UTC and by the store's clock.
+
+        Raises:
+            StorageError: The path is refused, or there is no such file, or the store cannot be asked.
+        """
+        target = self._absolute(path)
+        return self._persist(f"look for {self.url(path)}", partial(self._modified, target))
+
     def list(self, prefix: str = "") -> list[str]:
         """Returns all files below a folder, recursively, as sorted paths relative to the root.
 
@@ -255,6 +265,11 @@ class Storage:
                 raise
             return False
         return True
+
+    def _modified(self, target: str) -> datetime:
+        self._fs.invalidate_cache()
+        found: datetime = self._fs.modified(target)
+        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
 
     def _find(self, folder: str) -> Iterable[str]:
         if self._is_local:

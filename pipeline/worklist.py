@@ -1,15 +1,26 @@
 """What the input asks for, row by row: render, already done, equal to an earlier row, or in conflict with one."""
 
-from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from array import array
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import count
+from hashlib import blake2b
+from itertools import count, pairwise
+from zlib import crc32
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.inputs import REQUEST_COLUMNS, InputPart, read_blocks, request_values
-from pipeline.request import ID_PATTERN, RenderRequest, RequestError, ResolvedRequest, hash_of
+from pipeline.request import ID_PATTERN, RenderRequest, RequestError, ResolvedRequest, Shape, hash_of
 from pipeline.rows import RenderRow, RowError, plain_text
 from pyramid_flow import Preset
+
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -22,11 +33,16 @@ class RowRules:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A render row before the whole input is known, a hash of what it asks for, and its image."""
+    """A render row before the whole input is known, what tells it from others that claim its id, and its image."""
 
     row: RenderRow
     content: str
     image: bytes | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of the content, of 16 bytes."""
+        return blake2b(self.content.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def candidates(values: dict[str, object], position: str, rules: RowRules) -> list[Candidate]:
@@ -73,13 +89,15 @@ def _not_understood(values: dict[str, object], position: str, error: RequestErro
 class Fate(IntEnum):
     """What happens to a candidate; a byte each, and never a zero byte, which some array types strip.
 
-    RENDER goes through the pipeline, SKIP is in the ledger already, the others are written by the driver.
+    RENDER goes through the pipeline, SKIP is in the ledger already, ELSEWHERE belongs to another shard of the job, the
+    others are written by the driver.
     """
 
     RENDER = 1
     SKIP = 2
     DUPLICATE = 3
     CONFLICT = 4
+    ELSEWHERE = 5
 
 
 @dataclass(frozen=True)
@@ -97,44 +115,118 @@ class PartWork:
 
 @dataclass(frozen=True)
 class Echo:
-    """A row that is not rendered itself: a duplicate of an earlier row, or one of two that claim the same id."""
+    """A row that is not rendered itself: it repeats an earlier row, or claims the id of one that differs.
+
+    id: of its own ledger row; claimed: the id that it claims; part, index: where it is read; conflict: what it is in
+    conflict with, None if it is a duplicate of the row that it claims to be.
+    """
 
     id: str
+    claimed: str
     part: int
     index: int
-    duplicate_of: str | None = None
-    message: str | None = None
+    conflict: str | None = None
+
+    @property
+    def duplicate_of(self) -> str | None:
+        """Id of the row that it repeats."""
+        return self.claimed if self.conflict is None else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Worklist:
-    """The whole input: the fates per part, the ids of what is rendered, and the rows that only the driver writes."""
+    """The whole input, as columns over all its candidates in reading order, and the rows that only the driver writes.
 
-    parts: tuple[PartWork, ...]
-    ids: tuple[tuple[str, ...], ...]
+    starts: number of candidates before each part, and in all; ids: null for what is not rendered itself; rows: number
+    of the candidate's row within its part; shape_of: index into shapes, where None stands for failed rows.
+    """
+
+    parts: tuple[InputPart, ...]
+    starts: tuple[int, ...]
+    ids: pa.StringArray
+    fates: NDArray[np.uint8]
+    rows: NDArray[np.uint32]
+    shapes: tuple[Shape | None, ...]
+    shape_of: NDArray[np.uint32]
     echoes: tuple[Echo, ...]
 
     @property
     def num_rows(self) -> int:
         """Number of rows to render."""
-        return sum(work.num_rows for work in self.parts)
+        return int((self.fates == Fate.RENDER).sum())
 
-    def expected_ids(self) -> Iterator[str]:
-        """Yield the id of every row that the ledger must hold at the end."""
-        for ids in self.ids:
-            yield from (row_id for row_id in ids if row_id)
-        yield from (echo.id for echo in self.echoes)
+    @property
+    def num_rows_by_fate(self) -> dict[Fate, int]:
+        """Number of candidates of each fate."""
+        return {fate: int((self.fates == fate).sum()) for fate in Fate}
 
-    def remaining(self, done: Container[str]) -> "Worklist":
+    @property
+    def num_rows_by_shape(self) -> Counter[Shape]:
+        """Number of rows to render of each shape; rows that are known to fail are left out."""
+        counts = np.bincount(self.shape_of[self.fates == Fate.RENDER], minlength=len(self.shapes))
+        return Counter({shape: int(n) for shape, n in zip(self.shapes, counts, strict=True) if shape and n})
+
+    def expected_ids(self) -> pa.StringArray:
+        """Return the id of every row that the ledger must hold at the end."""
+        echoed = pa.array((echo.id for echo in self.echoes), pa.string())
+        return pa.concat_arrays([self.ids.drop_null(), echoed])
+
+    def part_works(self) -> Iterator[PartWork]:
+        """Yield the parts that hold rows to render."""
+        for part, (start, stop) in zip(self.parts, pairwise(self.starts), strict=True):
+            work = PartWork(part, self.fates[start:stop].tobytes())
+            if work.num_rows:
+                yield work
+
+    def rows_of(self, ids: pa.StringArray) -> Iterator[tuple[InputPart, dict[int, str]]]:
+        """Yield the parts that hold candidates with these ids: the numbers of their rows there, each with an id."""
+        found = pc.fill_null(pc.is_in(self.ids, ids), False).to_numpy(zero_copy_only=False)
+        by_number = dict(zip(np.flatnonzero(found).tolist(), self.ids.filter(pa.array(found)).to_pylist(), strict=True))
+        wanted = frozenset(ids.to_pylist())
+        by_number |= {self.starts[echo.part] + echo.index: echo.id for echo in self.echoes if echo.id in wanted}
+        by_part: defaultdict[int, dict[int, str]] = defaultdict(dict)
+        for number, row_id in sorted(by_number.items()):
+            by_part[bisect_right(self.starts, number) - 1][int(self.rows[number])] = row_id
+        for part, rows in by_part.items():
+            yield self.parts[part], rows
+
+    def remaining(self, done: pa.StringArray) -> "Worklist":
         """Return the worklist without the rows that are in the ledger."""
-        parts = []
-        for work, ids in zip(self.parts, self.ids, strict=True):
-            fates = bytearray(work.fates)
-            for index, row_id in enumerate(ids):
-                if row_id and row_id in done:
-                    fates[index] = Fate.SKIP
-            parts.append(replace(work, fates=bytes(fates)))
-        return replace(self, parts=tuple(parts), echoes=tuple(echo for echo in self.echoes if echo.id not in done))
+        found = pc.is_in(self.ids, done, skip_nulls=True).to_numpy(zero_copy_only=False)
+        fates = np.where(found & (self.fates == Fate.RENDER), np.uint8(Fate.SKIP), self.fates)
+        if not self.echoes:
+            return replace(self, fates=fates)
+        settled = frozenset(done.to_pylist())
+        return replace(self, fates=fates, echoes=tuple(echo for echo in self.echoes if echo.id not in settled))
+
+    def shard(self, number: int, count: int) -> "Worklist":
+        """Return one of several parts of about equal size, numbered from 1: a row's id decides where it belongs.
+
+        What is equal to a row, or in dispute with it, belongs to the same shard.
+        """
+        ids = self.ids.to_pylist()
+        mine = np.fromiter((row_id is None or _shard_of(row_id, count) == number for row_id in ids), bool, len(ids))
+        echoes = tuple(echo for echo in self.echoes if _shard_of(echo.claimed, count) == number)
+        return replace(
+            self,
+            ids=pc.if_else(pa.array(mine), self.ids, None),
+            fates=np.where(mine, self.fates, np.uint8(Fate.ELSEWHERE)),
+            echoes=echoes,
+        )
+
+    def first_of_each_shape(self, num_rows: int) -> "Worklist":
+        """Return the worklist with only the first rows to render of each shape, and without echoes."""
+        fates = np.where(self.fates == Fate.RENDER, np.uint8(Fate.ELSEWHERE), self.fates)
+        for index, shape in enumerate(self.shapes):
+            if shape:
+                chosen = np.flatnonzero((self.fates == Fate.RENDER) & (self.shape_of == index))[:num_rows]
+                fates[chosen] = Fate.RENDER
+        ids = pc.if_else(pa.array(fates != Fate.ELSEWHERE), self.ids, None)
+        return replace(self, ids=ids, fates=fates, echoes=())
+
+
+def _shard_of(row_id: str, count: int) -> int:
+    return 1 + crc32(row_id.encode()) % count
 
 
 def scan(parts: Sequence[InputPart], rules: RowRules) -> Worklist:
@@ -143,71 +235,90 @@ def scan(parts: Sequence[InputPart], rules: RowRules) -> Worklist:
     for part in parts:
         seen.begin(part)
         for start, table in read_blocks(part, REQUEST_COLUMNS):
-            for offset, values in enumerate(request_values(table)):
-                for candidate in candidates(values, part.position(start + offset), rules):
-                    seen.take(candidate)
+            for row, values in enumerate(request_values(table), start):
+                for candidate in candidates(values, part.position(row), rules):
+                    seen.take(candidate, row)
     return seen.worklist()
 
 
-@dataclass(frozen=True)
-class _Met:
-    """Where an id was met."""
-
-    part: int
-    index: int
-    content: str
-    position: str
-
-
 class _Seen:
-    """What a scan knows so far."""
+    """What a scan knows so far; a candidate is known by its number in reading order.
+
+    first: the first candidate of each id; repeats: the later ones, if there are any; contents: 16 bytes each.
+    """
 
     def __init__(self) -> None:
         self.parts: list[InputPart] = []
-        self.fates: list[bytearray] = []
-        self.ids: list[list[str]] = []
-        self.first: dict[str, _Met] = {}
-        self.repeats: defaultdict[str, list[_Met]] = defaultdict(list)
+        self.starts: list[int] = []
+        self.ids: list[str | None] = []
+        self.fates = bytearray()
+        self.rows = array("I")
+        self.shapes: dict[Shape | None, int] = {None: 0}
+        self.shape_of = array("I")
+        self.contents = bytearray()
+        self.first: dict[str, int] = {}
+        self.repeats: defaultdict[str, list[int]] = defaultdict(list)
 
     def begin(self, part: InputPart) -> None:
         self.parts.append(part)
-        self.fates.append(bytearray())
-        self.ids.append([])
+        self.starts.append(len(self.fates))
 
-    def take(self, candidate: Candidate) -> None:
-        row, part = candidate.row, len(self.parts) - 1
-        met = _Met(part, len(self.ids[part]), candidate.content, row.position)
-        first = self.first.setdefault(row.id, met)
-        if first is met:
-            self._add(Fate.RENDER, row.id)
+    def take(self, candidate: Candidate, row_number: int) -> None:
+        row, number = candidate.row, len(self.fates)
+        shape = None if row.error or row.request is None else row.request.shape
+        self.rows.append(row_number)
+        self.shape_of.append(self.shapes.setdefault(shape, len(self.shapes)))
+        self.contents += candidate.digest
+        if self.first.setdefault(row.id, number) == number:
+            self.fates.append(Fate.RENDER)
+            self.ids.append(row.id)
         else:
-            self._add(Fate.DUPLICATE)
-            self.repeats[row.id].append(met)
-
-    def _add(self, fate: Fate, row_id: str = "") -> None:
-        self.fates[-1].append(fate)
-        self.ids[-1].append(row_id)
+            self.fates.append(Fate.DUPLICATE)
+            self.ids.append(None)
+            self.repeats[row.id].append(number)
 
     def worklist(self) -> Worklist:
         echoes = [echo for row_id, repeats in self.repeats.items() for echo in self._settled(row_id, repeats)]
         echoes.sort(key=lambda echo: (echo.part, echo.index))
-        parts = tuple(PartWork(part, bytes(fates)) for part, fates in zip(self.parts, self.fates, strict=True))
-        return Worklist(parts, tuple(tuple(ids) for ids in self.ids), tuple(echoes))
+        return Worklist(
+            parts=tuple(self.parts),
+            starts=(*self.starts, len(self.fates)),
+            ids=pa.array(self.ids, pa.string()),
+            fates=np.frombuffer(self.fates, np.uint8),
+            rows=np.frombuffer(self.rows, np.uint32),
+            shapes=tuple(self.shapes),
+            shape_of=np.frombuffer(self.shape_of, np.uint32),
+            echoes=tuple(echoes),
+        )
 
-    def _settled(self, row_id: str, repeats: Sequence[_Met]) -> Iterator[Echo]:
+    def _settled(self, row_id: str, repeats: Sequence[int]) -> Iterator[Echo]:
         """Yield the repeats of an id as duplicates, or all rows that claim it as conflicts if one differs."""
         first, names = self.first[row_id], self._free_names(row_id)
-        others = [repeat for repeat in repeats if repeat.content != first.content]
+        others = [repeat for repeat in repeats if self._content(repeat) != self._content(first)]
         if not others:
             for repeat, name in zip(repeats, names, strict=False):
-                yield Echo(name, repeat.part, repeat.index, duplicate_of=row_id)
+                part, index = self._place(repeat)
+                yield Echo(name, row_id, part, index)
             return
-        self.ids[first.part][first.index] = ""
-        for met, name in [(first, row_id), *zip(repeats, names, strict=False)]:
-            self.fates[met.part][met.index] = Fate.CONFLICT
-            rival = others[0] if met.content == first.content else met
-            message = f"id {row_id!r} has two contents, at {first.position} and {rival.position}"
-            yield Echo(name, met.part, met.index, message=message)
+        self.ids[first] = None
+        for number, name in [(first, row_id), *zip(repeats, names, strict=False)]:
+            self.fates[number] = Fate.CONFLICT
+            rival = others[0] if self._content(number) == self._content(first) else number
+            message = f"id {row_id!r} has two contents, at {self._position(first)} and {self._position(rival)}"
+            part, index = self._place(number)
+            yield Echo(name, row_id, part, index, conflict=message)
+
+    def _content(self, number: int) -> bytes:
+        return bytes(self.contents[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)])
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Return the candidate's part, and its number within it."""
+        part = bisect_right(self.starts, number) - 1
+        return part, number - self.starts[part]
+
+    def _position(self, number: int) -> str:
+        part, _ = self._place(number)
+        return self.parts[part].position(self.rows[number])
 
     def _free_names(self, row_id: str) -> Iterator[str]:
         """Yield `<id>-dup1`, `<id>-dup2`, ... without those that are the ids of other rows."""

@@ -2,6 +2,7 @@
 
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError, InvalidValueError, PyramidFlowError, ShapeError
+from pyramid_flow.flops import RenderFlops, render_flops
 from pyramid_flow.noise import NoiseSource, SeededNoise
 from pyramid_flow.pipeline import PyramidFlowOutput, PyramidFlowPipeline
 from pyramid_flow.presets import LatentStatistics, Preset
@@ -25,6 +26,7 @@ __all__ = [
     "PyramidFlowPipeline",
     "PyramidFluxTransformer",
     "PyramidSchedule",
+    "RenderFlops",
     "SamplingParams",
     "SeededNoise",
     "ShapeError",
@@ -32,4 +34,5 @@ __all__ = [
     "TextEmbedding",
     "TextEncoder",
     "generate_latents",
+    "render_flops",
 ]

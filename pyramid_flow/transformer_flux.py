@@ -146,9 +146,11 @@ class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._check("text tokens", "[B,L,{}]", text.tokens, self.context_embedder.in_features)
         pooled_dim = self.time_text_embed.text_embedder.linear_1.in_features
         self._check("pooled text", "[B,{}]", text.pooled, pooled_dim)
-        text = text.trimmed().to(self.device, self.dtype)
+        text = text.trimmed()
+        has_pads = not bool(text.mask.all())  # asked where the text lies, so that a device is not waited for
+        text = text.to(self.device, self.dtype)
         pooled = self.time_text_embed.text_embedder(text.pooled)
-        mask = None if bool(text.mask.all()) else text.mask
+        mask = text.mask if has_pads else None
         return TextState(self.context_embedder(text.tokens), pooled, mask)
 
     def embed_history(self, history: Sequence[Tensor], current: Sequence[int], text: TextState) -> HistoryState:

@@ -22,12 +22,12 @@ class Encode(Stage):
 
     name = "encode"
 
-    def __init__(self, model: ModelConfig, image_root: str) -> None:
+    def __init__(self, model: ModelConfig, image_root: str, image_hosts: frozenset[str]) -> None:
         checkpoint = model.open()
         self.preset = checkpoint.preset
         self.text_encoder = checkpoint.load_text_encoder(model.torch_dtype, model.device)
         self.vae = checkpoint.load_vae(model.torch_dtype, model.device)
-        self.images = ImageRoot(image_root)
+        self.images = ImageRoot(image_root, image_hosts)
         self._embedding = lru_cache(CACHED_PROMPTS)(self._encode)
 
     def process(self, items: Sequence[Item]) -> list[Item]:

@@ -56,6 +56,8 @@ class Stage(ABC):
         started = time.perf_counter()
         done = self._attempt(pending)
         share = (time.perf_counter() - started) / len(pending)
+        rows = [item.row.id for item in pending]
+        logger.info("%s: %d rows", self.name, len(rows), extra={"stage": self.name, "rows": rows, "seconds": share})
         timed = iter(_with_seconds(item, self.name, share) for item in done)
         return batch.with_items([next(timed) if item.is_pending else item for item in batch.items])
 
@@ -68,9 +70,11 @@ class Stage(ABC):
             if isinstance(error, torch.OutOfMemoryError):
                 release_memory()
             if len(items) > 1:
-                logger.warning("%s: a batch of %d failed (%s), trying its rows alone", self.name, len(items), error)
+                rows = [item.row.id for item in items]
+                logger.warning("%s: a batch failed (%s), trying its rows alone", self.name, error, extra={"rows": rows})
                 return [self._attempt([item])[0] for item in items]
-            logger.warning("%s: row %s failed: %s", self.name, items[0].row.id, error)
+            row = items[0].row.id
+            logger.warning("%s: row %s failed: %s", self.name, row, error, extra={"stage": self.name, "rows": [row]})
             return [items[0].failed(self.name, error)]
 
     @abstractmethod

@@ -52,7 +52,7 @@ def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(tiny_checkpoint
 
     parts = [pq.read_table(path) for path in sorted((tmp_path / "out" / "metadata").iterdir())]
     rows = pa.concat_tables(parts).to_pylist()
-    assert Counter(row["id"] for row in rows) == Counter(set(job.worklist.expected_ids()))
+    assert Counter(row["id"] for row in rows) == Counter(set(job.worklist.expected_ids().to_pylist()))
     assert len(rows) == 12
     assert sorted(row["note"] for row in rows) == sorted([*range(11), 99])
     [failed] = [row for row in rows if row["status"] == "failed"]
@@ -169,7 +169,7 @@ def test_the_image_root_is_the_inputs_folder_or_what_is_said(given, expected, ti
         (tmp_path / folder).mkdir()
     source = write_table(Path("tables") / "in.parquet", [{"prompt": "x", **SMALL}])
     job = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint, image_root=given), Resources(2, 0))
-    assert job.plan.stages[0].arguments["image_root"] == f"file://{tmp_path / expected}"
+    assert job.plan.pools[0].stages[0].arguments["image_root"] == f"file://{tmp_path / expected}"
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path, capsys):

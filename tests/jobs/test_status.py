@@ -40,7 +40,7 @@ def test_the_ledger_and_its_failures_are_told(tmp_path, capsys, monkeypatch):
         """Delivers the rows as they were read."""
 
         def __init__(self, worklist, _plan, rules, _limits):
-            self.batches = [batch for _, batch in read_rows(worklist.parts[0].part, rules, [0, 1])]
+            self.batches = [batch for _, batch in read_rows(worklist.parts[0], rules, [0, 1])]
 
         def __iter__(self):
             return iter(self.batches)

@@ -3,11 +3,14 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from jobs.summary import failures, plan_text, summary_text
+from jobs.summary import expectation, failures, plan_text, summary_text
+from pipeline.batching import read_rows
+from pipeline.costs import Costs
 from pipeline.job import RenderJob
+from pipeline.plan import Plan, Pool, StageSpec
 from pipeline.rows import LEDGER_SCHEMA
-from tests.pipeline.simulated import simulated_job
-from tests.pipeline.tables import write_table
+from tests.pipeline.simulated import Sample, simulated_job
+from tests.pipeline.tables import batch, write_table
 
 
 @pytest.fixture
@@ -16,41 +19,75 @@ def job(tmp_path) -> RenderJob:
     return simulated_job(write_table(tmp_path / "in.parquet", rows), tmp_path / "out")
 
 
-def ledger_of(job: RenderJob, *seconds: dict[str, float], reasons: tuple[str, ...] = ()) -> pa.Table:
+def ledger_of(*reasons: str | None) -> pa.Table:
+    """Return rows that succeeded (None) or failed with the given reason."""
     rows = [
-        {"id": f"s{i}", "status": "succeeded", "run": job.run, "seconds": list(s.items())}
-        for i, s in enumerate(seconds)
+        {"id": f"r{i}", "status": "failed" if reason else "succeeded", "error_message": reason}
+        for i, reason in enumerate(reasons)
     ]
-    rows += [{"id": f"f{i}", "status": "failed", "error_message": reason} for i, reason in enumerate(reasons)]
     return pa.Table.from_pylist(rows, LEDGER_SCHEMA)
 
 
-def test_the_summary_says_what_was_done_what_failed_and_where_to_look(job):
-    view = ledger_of(job, {"encode": 1.0, "sample": 4.0}, {"encode": 3.0, "sample": 6.0}, reasons=("no", "no", "why"))
-    text = summary_text(view, job, "the gallery", rendered=5, seconds=12.0)
+def measure(job: RenderJob, *seconds: dict[str, float]) -> None:
+    request = next(iter(read_rows(job.worklist.parts[0], job.rules, [0])))[1].items[0]
+    job.measured.take(batch(*(request.with_tensors({}, seconds=one, batch_size=2) for one in seconds)))
+
+
+def test_the_summary_says_what_was_done_what_failed_and_where_the_time_went(job):
+    measure(job, {"encode": 1.0, "sample": 4.0}, {"encode": 3.0, "sample": 6.0})
+    text = summary_text(ledger_of(None, None, "no", "no", "why"), job, rendered=5, seconds=12.0)
     assert "2 of 5 rows succeeded; this run took 5 rows in 12.0 s" in text
     assert "failed, 2 x: no" in text
-    assert "seconds per video: encode 2.00, sample 5.00, decode 0.00, publish 0.00" in text
-    assert job.storage.url("videos") in text
-    assert "the gallery" in text
+    assert "seconds per video: encode 2, sample 5; batches 50 % full" in text
+    assert "planned by these costs: the same workers, 514.3 videos per hour" in text
     assert "GPU" not in text
 
 
 def test_on_gpus_it_says_what_a_video_costs(job):
-    stages = tuple(replace(spec, gpus=share) for spec, share in zip(job.plan.stages, (0.1, 0.5), strict=True))
-    on_gpus = replace(job, plan=replace(job.plan, stages=stages))
-    view = ledger_of(on_gpus, {"encode": 1.0, "sample": 4.0}, {"encode": 3.0, "sample": 6.0})
-    assert "GPU-seconds per video: 2.70" in summary_text(view, on_gpus, "g", rendered=2, seconds=1.0)
+    pools = tuple(replace(pool, gpus=share) for pool, share in zip(job.plan.pools, (0.1, 0.5), strict=True))
+    on_gpus = replace(job, plan=replace(job.plan, pools=pools))
+    measure(on_gpus, {"encode": 1.0, "sample": 4.0}, {"encode": 3.0, "sample": 6.0})
+    assert "GPU-seconds per video: 2.7" in summary_text(ledger_of(None), on_gpus, rendered=2, seconds=1.0)
 
 
-def test_only_the_commonest_failures_are_told(job):
-    reasons = ("often", "often", *(f"reason {i}" for i in range(20)))
-    lines = failures(ledger_of(job, reasons=reasons))
+def test_other_workers_are_proposed_if_the_costs_ask_for_them(job):
+    better = Plan((replace(job.plan.pools[0], workers=3), job.plan.pools[1]), batch_size=4)
+    advised = replace(job, plan_for=lambda costs: replace(better, costs=costs))
+    measure(advised, {"encode": 1.0, "sample": 4.0})
+    assert "planned by these costs: 3 x encode, 2 x sample" in summary_text(
+        ledger_of(None), advised, rendered=1, seconds=1
+    )
+
+
+def test_a_run_that_rendered_nothing_measured_nothing(job):
+    assert summary_text(ledger_of(None), job, rendered=0, seconds=1.0).count("\n") == 0
+
+
+def test_only_the_commonest_failures_are_told():
+    lines = failures(ledger_of("often", "often", *(f"reason {i}" for i in range(20))))
     assert lines[0] == "  failed, 2 x: often"
     assert len(lines) == 5
 
 
 def test_the_plan_counts_rows_by_fate(job):
-    text = plan_text(job)
+    text = plan_text(job, None)
     assert text.startswith("2 rows to render, 0 in the ledger already, 1 equal to an earlier row, 0 with a disputed id")
     assert "up to 4 rows of one shape in a batch" in text
+    assert "expected" not in text  # nothing is known about costs
+    shard = replace(job, worklist=job.worklist.shard(999, 1000))
+    assert "of other shards" in plan_text(shard, None)
+
+
+def test_the_expected_speed_and_cost_are_told_with_their_source():
+    costs = Costs({"sample": 36.0}, measured=False)
+    spec = StageSpec(Sample, {})
+    on_gpus = Plan((Pool((spec,), workers=4, cpus=0, gpus=0.5),), batch_size=4, devices=4, costs=costs)
+    assert expectation(on_gpus, 800, 2.5) == [
+        "expected: 400.0 videos per hour, 2.00 hours for 800 rows, 8.00 GPU-hours, cost 20.00",
+        "seconds per video: sample 36 (assumed from FLOPs; --calibrate measures them)",
+    ]
+    measured = replace(on_gpus, costs=replace(costs, measured=True))
+    assert "cost" not in expectation(measured, 800, None)[0]
+    assert "measured by earlier runs" in expectation(measured, 800, None)[1]
+    on_cpu = replace(on_gpus, pools=(Pool((spec,), workers=4, cpus=1, gpus=0),))
+    assert "GPU" not in expectation(on_cpu, 800, 2.5)[0]

@@ -10,8 +10,8 @@ import torch
 
 from pipeline.inputs import list_parts
 from pipeline.job import RenderJob
-from pipeline.ledger import new_run_id
-from pipeline.plan import Plan, StageSpec
+from pipeline.ledger import claim, new_run_id
+from pipeline.plan import Plan, Pool, StageSpec
 from pipeline.rows import Item
 from pipeline.runner import Limits
 from pipeline.stages import Stage
@@ -57,16 +57,17 @@ def simulated_job(table: Path, output: Path, *, batch_size: int = 4, seconds: fl
     """Return a job over a table whose stages are simulated; the sampler's log is `calls` beside the output."""
     rules = RowRules(Preset(), allow_untrained=True)
     output.mkdir(exist_ok=True)
-    stages = (
-        StageSpec(Encode, {}, workers=1, cpus=0, gpus=0),
-        StageSpec(Sample, {"log": str(output / "calls"), "seconds": seconds}, workers=2, cpus=0, gpus=0),
-    )
+    sample = StageSpec(Sample, {"log": str(output / "calls"), "seconds": seconds})
+    pools = (Pool((StageSpec(Encode, {}),), workers=1, cpus=0, gpus=0), Pool((sample,), workers=2, cpus=0, gpus=0))
+    storage = Storage(str(output))
+    claim(storage, {}, {})
     return RenderJob(
         run=new_run_id(),
-        storage=Storage(str(output)),
+        storage=storage,
         worklist=scan(list_parts([str(table)]), rules),
         rules=rules,
-        plan=Plan(stages, batch_size),
+        plan=Plan(pools, batch_size),
+        plan_for=lambda costs: Plan(pools, batch_size, costs=costs),
         constants={"model": "simulated", "model_fingerprint": "0", "software_version": "0"},
         retry_failed=False,
         **{"limits": Limits(), **job},

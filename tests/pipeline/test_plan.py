@@ -4,12 +4,14 @@ from collections.abc import Mapping
 
 import pytest
 
-from pipeline.plan import GPU_SHARES, Job, Plan, PlanError, Resources, StageSpec, make_plan
+from pipeline.costs import Costs
+from pipeline.plan import GPU_SHARES, Job, Plan, PlanError, Pool, Resources, make_plan
 
 STAGES = ["encode", "sample", "decode", "publish"]
 
 
-def planned(device: str, resources: Resources, workers: Mapping[str, int] | None = None) -> Plan:
+def planned(device: str, resources: Resources, workers: Mapping[str, int] | None = None, **values: object) -> Plan:
+    """Return a plan with one pool per stage, if nothing else is said."""
     job = Job(
         model_path="model",
         variant=None,
@@ -21,17 +23,26 @@ def planned(device: str, resources: Resources, workers: Mapping[str, int] | None
         tile=256,
         batch_size=3,
         workers=workers or {},
+        **{"layout": "staged", **values},
     )
     return make_plan(job, resources)
 
 
-def specs(plan: Plan) -> dict[str, StageSpec]:
-    return {spec.name: spec for spec in plan.stages}
+def pools(plan: Plan) -> dict[str, Pool]:
+    return {pool.name: pool for pool in plan.pools}
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    return {pool.name: pool.workers for pool in plan.pools}
+
+
+def arguments(plan: Plan) -> dict[str, dict[str, object]]:
+    return {spec.name: dict(spec.arguments) for pool in plan.pools for spec in pool.stages}
 
 
 def test_the_stages_are_in_the_order_of_the_data():
     plan = planned("cpu", Resources(8, 0))
-    assert [spec.name for spec in plan.stages] == STAGES
+    assert [pool.name for pool in plan.pools] == STAGES
     assert plan.batch_size == 3
     assert all(name in plan.describe() for name in STAGES)
 
@@ -49,8 +60,8 @@ def placed_as_ray_does(shares, gpus):
 
 @pytest.mark.parametrize("gpus", [1, 2, 3, 4, 7, 8, 64, 128])
 def test_every_gpu_carries_a_sampler_and_a_decoder(gpus):
-    by_name = specs(planned("cuda", Resources(16 * gpus, gpus)))
-    assert [by_name[name].workers for name in STAGES] == [1 + (gpus - 1) // 64, gpus, gpus, 1]
+    by_name = pools(planned("cuda", Resources(16 * gpus, gpus)))
+    assert [by_name[name].workers for name in STAGES] == [1, gpus, gpus, 1]
     shares = [by_name[name].gpus for name in STAGES[:3] for _ in range(by_name[name].workers)]
     assert placed_as_ray_does(shares, gpus) == len(shares)
     assert by_name["sample"].gpus > 0.5  # two samplers never meet on one GPU
@@ -60,26 +71,27 @@ def test_every_gpu_carries_a_sampler_and_a_decoder(gpus):
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 64])
 @pytest.mark.parametrize("gpus", [0, 1, 8])
 def test_the_plan_leaves_cpus_for_everything_else(cpus, gpus):
-    by_name = specs(planned("cuda" if gpus else "cpu", Resources(cpus, gpus)))
+    by_name = pools(planned("cuda" if gpus else "cpu", Resources(cpus, gpus)))
     assert [by_name[name].cpus for name in ("encode", "sample", "publish")] == [0, 0, 0]
     decode = by_name["decode"]
     assert 0 < decode.workers * decode.cpus <= cpus / 2
-    assert decode.arguments["encoder_threads"] >= 1
-    assert decode.arguments["model"].threads >= 1
+    [spec] = decode.stages
+    assert spec.arguments["encoder_threads"] >= 1
+    assert spec.arguments["model"].threads >= 1
 
 
 def test_the_cpu_takes_one_worker_of_each_stage_and_ignores_gpus():
-    by_name = specs(planned("cpu", Resources(4, 2)))
+    by_name = pools(planned("cpu", Resources(4, 2)))
     assert [spec.workers for spec in by_name.values()] == [1, 1, 1, 1]
     assert all(spec.gpus == 0 for spec in by_name.values())
 
 
 def test_what_is_asked_for_reaches_the_stages():
-    by_name = specs(planned("cpu", Resources(4, 0)))
-    assert by_name["encode"].arguments["image_root"] == "images"
-    assert (by_name["decode"].arguments["window"], by_name["decode"].arguments["tile"]) == (2, 256)
-    assert by_name["publish"].arguments["output"] == "out"
-    assert len({id(by_name[name].arguments["model"]) for name in STAGES[:3]}) == 1
+    given = arguments(planned("cpu", Resources(4, 0), image_hosts=frozenset({"host"}), encoder_threads=3))
+    assert (given["encode"]["image_root"], given["encode"]["image_hosts"]) == ("images", {"host"})
+    assert (given["decode"]["window"], given["decode"]["tile"], given["decode"]["encoder_threads"]) == (2, 256, 3)
+    assert given["publish"]["output"] == "out"
+    assert len({id(given[name]["model"]) for name in STAGES[:3]}) == 1
 
 
 def test_gpus_that_are_not_there_are_refused():
@@ -88,9 +100,9 @@ def test_gpus_that_are_not_there_are_refused():
 
 
 def test_pins_are_kept():
-    by_name = specs(planned("cpu", Resources(4, 0), {"sample": 3, "publish": 2}))
-    assert [by_name[name].workers for name in STAGES] == [1, 3, 1, 2]
-    by_name = specs(planned("cuda", Resources(4, 2), {"encode": 1, "decode": 3, "sample": 1}))
+    by_name = pools(planned("cpu", Resources(4, 0), {"sample": 3, "publish": 2}))
+    assert [by_name[name].workers for name in STAGES] == [1, 3, 3, 2]
+    by_name = pools(planned("cuda", Resources(4, 2), {"encode": 1, "decode": 3, "sample": 1}))
     assert [by_name[name].workers for name in STAGES] == [1, 1, 3, 1]
 
 
@@ -109,3 +121,61 @@ def test_pins_that_cannot_be_placed_are_refused(gpus, workers):
     with pytest.raises(PlanError, match=f"there are {gpus}$") as caught:
         planned("cuda", Resources(16, gpus), workers)
     assert all(f"for {name}" in str(caught.value) for name in GPU_SHARES)
+
+
+COSTS = Costs({"encode": 0.1, "sample": 60.0, "decode": 6.0, "publish": 0.5}, measured=True)
+
+
+def test_sampling_is_the_bottleneck_by_the_costs():
+    plan = planned("cuda", Resources(256, 64), costs=COSTS)
+    assert sizes(plan) == {"encode": 1, "sample": 64, "decode": 10, "publish": 1}  # 1.5 x 64 x 6 / 60 = 9.6
+    slow = Costs({"encode": 40.0, "sample": 60.0, "decode": 100.0, "publish": 20.0}, measured=True)
+    assert sizes(planned("cuda", Resources(64, 8), costs=slow)) == {"encode": 8, "sample": 8, "decode": 8, "publish": 4}
+
+
+def test_the_expected_rate_is_that_of_the_devices_or_of_the_slowest_pool():
+    assert planned("cuda", Resources(64, 8)).rows_per_hour is None
+    plan = planned("cuda", Resources(64, 8), costs=COSTS)
+    assert plan.rows_per_hour == pytest.approx(3600 * 8 / 66.1)
+    slow = Costs({**COSTS.seconds, "publish": 60.0}, measured=True)
+    assert planned("cuda", Resources(64, 8), {"publish": 2}, costs=slow).rows_per_hour == pytest.approx(120)
+    fused = planned("cuda", Resources(64, 8), layout="fused", costs=COSTS)
+    assert fused.rows_per_hour == pytest.approx(3600 * 8 / 66.6)
+    assert (fused.num_gpus, planned("cpu", Resources(4, 0)).num_gpus) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "resources", "workers", "expected"),
+    [
+        ("cpu", Resources(2, 0), {}, {"encode+sample+decode+publish": 1}),
+        ("cpu", Resources(64, 0), {}, {"encode+sample+decode+publish": 16}),
+        ("cpu", Resources(2, 0), {"sample": 2}, {"encode": 1, "sample": 2, "decode": 2, "publish": 1}),
+        ("cuda", Resources(16, 2), {}, {"encode": 1, "sample": 2, "decode": 2, "publish": 1}),
+    ],
+)
+def test_one_pool_for_all_stages_is_the_choice_without_gpus(device, resources, workers, expected):
+    plan = planned(device, resources, workers, layout="auto")
+    assert sizes(plan) == expected
+    assert list(arguments(plan)) == STAGES
+    assert sum(pool.workers * pool.cpus for pool in plan.pools) <= resources.cpus / 2
+
+
+def test_one_pool_for_all_stages_can_be_asked_for_on_gpus():
+    [pool] = planned("cuda", Resources(16, 2), layout="fused").pools
+    assert (pool.workers, pool.gpus) == (2, 1.0)
+    assert sizes(planned("cpu", Resources(4, 0), {"sample": 3}, layout="fused")) == {"encode+sample+decode+publish": 3}
+    with pytest.raises(PlanError, match="--layout staged"):
+        planned("cuda", Resources(16, 2), {"decode": 1}, layout="fused")
+
+
+def test_shares_and_threads_can_be_pinned_and_are_checked():
+    plan = planned(
+        "cuda", Resources(16, 4), {"sample": 3}, gpu_shares={"sample": 1.0, "decode": 0.2}, encoder_threads=2
+    )
+    by_name = pools(plan)
+    assert [by_name[name].gpus for name in STAGES] == [0.1, 1.0, 0.2, 0]
+    assert by_name["decode"].cpus == 2
+    with pytest.raises(PlanError, match="there are 4"):
+        planned("cuda", Resources(16, 4), gpu_shares={"sample": 1.0})
+    with pytest.raises(PlanError, match=r"needs 32 CPUs \(4 x 8 for decode\) and there are 16"):
+        planned("cuda", Resources(16, 4), encoder_threads=8)

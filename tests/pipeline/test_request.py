@@ -296,9 +296,9 @@ def test_unusual_guidance_is_noted_and_rendered():
     assert len(resolved(guidance_scale=0, video_guidance_scale=0.5).warnings) == 2
 
 
-def test_rows_of_one_batch_key_have_common_sampling_parameters():
+def test_rows_of_one_shape_have_common_sampling_parameters():
     one, two = resolved(guidance_scale=3, seed=1), resolved(prompt="b", guidance_scale=8, fps=12, seed=2)
-    assert one.batch_key == two.batch_key
+    assert one.shape == two.shape
     params = sampling_params([one, two])
     assert list(params.guidance_scale) == [3, 8]
     others = [
@@ -309,7 +309,7 @@ def test_rows_of_one_batch_key_have_common_sampling_parameters():
         {"image": "a.png"},
         {"guidance_scale": 0},
     ]
-    assert len({resolved(**values).batch_key for values in [{}, *others]}) == len(others) + 1
+    assert len({resolved(**values).shape for values in [{}, *others]}) == len(others) + 1
 
 
 def test_a_resolved_request_survives_json():

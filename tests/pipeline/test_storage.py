@@ -15,6 +15,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,23 @@ def test_a_local_file_can_be_put(storage, tmp_path):
     source.write_bytes(b"x" * 100_000)
     storage.put("a.mp4", source)
     assert storage.get("a.mp4") == source.read_bytes()
+
+
+def test_the_time_of_the_last_write_is_told_in_utc(storage):
+    before = datetime.now(UTC)
+    storage.put("v/a", b"x")
+    first = storage.modified("v/a")
+    assert first.tzinfo is UTC
+    assert abs(first - before) < timedelta(minutes=1)
+    time.sleep(1.1)  # S3 counts whole seconds
+    storage.put("v/a", b"x")
+    assert storage.modified("v/a") > first
+
+
+def test_an_absent_file_has_no_time(storage):
+    storage.put("v/a", b"x")
+    with pytest.raises(StorageError, match="cannot look for"):
+        storage.modified("v/b")
 
 
 def test_list_is_sorted_recursive_and_relative(storage):
@@ -147,7 +165,7 @@ def test_reading_an_absent_file_is_an_error_with_its_cause(storage):
 
 
 @pytest.mark.parametrize("path", ATTACKS)
-@pytest.mark.parametrize("method", ["put", "get", "exists", "delete", "url"])
+@pytest.mark.parametrize("method", ["put", "get", "exists", "modified", "delete", "url"])
 def test_paths_that_lead_elsewhere_are_refused(storage, method, path):
     arguments = (path, b"x") if method == "put" else (path,)
     with pytest.raises(StorageError, match="path"):

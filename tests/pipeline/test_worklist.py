@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import inputs
-from pipeline.batching import IMAGE, read_batches, read_rows
+from pipeline import batching, inputs
+from pipeline.batching import IMAGE, read_batches, read_rows, read_units
 from pipeline.inputs import REQUEST_COLUMNS, InputError, list_parts, own_columns, read_blocks, request_values
 from pipeline.request import RenderRequest, RequestError
 from pipeline.rows import Batch, as_bytes, ledger_table, pack, unpack
@@ -36,11 +36,15 @@ def table_of(folder: Path, *rows: dict[str, object], **options: object) -> Workl
 
 
 def fates(worklist: Worklist) -> list[str]:
-    return [Fate(fate).name for work in worklist.parts for fate in work.fates]
+    return [Fate(fate).name for fate in worklist.fates]
 
 
 def batches(worklist: Worklist, batch_size: int = 4) -> list[Batch]:
-    return [batch for work in worklist.parts for batch in read_batches(work, RULES, batch_size)]
+    return [batch for unit in read_units(worklist.part_works()) for batch in read_batches(unit, RULES, batch_size)]
+
+
+def strings(*values: str) -> pa.StringArray:
+    return pa.array(values, pa.string())
 
 
 def rendered(worklist: Worklist) -> dict[str, str]:
@@ -111,7 +115,7 @@ def test_text_files_hold_the_same_rows_as_parquet(tmp_path, name):
     file = tmp_path / name
     file.write_text(TEXT_TABLES[name])
     worklist = scanned(file)
-    assert list(worklist.expected_ids()) == list(expected.expected_ids())
+    assert worklist.expected_ids().to_pylist() == expected.expected_ids().to_pylist()
     assert set(rendered(worklist)) == set(rendered(expected))
     [batch, *_] = batches(worklist)
     assert batch.columns.column_names == ["note"]
@@ -180,7 +184,7 @@ def test_tables_with_few_or_no_rows(tmp_path, num_rows):
     file = tmp_path / "input.parquet"
     pq.write_table(pa.table({"prompt": pa.array([f"{i}" for i in range(num_rows)], pa.string())}), file)
     worklist = scanned(file)
-    assert worklist.num_rows == len(list(worklist.expected_ids())) == num_rows
+    assert worklist.num_rows == len(worklist.expected_ids().to_pylist()) == num_rows
     assert len(batches(worklist)) == -(-num_rows // 4)
 
 
@@ -189,7 +193,7 @@ def test_a_file_without_row_groups_is_empty(tmp_path):
     with pq.ParquetWriter(tmp_path / "input.parquet", schema):
         pass
     worklist = scanned(tmp_path / "input.parquet")
-    assert (worklist.num_rows, list(worklist.expected_ids()), batches(worklist)) == (0, [], [])
+    assert (worklist.num_rows, worklist.expected_ids().to_pylist(), batches(worklist)) == (0, [], [])
 
 
 def test_positions_count_across_row_groups_and_blocks(tmp_path, monkeypatch):
@@ -362,13 +366,14 @@ def test_equal_rows_are_rendered_once_across_files_and_row_groups(tmp_path):
         (f"{b}-dup1", b, 3, 1),
         (f"{a}-dup3", a, 4, 0),
     ]
-    assert scanned(one, two) == worklist
+    again = scanned(one, two)
+    assert (again.expected_ids(), again.echoes) == (worklist.expected_ids(), worklist.echoes)
 
 
 def test_one_id_with_equal_contents_is_a_duplicate(tmp_path):
     worklist = table_of(tmp_path, {"id": "x", "prompt": "a", "own": 1}, {"id": "x", "prompt": "a", "own": 2})
     assert fates(worklist) == ["RENDER", "DUPLICATE"]
-    assert list(worklist.expected_ids()) == ["x", "x-dup1"]
+    assert worklist.expected_ids().to_pylist() == ["x", "x-dup1"]
 
 
 @pytest.mark.parametrize("prompts", ["ab", "abc", "aab", "aba", "abb", "aabba"])
@@ -379,7 +384,7 @@ def test_one_id_with_different_contents_fails_all_its_rows_naming_positions(tmp_
     assert worklist.num_rows == 1
     for echo in worklist.echoes:
         assert echo.duplicate_of is None
-        one, other = (int(number) for number in re.findall(r"input\.parquet:(\d+)", echo.message))
+        one, other = (int(number) for number in re.findall(r"input\.parquet:(\d+)", echo.conflict))
         assert prompts[one] != prompts[other]
         assert prompts[echo.index] in (prompts[one], prompts[other])
 
@@ -413,7 +418,7 @@ def test_a_duplicate_never_takes_the_id_of_another_row(tmp_path):
 def test_equal_bad_rows_are_duplicates(tmp_path):
     worklist = table_of(tmp_path, BAD, {"prompt": "fine"}, BAD, {**BAD, "own": 1}, UNTRAINED, UNTRAINED)
     assert fates(worklist) == ["RENDER", "RENDER", "DUPLICATE", "DUPLICATE", "RENDER", "DUPLICATE"]
-    assert len(set(worklist.expected_ids())) == 6
+    assert len(set(worklist.expected_ids().to_pylist())) == 6
 
 
 def test_no_fate_is_a_zero_byte():
@@ -476,21 +481,21 @@ def test_random_tables_agree_with_a_naive_model(tmp_path, seed):
         met[row_id] += 1
     assert fates(worklist) == expected
 
-    ids = list(worklist.expected_ids())
+    ids = worklist.expected_ids().to_pylist()
     assert len(ids) == len(set(ids)) == len(claims)
     assert set(contents) <= set(ids)
-    assert all(b"\0" not in work.fates for work in worklist.parts)
+    assert all(b"\0" not in work.fates for work in worklist.part_works())
     assert len(rendered(worklist)) == worklist.num_rows == expected.count("RENDER")
     assert {echo.duplicate_of for echo in worklist.echoes} - {None} <= set(rendered(worklist))
 
     places = [(echo.part, echo.index) for echo in worklist.echoes]
     assert places == sorted(set(places))
     done = set(random.Random(seed).sample(ids, len(ids) // 2))
-    left = worklist.remaining(done)
+    left = worklist.remaining(strings(*done))
     assert set(rendered(left)) | {echo.id for echo in left.echoes} == set(ids) - done
-    assert set(left.expected_ids()) >= set(ids) - done
-    assert worklist.remaining(ids).num_rows == 0
-    assert worklist.remaining(()) == worklist
+    assert set(left.expected_ids().to_pylist()) >= set(ids) - done
+    assert worklist.remaining(strings(*ids)).num_rows == 0
+    assert fates(worklist.remaining(strings())) == fates(worklist)
 
 
 # ---- batches
@@ -504,7 +509,7 @@ def test_batches_have_one_shape_a_limit_and_the_order_of_the_input(tmp_path):
     made = batches(worklist, 4)
     seen: dict[object, list[int]] = {}
     for batch in made:
-        keys = {item.row.request.batch_key if item.row.request else None for item in batch.items}
+        keys = {item.row.request.shape if item.row.request else None for item in batch.items}
         assert len(keys) == 1
         own = batch.columns["own"].to_pylist()
         assert own == [int(item.row.prompt) for item in batch.items]
@@ -516,13 +521,49 @@ def test_batches_have_one_shape_a_limit_and_the_order_of_the_input(tmp_path):
     assert len(made) == 1 + sum(-(-len(numbers) // 4) for key, numbers in seen.items() if key)
 
 
+def test_rows_of_many_small_files_fill_batches_together(tmp_path, monkeypatch):
+    shapes = [{}, {"num_frames": 1}, {"guidance_scale": 0}]
+    for number in range(20):
+        rows = [{"prompt": f"{number}.{i}", "own": number, **shapes[(number + i) % 3]} for i in range(5)]
+        write_table(tmp_path / f"{number:02}.parquet", rows)
+    worklist = scanned(tmp_path)
+    made = batches(worklist, 4)
+    assert len(made) == sum(-(-count // 4) for count in worklist.num_rows_by_shape.values())
+    assert sum(map(len, made)) == 100
+    for batch in made:
+        assert [item.row.prompt.split(".")[0] for item in batch.items] == list(
+            map(str, batch.columns["own"].to_pylist())
+        )
+    monkeypatch.setattr(batching, "READ_ROWS", 10)
+    assert [len(unit) for unit in read_units(worklist.part_works())] == [2] * 10
+
+
+def test_files_with_different_columns_share_no_batch(tmp_path):
+    write_table(tmp_path / "1.parquet", [{"prompt": "a", "own": 1}])
+    write_table(tmp_path / "2.parquet", [{"prompt": "b", "own": "one"}])
+    write_table(tmp_path / "3.parquet", [{"prompt": "c", "own": 3}])
+    made = batches(scanned(tmp_path))
+    assert sorted(batch.columns["own"].to_pylist() for batch in made if len(batch) > 1) == [[1, 3]]
+    assert sum(map(len, made)) == 3
+
+
+def test_rows_that_wait_for_their_shape_are_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(batching, "READ_ROWS", 3)
+    monkeypatch.setattr(inputs, "READ_ROWS", 1)
+    rows = [{"prompt": f"{i}", "num_frames": 1 + 8 * i} for i in range(9)]
+    [unit] = [list(worklist_unit) for worklist_unit in [table_of(tmp_path, *rows).part_works()]]
+    made = read_batches(unit, RULES, 4)
+    assert next(made).items[0].row.prompt == "0"  # before the last row is read
+    assert sum(map(len, made)) == 8
+
+
 def test_only_rows_that_are_to_be_rendered_are_batched(tmp_path):
     rows = [{"prompt": "a"}, {"prompt": "a"}, {"id": "x", "prompt": "a"}, {"id": "x", "prompt": "b"}, {"prompt": "c"}]
     worklist = table_of(tmp_path, *rows)
     ids = list(rendered(worklist))
     assert [batch.items[0].row.prompt for batch in batches(worklist, 1)] == ["a", "c"]
-    assert list(rendered(worklist.remaining(ids[:1]))) == ids[1:]
-    assert batches(worklist.remaining(ids)) == []
+    assert list(rendered(worklist.remaining(strings(*ids[:1])))) == ids[1:]
+    assert batches(worklist.remaining(strings(*ids))) == []
 
 
 def test_image_bytes_reach_every_copy_and_no_other_row(tmp_path):
@@ -543,10 +584,52 @@ def test_image_uris_travel_without_bytes(tmp_path):
 def test_single_rows_are_found_by_their_number_in_reading_order(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "READ_ROWS", 2)
     rows = [{"prompt": f"{i}", "num_videos_per_prompt": 1 + i % 2, "own": i} for i in range(6)]
-    [work] = table_of(tmp_path, *rows).parts
+    [work] = table_of(tmp_path, *rows).part_works()
     order = [number for number in range(6) for _ in range(1 + number % 2)]
     found = {index: batch for index, batch in read_rows(work.part, RULES, [0, 2, 5, 8])}
     assert {index: batch.items[0].row.prompt for index, batch in found.items()} == {
         i: str(order[i]) for i in (0, 2, 5, 8)
     }
     assert all(batch.columns["own"].to_pylist() == [order[index]] for index, batch in found.items())
+
+
+# ---- shards, shapes and rows
+
+
+def test_shards_share_out_every_row_once_with_its_duplicates(tmp_path):
+    rows = [{"prompt": f"{i % 40}", "own": i} for i in range(60)]
+    rows += [{"id": "x", "prompt": "a"}, {"id": "x", "prompt": "b"}]
+    worklist = table_of(tmp_path, *rows)
+    shards = [worklist.shard(number, 3) for number in (1, 2, 3)]
+    ids = [shard.expected_ids().to_pylist() for shard in shards]
+    together = sorted(row_id for own in ids for row_id in own)
+    assert together == sorted(worklist.expected_ids().to_pylist())
+    assert min(shard.num_rows for shard in shards) > 5
+    assert sum(shard.num_rows for shard in shards) == worklist.num_rows
+    for shard, own in zip(shards, ids, strict=True):
+        assert set(rendered(shard)) <= set(own)
+        assert all(echo.duplicate_of in own for echo in shard.echoes if echo.duplicate_of)
+    [both] = [own for own in ids if "x" in own]
+    assert "x-dup1" in both
+    assert sorted(worklist.shard(1, 1).expected_ids().to_pylist()) == together
+
+
+def test_the_first_rows_of_each_shape_stand_for_all(tmp_path):
+    rows = [{"prompt": f"{i}", "num_frames": 9 if i % 3 else 17} for i in range(12)]
+    worklist = table_of(tmp_path, BAD, *rows)
+    first = worklist.first_of_each_shape(2)
+    assert [batch.items[0].row.prompt for batch in batches(first, 1)] == ["0", "3", "1", "2"]
+    assert sorted(first.num_rows_by_shape.values()) == [2, 2]
+    assert sorted(worklist.num_rows_by_shape.values()) == [4, 8]
+    assert len(first.expected_ids()) == 4
+
+
+def test_rows_are_found_by_their_ids(tmp_path):
+    rows = [{"id": "x", "prompt": "a", "num_videos_per_prompt": 2}, {"prompt": "b"}, {"prompt": "b"}, {"prompt": "c"}]
+    one = write_table(tmp_path / "1.parquet", rows)
+    two = write_table(tmp_path / "2.parquet", [{"prompt": "d"}, {"prompt": "e"}])
+    worklist = scanned(one, two)
+    b, e = (RenderRequest(prompt=prompt).content_hash for prompt in "be")
+    found = [(part.url.rsplit("/")[-1], rows) for part, rows in worklist.rows_of(strings("x-1", "x-0", f"{b}-dup1", e))]
+    assert found == [("1.parquet", {0: "x-1", 2: f"{b}-dup1"}), ("2.parquet", {1: e})]
+    assert list(worklist.rows_of(strings("nobody"))) == []

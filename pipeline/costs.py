@@ -1,0 +1,135 @@
+"""What a row costs in each stage, in seconds: measured by earlier runs of the same OUTPUT, else from its FLOPs."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pipeline.ledger import JOB_FILE
+from pipeline.request import Shape
+from pipeline.rows import Batch
+from pipeline.storage import Storage
+from pyramid_flow import Checkpoint, render_flops
+
+ASSUMED_FLOPS = {"cuda": 150e12, "cpu": 30e9}
+"""Floating-point operations per second of one device that are assumed until a run has measured its own."""
+
+ASSUMED_PUBLISH_S = 0.5
+MAX_COUNTED_SHAPES = 8
+
+Key = TypeVar("Key")
+
+Seconds = Mapping[str, float]
+"""Seconds per row by the name of the stage."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Mean seconds per row of a job by stage, and whether they were measured."""
+
+    seconds: Seconds
+    measured: bool
+
+
+@dataclass
+class Measured:
+    """Mean seconds per row by shape and stage, and how full batches were, collected from finished batches.
+
+    batches: number of batches that were sampled.
+    """
+
+    batches: float = 0.0
+    rows: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def take(self, batch: Batch | None) -> None:
+        """Count the rows of a finished batch that have gone through all stages."""
+        for item in batch.items if batch else ():
+            row = item.row
+            if row.request and row.seconds and not row.error:
+                shape = str(row.request.shape)
+                self.rows[shape] += 1
+                self.seconds[shape].update(row.seconds)
+                self.batches += 1 / (row.batch_size or 1)
+
+    def fill(self, batch_size: int) -> float | None:
+        """Return the share of the places in sampled batches that held a row; None before the first batch."""
+        return self.rows.total() / (self.batches * batch_size) if self.batches else None
+
+    def costs(self) -> Costs | None:
+        """Return the mean costs over all rows; None before the first one."""
+        means = self.means()
+        return Costs(_mean(self.rows, means), measured=True) if means else None
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Return the mean seconds per row by shape and stage."""
+        return {
+            shape: {stage: total / self.rows[shape] for stage, total in stages.items()}
+            for shape, stages in self.seconds.items()
+        }
+
+
+def read_measured(storage: Storage) -> dict[str, dict[str, float]]:
+    """Return what earlier runs measured, by shape and stage; empty if there is nothing."""
+    if not storage.exists(JOB_FILE):
+        return {}
+    return dict(json.loads(storage.get(JOB_FILE)).get("seconds_per_row", {}))
+
+
+def write_measured(storage: Storage, measured: Measured) -> None:
+    """Store what a run measured in job.json; shapes that it did not render keep their figures."""
+    means = measured.means()
+    if means:
+        record = json.loads(storage.get(JOB_FILE))
+        record["seconds_per_row"] = record.get("seconds_per_row", {}) | means
+        storage.put(JOB_FILE, json.dumps(record, indent=2).encode())
+
+
+def expected_costs(
+    rows: Counter[Shape], measured: Mapping[str, Seconds], estimate: Callable[[Shape], Seconds]
+) -> Costs | None:
+    """Return the mean costs over the rows of a job; None if there are none.
+
+    A shape that was never measured costs what it is estimated at, times what the measured ones differ from their
+    estimates. Of many shapes the commonest 8 stand for all.
+    """
+    common = dict(rows.most_common(MAX_COUNTED_SHAPES))
+    if not common:
+        return None
+    known = {shape: measured[str(shape)] for shape in common if str(shape) in measured}
+    if len(known) == len(common):
+        return Costs(_mean(common, known), measured=True)
+    estimates = {shape: estimate(shape) for shape in common}
+    if known:
+        counts = {shape: common[shape] for shape in known}
+        found, thought = _mean(counts, known), _mean(counts, estimates)
+        factors = {stage: found.get(stage, 0.0) / seconds for stage, seconds in thought.items()}
+        estimates = {shape: _scaled(seconds, factors) for shape, seconds in estimates.items()} | known
+    return Costs(_mean(common, estimates), measured=bool(known))
+
+
+def flops_estimate(checkpoint: Checkpoint, device: str, tile: int | None) -> Callable[[Shape], Seconds]:
+    """Return a function from a shape to its estimated seconds per row and stage on one device."""
+
+    def estimate(shape: Shape) -> Seconds:
+        guidance = [float(shape.guided)]
+        flops = render_flops(
+            checkpoint, shape.sampling_params(guidance, guidance), has_image=shape.has_image, tile=tile
+        )
+        speed = ASSUMED_FLOPS[device]
+        seconds = {"encode": flops.encode, "sample": flops.sample, "decode": flops.decode}
+        return {stage: count / speed for stage, count in seconds.items()} | {"publish": ASSUMED_PUBLISH_S}
+
+    return estimate
+
+
+def _mean(rows: Mapping[Key, int], seconds: Mapping[Key, Seconds]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for shape, count in rows.items():
+        total.update({stage: count * value for stage, value in seconds[shape].items()})
+    return {stage: value / sum(rows.values()) for stage, value in total.items()}
+
+
+def _scaled(seconds: Seconds, factors: Seconds) -> dict[str, float]:
+    return {stage: value * factors[stage] for stage, value in seconds.items()}

@@ -1,0 +1,52 @@
+"""Counters and histograms of the farm, exported on every node's metrics port as ray_pyramid_*."""
+
+from collections import Counter
+
+from ray.util import metrics
+
+from pipeline.rows import Batch
+
+BOUNDARIES_S = [0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+
+
+class StageMetrics:
+    """What a worker's stages do: rows by outcome, failures by reason, seconds per batch, busy time, published bytes.
+
+    Busy time is a counter of its own because the sum of Ray's histograms is an approximation.
+    """
+
+    def __init__(self) -> None:
+        self.rows = metrics.Counter("pyramid_rows", "Rows that left a stage", ("stage", "status"))
+        self.failures = metrics.Counter("pyramid_failures", "Rows that failed", ("stage", "reason"))
+        self.seconds = metrics.Histogram("pyramid_batch_seconds", "Seconds per batch", BOUNDARIES_S, ("stage",))
+        self.busy = metrics.Counter("pyramid_busy_seconds", "Seconds that workers of a stage were busy", ("stage",))
+        self.bytes = metrics.Counter("pyramid_published_bytes", "Bytes of published videos")
+
+    def count(self, stage: str, before: Batch, after: Batch, seconds: float) -> None:
+        """Count a batch that a stage took some seconds for; rows that had failed before do not count."""
+        changes = [(old.row, new.row) for old, new in zip(before.items, after.items, strict=True) if old.is_pending]
+        rows = [new for _, new in changes]
+        statuses = Counter("failed" if row.error else "skipped" if row.skipped else "succeeded" for row in rows)
+        for status, number in statuses.items():
+            self.rows.inc(number, {"stage": stage, "status": status})
+        for reason, number in Counter(row.error.type for row in rows if row.error).items():
+            self.failures.inc(number, {"stage": stage, "reason": reason})
+        if rows:
+            self.seconds.observe(seconds, {"stage": stage})
+            self.busy.inc(max(seconds, 1e-9), {"stage": stage})  # Ray refuses an increase by nothing
+        if published := sum(new.bytes or 0 for old, new in changes if old.bytes is None):
+            self.bytes.inc(published)
+
+
+class QueueMetrics:
+    """How many rows of a job are neither finished nor failed yet; kept by its driver."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.left = num_rows
+        self.gauge = metrics.Gauge("pyramid_rows_left", "Rows of the job that have not finished")
+        self.gauge.set(self.left)
+
+    def finished(self, num_rows: int) -> None:
+        """Count rows that have finished, well or not."""
+        self.left -= num_rows
+        self.gauge.set(self.left)
