@@ -1,4 +1,4 @@
-"""Compact the ledger of an output and look for orphans (`pyramid-render compact OUT`); works wherever OUT can be read."""
+"""Merge the ledger of an output and look for orphans (`pyramid-render compact OUT`); works wherever OUT can be used."""
 
 import logging
 import sys
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compaction_text(done: compact.Compaction) -> list[str]:
     """Say what was merged and what was left alone."""
-    merged = f"{done.replaced} parts of the ledger became {done.written}"
-    return [merged if done.replaced else "nothing to merge in the ledger", *(f"  left alone: {line}" for line in done.left)]
+    merged = f"{done.replaced} parts of the ledger became {done.written}" if done.replaced else "nothing to merge"
+    return [merged, *(f"  left alone: {line}" for line in done.left)]
 
 
 def _orphans(storage: Storage, delete: bool) -> None:

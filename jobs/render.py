@@ -145,7 +145,7 @@ def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: 
             stack.enter_context(runner.session(None, resources))
         signals.install()
         if settings.calibrate and total:
-            job = _calibrated(job, stop)
+            job = calibrated(job, stop)
         if settings.dry_run and not stop.requested:
             print(plan_text(job, settings.gpu_hour_price))
             return 0
@@ -169,7 +169,7 @@ def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: 
     return 0 if settings.tolerates(num_failed, len(view)) else EXIT_SOME_FAILED
 
 
-def _calibrated(job: RenderJob, stop: StopRequest) -> RenderJob:
+def calibrated(job: RenderJob, stop: StopRequest) -> RenderJob:
     """Render two batches of each shape, rows of the job like any other, and return it planned by their costs."""
     first = job.pending().first_of_each_shape(2 * job.plan.batch_size)
     logger.info("calibrating with %d rows", first.num_rows)

@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pipeline.fetch import host_name
 from pipeline.plan import Layout
 
 EXIT_WRONG_JOB = 2
@@ -75,7 +76,7 @@ class StatusSettings(JobSettings):
 class CompactSettings(JobSettings):
     """Merge the parts of an output's ledger into few, and list its orphans: files that no row names.
 
-    The ledger says the same before, meanwhile and after. Jobs may go on: the parts of a run that is alive are left alone.
+    The ledger says the same before, meanwhile and after. Jobs may go on: parts of a run that is alive are left alone.
 
     Exit codes: 0 done, 1 it broke midway (nothing is lost, run it again), 2 there is no ledger or it is damaged,
     130 interrupted.
@@ -166,6 +167,11 @@ class RenderSettings(JobSettings):
         if value is not None and value % 32:
             raise ValueError("must be a multiple of 32")
         return value
+
+    @field_validator("allow_image_host")
+    @classmethod
+    def _hosts(cls, value: list[str]) -> list[str]:
+        return [host_name(host) for host in value]
 
     @field_validator("shard")
     @classmethod

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow.compute as pc
+
 from jobs.settings import EXIT_WRONG_JOB, StatusSettings, parse
-from jobs.summary import failures
+from jobs.summary import SUMMARY_COLUMNS, failures
 from pipeline import ledger
 from pipeline.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
@@ -19,15 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(StatusSettings, sys.argv[1:] if argv is None else argv)
     try:
         storage = Storage(settings.output)
-        runs, view = ledger.read_runs(storage), ledger.read(storage)
+        runs, view = ledger.read_runs(storage), ledger.read(storage, SUMMARY_COLUMNS)
     except PyramidFlowError as error:
         print(f"pyramid-render status: {error}", file=sys.stderr)
         return EXIT_WRONG_JOB
     if not runs:
         print(f"pyramid-render status: no job has written to {storage.uri}", file=sys.stderr)
         return EXIT_WRONG_JOB
-    statuses = view["status"].to_pylist()
-    print(f"{len(statuses)} rows in the ledger, {statuses.count('failed')} failed")
+    failed = pc.sum(pc.equal(view["status"], "failed")).as_py() or 0
+    print(f"{len(view)} rows in the ledger, {failed} failed")
     print(*failures(view), *(run_text(run, datetime.now(UTC)) for run in runs[-SHOWN_RUNS:]), sep="\n")
     return 0
 

@@ -159,7 +159,7 @@ def _read(storage: Storage, names: Sequence[str]) -> list[_Part]:
 def _read_part(storage: Storage, name: str) -> _Part:
     data = _fetched(storage, name)
     with ledger.blamed(storage, name):
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = ledger.opened(data)
         keys = file.read(columns=ledger.KEYS, use_threads=False).select(ledger.KEYS)
         schema = ledger.decoded(file.schema_arrow.empty_table()).schema.remove_metadata()
     return _Part(name, len(data), schema, keys)
@@ -247,7 +247,7 @@ def _kept_rows(storage: Storage, group: _Group) -> Iterator[pa.Table]:
     parts = zip(group.kept.items(), contents, strict=True)
     for (name, mask), data in _told("parts merged", len(group.kept), parts):
         with ledger.blamed(storage, name):
-            file = pq.ParquetFile(pa.BufferReader(data))
+            file = ledger.opened(data)
             start = 0
             for number in range(file.num_row_groups):
                 rows = file.read_row_group(number)

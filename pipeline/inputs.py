@@ -67,6 +67,8 @@ def full_url(url: str) -> str:
 def folder_of(url: str) -> str:
     """Return the full URL of an input's folder: of the folder itself, or the one a file lies in."""
     fs, path = url_to_fs(url)
+    if "http" in fs.protocol:
+        return str(path.partition("?")[0].rpartition("/")[0])  # a signature may hold slashes
     return str(fs.unstrip_protocol(path if fs.isdir(path) else fs._parent(path)))
 
 
@@ -120,8 +122,23 @@ def _values(column: pa.ChunkedArray) -> list[object]:
 
 def _without_views(table: pa.Table) -> pa.Table:
     """Return the table with its view types replaced, which Arrow cannot take rows of."""
-    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-    return table.cast(pa.schema([field.with_type(plain.get(field.type, field.type)) for field in table.schema]))
+    return table.cast(pa.schema([field.with_type(_plain(field.type)) for field in table.schema]))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if kind == pa.string_view():
+        return pa.large_string()
+    if kind == pa.binary_view():
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_plain(kind.key_type), _plain(kind.item_type), kind.keys_sorted)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_plain(kind.value_type)))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain(kind.value_type)))
+    return kind
 
 
 def _suffix(url: str) -> str:

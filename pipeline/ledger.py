@@ -152,8 +152,17 @@ def blamed(storage: Storage, name: str) -> Iterator[None]:
     """Raise what goes wrong while a part is decoded as a LedgerError that names it."""
     try:
         yield
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException) as error:
         raise LedgerError(f"ledger part {storage.url(name)} cannot be read: {error}") from error
+
+
+def opened(data: bytes) -> pq.ParquetFile:
+    """Open the content of a part; raises ArrowInvalid if it is not one of a ledger."""
+    file = pq.ParquetFile(pa.BufferReader(data))
+    lacking = set(KEYS).difference(file.schema_arrow.names)
+    if lacking:
+        raise pa.ArrowInvalid(f"it has no column {min(lacking)}")
+    return file
 
 
 def prefetched(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -284,7 +293,7 @@ def _rows(storage: Storage, name: str, *, columns: Sequence[str] | None, ids: fr
     if data is None:
         return None
     with blamed(storage, name):
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = opened(data)
         there = file.schema_arrow.names
         present = there if columns is None else [column for column in columns if column in there]
         none = file.schema_arrow.empty_table().select(present)

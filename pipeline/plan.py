@@ -164,7 +164,7 @@ def _fused(job: Job, resources: Resources) -> Plan:
 
 def _staged(job: Job, resources: Resources) -> Plan:
     on_gpu = job.device != "cpu"
-    pinned = job.workers or {}
+    pinned = dict(job.workers or {})
     devices = resources.gpus if on_gpu else pinned.get("sample", 1)
     workers = _workers(job.costs, devices) | pinned
     shares = GPU_SHARES | dict(job.gpu_shares or {}) if on_gpu else {}

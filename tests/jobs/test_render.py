@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -178,6 +179,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path,
     assert render.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "3 rows to render" in printed
+    assert re.search(r"expected: [0-9.]+ videos per hour, [0-9.]+ hours for 3 rows", printed)
+    assert "assumed from FLOPs" in printed
     assert any(line.split()[:2] == ["sample", "2"] for line in printed.splitlines())
     assert not (tmp_path / "out").exists()
 
@@ -242,3 +245,60 @@ def test_an_interrupted_job_keeps_what_is_done_and_resumes(tiny_checkpoint, clus
     assert all((tmp_path / "out" / uri).exists() for uri in done["uri"].to_pylist())
     job = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint), cluster)
     assert job.pending().num_rows == 300 - len(done)
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=1m tmpfs "$OUT" || exit 99
+"$@"; echo "exit $?"; ls "$OUT"/metadata
+mount -o remount,size=64m "$OUT"
+"$@"; echo "exit $?"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(tiny_checkpoint, tmp_path):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", "fps": 24, **WIDE} for i in range(60)])
+    output = tmp_path / "out"
+    output.mkdir()
+    job = [sys.executable, "-m", "jobs.render", *flags(source, output, tiny_checkpoint, "--ledger-rows", "4")]
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh", *job]
+    done = subprocess.run(command, env=os.environ | {"OUT": str(output)}, capture_output=True, text=True, check=True)
+    first, second = done.stdout.split("exit 1\n")
+    assert "rows succeeded" not in first
+    assert "no room left" in done.stderr
+    assert "part-" in second  # what was done before is in the ledger
+    rendered = int(re.search(r"60 of 60 rows succeeded; this run took (\d+) rows", second).group(1))
+    assert 0 < rendered < 60
+    assert second.endswith("exit 0\n")
+
+
+@pytest.mark.ray
+def test_shards_share_one_output(tiny_checkpoint, cluster, tmp_path):
+    rows = [{"prompt": f"prompt {i % 6}", "note": i, **SMALL} for i in range(8)]
+    rows.append({"prompt": "bad", "note": 8, "height": 100, "width": 64, "num_frames": 9})
+    source = write_table(tmp_path / "in.parquet", rows)
+    whole = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint, dry_run=True), cluster)
+    shards = [run(settings(source, tmp_path / "out", tiny_checkpoint, shard=f"{i}/2"), cluster) for i in (1, 2)]
+    assert sum(rendered for _, rendered in shards) == 7
+    view = ledger.read(Storage(str(tmp_path / "out")))
+    assert Counter(view["id"].to_pylist()) == Counter(whole.worklist.expected_ids().to_pylist())
+    assert sorted(view["note"].to_pylist()) == list(range(9))
+    urls = [job.write_failed() for job, _ in shards]
+    [url] = [url for url in urls if url]
+    assert url.endswith(("failed-1-of-2.parquet", "failed-2-of-2.parquet"))
+    assert whole.pending().num_rows == 0
+
+
+@pytest.mark.ray
+def test_calibration_renders_real_rows_and_plans_by_them(tiny_checkpoint, cluster, tmp_path, capsys):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"{i}", **(WIDE if i % 3 else SMALL)} for i in range(12)])
+    job = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint, batch_size=1), cluster)
+    planned = render.calibrated(job, StopRequest())
+    assert planned.plan.costs.measured
+    assert planned.pending().num_rows == 8
+    assert set(ledger.read(Storage(str(tmp_path / "out")))["status"].to_pylist()) == {"succeeded"}
+    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint, "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "8 rows to render, 4 in the ledger already" in printed
+    assert "(measured by earlier runs)" in printed

@@ -85,6 +85,10 @@ def test_no_environment_variable_changes_a_setting(monkeypatch, tmp_path):
         (["--batch-size", "a\nb"], ["batch-size 'a\\nb'"]),
         (["--batch-size"], ["--batch-size", "expected one argument"]),
         (["--sample-workers", "0"], ["sample-workers"]),
+        (["--allow-image-host", "*.example"], ["allow-image-host", "*.example"]),
+        (["--allow-image-host", "https://a.example"], ["allow-image-host", "https://a.example"]),
+        (["--sample-gpus", "1.5"], ["sample-gpus"]),
+        (["--layout", "other"], ["layout"]),
         (["--gpus", "-1"], ["gpus '-1'"]),
         (["--device", "tpu"], ["device 'tpu'", "'cuda'"]),
         (["--dtype", "float16"], ["dtype 'float16'", "'bfloat16'"]),
@@ -204,3 +208,39 @@ def test_settings_survive_the_job_record():
     settings = parsed("--tile", "256", "--allow-failed", "5%")
     again = RenderSettings(**settings.model_dump(mode="json"))
     assert again == settings
+
+
+def test_a_job_runs_where_it_is_told_or_where_ray_is(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert parsed().own_cluster
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert (parsed().address, parsed().own_cluster) == ("10.0.0.1:6379", False)
+    assert parsed("--address", "local").own_cluster
+    assert parsed("--address", "auto").address == "auto"
+
+
+@pytest.mark.parametrize(("shard", "expected"), [("1/1", (1, 1)), ("2/4", (2, 4)), ("12/12", (12, 12))])
+def test_a_shard_is_one_of_several(shard, expected):
+    assert parsed("--shard", shard).shard_of == expected
+    assert parsed().shard_of == (1, 1)
+
+
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "1/0", "1/4/2", "a/b", "1 / 4"])
+def test_other_shards_are_refused(capsys, shard):
+    with pytest.raises(SystemExit) as caught:
+        parsed("--shard", shard)
+    assert caught.value.code == 2
+    assert "i/n with 1 <= i <= n" in capsys.readouterr().err
+
+
+def test_pinned_shares_of_gpus_are_named_by_stage():
+    assert parsed("--sample-gpus", "1", "--decode-gpus", "0.2").gpu_shares == {"sample": 1.0, "decode": 0.2}
+    assert parsed().gpu_shares == {}
+
+
+def test_hosts_of_images_may_be_repeated():
+    assert parsed("--allow-image-host", "a.example", "--allow-image-host", "b.example").allow_image_host == [
+        "a.example",
+        "b.example",
+    ]
+    assert parsed().allow_image_host == []

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import logging
+import random
+import threading
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -10,35 +13,26 @@ import pytest
 
 from pipeline import ledger
 from pipeline.faults import StorageError
-from pipeline.ledger import Heartbeat, LedgerError, LedgerWriter, claim, new_run_id, read, read_runs
-from pipeline.rows import LEDGER_SCHEMA, Batch, Item, RenderRow, RowError, ledger_table
+from pipeline.ledger import (
+    COMPACTED,
+    Heartbeat,
+    LedgerError,
+    LedgerWriter,
+    claim,
+    new_run_id,
+    prefetched,
+    read,
+    read_run,
+    read_runs,
+)
+from pipeline.rows import LEDGER_SCHEMA
 from pipeline.storage import Storage
-
-NEVER = 1e9
-ERROR = RowError(stage="sample", type="ValueError", message="no")
+from tests.pipeline.ledgers import NEVER, rows, statuses, written
 
 
 @pytest.fixture(params=["local", "memory"])
 def storage(request, tmp_path):
     return Storage(str(tmp_path / "out") if request.param == "local" else f"memory://{tmp_path.name}/out")
-
-
-def rows(*ids: str, failed: bool = False, run: str = "r", **columns: pa.Array) -> pa.Table:
-    items = [Item(RenderRow(id=row_id, position="t:0", error=ERROR if failed else None)) for row_id in ids]
-    own = columns or {"own": pa.array(list(range(len(ids))))}
-    return ledger_table(Batch(tuple(items), pa.table(own)), {"run": run})
-
-
-def written(storage: Storage, *tables: pa.Table, run: str = "r") -> None:
-    writer = LedgerWriter(storage, run, 10**9, NEVER)
-    for table in tables:
-        writer.append(table)
-        writer.flush()
-
-
-def statuses(storage: Storage) -> dict[str, str]:
-    view = read(storage)
-    return dict(zip(view["id"].to_pylist(), view["status"].to_pylist(), strict=True))
 
 
 def test_an_empty_output_has_an_empty_ledger(storage):
@@ -57,15 +51,213 @@ def test_a_succeeded_row_wins_else_the_latest(tmp_path, history):
     assert (row["id"], row["own"]) == ("x", wins)
 
 
-def test_later_runs_win_over_earlier_ones_and_parts_are_in_order(storage):
-    written(storage, *(rows("x", failed=True, own=pa.array([number])) for number in range(12)), run="20260101T000000-f")
-    written(storage, rows("x", failed=True, own=pa.array([99])), run="20260102T000000-0")
-    assert read(storage)["own"].to_pylist() == [99]
+def test_later_rows_of_a_run_win_and_parts_are_in_order(storage):
+    written(storage, *(rows("x", failed=True, own=pa.array([number])) for number in range(12)))
+    assert read(storage)["own"].to_pylist() == [11]
 
 
-def test_the_view_keeps_the_order_of_first_appearance(storage):
+def test_later_runs_win_whatever_their_parts_are_called(storage):
+    written(storage, rows("x", failed=True, run="20260102T000000-a", own=pa.array([2])), run="a")
+    written(storage, rows("x", failed=True, run="20260101T000000-z", own=pa.array([1])), run="b")
+    written(storage, rows("x", failed=True, run="20260101T000000-a", own=pa.array([0])), run="c")
+    assert read(storage)["own"].to_pylist() == [2]
+
+
+def test_a_part_may_hold_rows_of_several_runs(storage):
+    first, second = (rows("x", "y", failed=True, run=run, own=pa.array([run] * 2)) for run in ("1", "2"))
+    written(storage, pa.concat_tables([second, first]), rows("y", run="0", own=pa.array(["0"])))
+    assert read(storage).select(["id", "own"]).to_pylist() == [{"id": "y", "own": "0"}, {"id": "x", "own": "2"}]
+
+
+def test_the_view_is_ordered_by_run_then_as_its_rows_appear(storage):
     written(storage, rows("c", "a", failed=True), rows("b"), rows("a", "c", "d"))
-    assert list(statuses(storage).items()) == [(row_id, "succeeded") for row_id in "cabd"]
+    assert list(statuses(storage).items()) == [(row_id, "succeeded") for row_id in "bacd"]
+    written(storage, rows("f", "b", run="q"), rows("e", run="s"), run="0")
+    assert list(statuses(storage)) == list("fbacde")
+
+
+def reference(tables: list[pa.Table]) -> list[dict[str, object]]:
+    """Return the view as its rule says it, row by row."""
+    best: dict[str, tuple[object, ...]] = {}
+    found = (row for table in tables for row in table.to_pylist())
+    for number, row in enumerate(found):
+        rank = (row["status"] == "succeeded", row["run"], number)
+        best[row["id"]] = max(best.get(row["id"], rank), rank, key=lambda rank: rank[:3])
+    everything = [row for table in tables for row in table.to_pylist()]
+    return [everything[number] for _, _, number in sorted(best.values(), key=lambda rank: rank[1:])]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_history_gives_the_view_that_the_rule_says(tmp_path, seed):
+    draw = random.Random(seed)
+    storage = Storage(str(tmp_path))
+    tables = []
+    for number in range(draw.randrange(1, 12)):
+        ids = draw.choices("abcdefghijklm", k=draw.randrange(1, 8))
+        run = draw.choice(["20260101T000000-1", "20260102T000000-0", "20260102T000000-1"])
+        own = pa.array([number * 100 + row for row in range(len(ids))])
+        tables.append(rows(*ids, failed=draw.random() < 0.6, run=run, own=own))
+    written(storage, *tables)
+    expected = reference(tables)
+    assert read(storage).to_pylist() == expected
+    some = draw.sample("abcdefghijklmno", 5)
+    assert read(storage, ids=some).to_pylist() == [row for row in expected if row["id"] in some]
+    light = [{"own": row["own"]} for row in expected if row["id"] in some]
+    assert read(storage, ["own"], set(some)).to_pylist() == light
+
+
+@pytest.mark.parametrize("columns", [["id"], ["status"], ["own", "id"], ["run", "prompt"], ["id", "status", "run"]])
+def test_only_the_named_columns_are_read(storage, columns):
+    written(storage, rows("a", "b", failed=True), rows("b", "c"))
+    view = read(storage, columns)
+    assert view.column_names == columns
+    assert view.equals(read(storage).select(columns))
+
+
+def test_a_column_that_no_row_has_is_null(storage):
+    for _ in range(2):
+        view = read(storage, ["id", "nope", "seed"])
+        assert view.column_names == ["id", "nope", "seed"]
+        assert view.schema.field("seed").type == pa.int64()
+        assert view["nope"].null_count == len(view)
+        written(storage, rows("a").drop_columns(["seed"]))
+
+
+def test_a_column_is_not_taken_for_one_that_begins_with_its_name(storage):
+    written(storage, rows("a", **{"own": pa.array([1]), "own.x": pa.array([2]), "id.x": pa.array([3])}))
+    assert read(storage, ["own"]).to_pylist() == [{"own": 1}]
+    assert read(storage, ["own.x"]).to_pylist() == [{"own.x": 2}]
+    assert read(storage, ["own"], ["a"]).to_pylist() == [{"own": 1}]
+
+
+@pytest.mark.parametrize("kind", [list, set, frozenset, lambda ids: pa.array(ids, pa.string())])
+def test_only_rows_of_the_wanted_ids_are_read(storage, kind):
+    written(storage, rows("a", "b", failed=True), rows("b", "c"), rows("d"))
+    assert read(storage, ["id"], kind(["d", "x", "b"]))["id"].to_pylist() == ["b", "d"]
+    assert read(storage, ids=kind([])).equals(LEDGER_SCHEMA.empty_table())
+
+
+def test_ids_are_looked_up_in_every_row_group(storage):
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows(*"abcdefg"), sink, row_group_size=2)
+    storage.put("metadata/part-r-000000.parquet", sink.getvalue().to_pybytes())
+    assert read(storage, ids=["c", "g", "a"]).select(["id", "own"]).to_pylist() == [
+        {"id": row_id, "own": own} for row_id, own in (("a", 0), ("c", 2), ("g", 6))
+    ]
+
+
+def test_rows_outside_the_view_have_no_say_in_types(storage):
+    written(storage, rows("a", failed=True, own=pa.array(["text"])), rows("a", "b", own=pa.array([1, 2])))
+    assert read(storage)["own"].type == pa.int64()
+
+
+def test_results_come_in_order_however_long_they_take():
+    released = [threading.Event() for _ in range(30)]
+
+    def slow(number):
+        if number % 4 == 0:
+            assert released[number + 1].wait(10)  # set by a later call: others go on meanwhile
+        released[number].set()
+        return number
+
+    assert list(prefetched(slow, range(30))) == list(range(30))
+
+
+def test_an_error_ends_the_work_ahead():
+    called = []
+
+    def breaks(number):
+        called.append(number)
+        raise ValueError(number)
+
+    with pytest.raises(ValueError, match=r"^0$"):
+        list(prefetched(breaks, range(1000)))
+    assert len(called) < 100
+
+
+class Hooked(Storage):
+    """A place where something else happens just before a part is read, or while parts are listed."""
+
+    before_get = staticmethod(lambda path: None)
+    listed = staticmethod(lambda names: names)
+
+    def get(self, path):
+        self.before_get(path)
+        return super().get(path)
+
+    def list(self, prefix=""):
+        return self.listed(super().list(prefix))
+
+
+def compacted(storage: Storage, number: int = 0) -> None:
+    """Replace all parts by one that holds their view, as a compaction would."""
+    view, names = read(storage), storage.list("metadata")
+    sink = pa.BufferOutputStream()
+    pq.write_table(view, sink)
+    storage.put(f"{COMPACTED}{number:06d}-0-0.parquet", sink.getvalue().to_pybytes())
+    for name in names:
+        storage.delete(name)
+
+
+def history(storage: Storage) -> pa.Table:
+    written(storage, rows("a", "b", "c", failed=True, run="1"), rows("d", run="1"), run="1")
+    written(storage, rows("b", "c", failed=True, run="2"), rows("c", "e", run="2"), run="2")
+    return read(storage)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_part_that_is_compacted_away_before_it_is_read_is_not_missed(tmp_path, number, caplog):
+    expected = history(Storage(str(tmp_path)))
+    storage = Hooked(str(tmp_path))
+    name = storage.list("metadata")[number]
+    lock = threading.Lock()
+
+    def compact(path):
+        with lock:
+            if path == name and storage.exists(name):
+                compacted(Storage(str(tmp_path)))
+
+    storage.before_get = compact
+    with caplog.at_level(logging.DEBUG):
+        assert read(storage).sort_by("id").equals(expected.sort_by("id"))
+    assert len(storage.list("metadata")) == 1
+    assert "is gone" in caplog.text
+    assert "compacted while it was read, 1 new parts" in caplog.text
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_listing_that_shows_neither_the_old_part_nor_the_new_one_is_made_up_for(tmp_path, number):
+    expected = history(Storage(str(tmp_path)))
+    storage = Hooked(str(tmp_path))
+
+    def raced(names):
+        storage.listed = lambda names: names
+        compacted(Storage(str(tmp_path)))
+        return [name for name in names if name != names[number]]
+
+    storage.listed = raced
+    assert read(storage).equals(expected)
+
+
+def test_a_compaction_of_a_compaction_is_followed(tmp_path):
+    expected = history(Storage(str(tmp_path)))
+    storage = Hooked(str(tmp_path))
+    numbers = itertools.count()
+
+    def compact(path):
+        if (number := next(numbers)) < 5:
+            compacted(Storage(str(tmp_path)), number)
+
+    storage.before_get = compact
+    assert read(storage).sort_by("id").equals(expected.sort_by("id"))
+
+
+def test_a_part_that_cannot_be_read_is_not_taken_for_one_that_is_gone(tmp_path):
+    history(Storage(str(tmp_path)))
+    storage = Hooked(str(tmp_path))
+    storage.before_get = lambda path: (_ for _ in ()).throw(StorageError("no access"))
+    with pytest.raises(StorageError, match="no access"):
+        read(storage)
 
 
 def test_rows_are_written_in_parts_of_the_given_size(storage):
@@ -147,6 +339,20 @@ def test_own_columns_of_one_name_may_differ_in_type(tmp_path, one, other, togeth
         assert found == value or found == str(value) or isinstance(value, dict)
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["one part", "many parts"])
+def test_categories_may_be_more_than_their_indices_can_count(storage, together):
+    writer = LedgerWriter(storage, "r", 10**9, NEVER)
+    small = pa.dictionary(pa.int8(), pa.string())
+    for start in (0, 100, 200):
+        words = [f"{number}" for number in range(start, start + 100)]
+        writer.append(rows(*words, own=pa.array(words).dictionary_encode().cast(small)))
+        if not together:
+            writer.flush()
+    writer.flush()
+    view = read(storage)
+    assert view["own"].to_pylist() == view["id"].to_pylist() == [f"{number}" for number in range(300)]
+
+
 def test_own_columns_that_only_some_parts_have_are_null_elsewhere(storage):
     written(storage, rows("a", one=pa.array([1])), rows("b", two=pa.array(["x"])))
     assert read(storage).select(["id", "one", "two"]).to_pylist() == [
@@ -161,7 +367,14 @@ def test_other_files_among_the_parts_do_not_matter(storage):
     assert list(statuses(storage)) == ["a"]
 
 
-@pytest.mark.parametrize("data", [b"", b"junk", b"PAR1" + bytes(100) + b"PAR1"])
+def foreign() -> bytes:
+    """Return a Parquet file that is no part of a ledger."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"prompt": ["a"]}), sink)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", b"PAR1" + bytes(100) + b"PAR1", foreign()])
 def test_a_damaged_part_is_named(storage, data):
     written(storage, rows("a"))
     storage.put("metadata/part-r-000001.parquet", data)
@@ -246,3 +459,11 @@ def test_runs_are_read_in_order_of_time(storage):
     for run in ("20260102T000000-b", "20260101T000000-a"):
         Heartbeat(storage, run, total=0).write("finished")
     assert [run["run"] for run in read_runs(storage)] == ["20260101T000000-a", "20260102T000000-b"]
+
+
+def test_one_run_is_read_by_the_name_of_its_record(storage):
+    Heartbeat(storage, "r", total=7).write("running")
+    assert read_run(storage, "runs/r.json") == read_runs(storage)[0]
+    storage.put("runs/r.json", b"{}")
+    with pytest.raises(LedgerError, match=r"r\.json is damaged"):
+        read_run(storage, "runs/r.json")

@@ -290,6 +290,9 @@ def array_of(kind: pa.DataType, values: list[object]) -> pa.Array:
         (pa.list_(pa.int32()), [1, None]),
         (pa.list_(pa.int32(), 2), [1, 2]),
         (pa.struct([("a", pa.list_(pa.string()))]), {"a": ["x"]}),
+        (pa.struct([("a", pa.large_list(pa.binary_view()))]), {"a": [b"x"]}),
+        (pa.list_(pa.string_view()), ["x"]),
+        (pa.map_(pa.string(), pa.string_view()), [("a", "x")]),
         (pa.map_(pa.string(), pa.int32()), [("a", 1)]),
         (pa.dictionary(pa.int32(), pa.string()), "word"),
         (pa.uuid(), b"0123456789abcdef"),
@@ -593,7 +596,19 @@ def test_single_rows_are_found_by_their_number_in_reading_order(tmp_path, monkey
     assert all(batch.columns["own"].to_pylist() == [order[index]] for index, batch in found.items())
 
 
-# ---- shards, shapes and rows
+# ---- folders, shards, shapes and rows
+
+
+@pytest.mark.parametrize(
+    ("url", "folder"),
+    [
+        ("https://host.example/a/b/table.csv", "https://host.example/a/b"),
+        ("https://host.example/a/b/table.csv?signature=c/d", "https://host.example/a/b"),
+        ("memory://a/b/table.csv", "memory:///a/b"),
+    ],
+)
+def test_the_folder_of_a_table_is_found_without_asking_a_web_server(url, folder):
+    assert inputs.folder_of(url) == folder
 
 
 def test_shards_share_out_every_row_once_with_its_duplicates(tmp_path):

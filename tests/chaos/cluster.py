@@ -1,0 +1,113 @@
+"""A Ray cluster of several nodes on this machine, in a process of its own, so that the tests' process stays clean.
+
+`python -m tests.chaos.cluster` serves it: a request per line on the standard input, an answer per line on the output.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STOP_S = 60
+SYSTEM = {
+    # a node that is gone is noticed after some seconds instead of 20
+    "health_check_initial_delay_ms": 2000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 3000,
+    "health_check_failure_threshold": 3,
+    "worker_niceness": 0,  # a busy machine would starve the workers
+}
+
+
+@dataclass
+class Nodes:
+    """The cluster's nodes, by their ids in the order in which they came; without those that were removed.
+
+    environment: of the cluster's processes; those that connect to it need the same.
+    """
+
+    process: subprocess.Popen[str]
+    environment: dict[str, str]
+    address: str = ""
+    ids: list[str] = field(default_factory=list)
+
+    def add(self, **resources: float) -> str:
+        """Start a node with resources such as num_cpus and num_gpus; returns its id."""
+        node = self._ask("add", **resources)["node"]
+        self.ids.append(node)
+        return node
+
+    def remove(self, node: str, *, graceful: bool = False) -> None:
+        """Kill a node's processes."""
+        self._ask("remove", node=node, graceful=graceful)
+        self.ids.remove(node)
+
+    def _ask(self, verb: str, **arguments: object) -> dict[str, Any]:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps({"verb": verb, **arguments}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, "the cluster's process has ended"
+        return dict(json.loads(line))
+
+
+@contextmanager
+def ray_cluster(log: Path, **head: float) -> Iterator[Nodes]:
+    """Run a cluster whose first node, the head, has the given resources."""
+    # not pytest's own folder: its name is too long for Ray's sockets
+    folder = tempfile.mkdtemp(prefix="chaos-")
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+        environment.pop(name, None)
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.cluster"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        nodes = Nodes(process, environment)
+        first = nodes._ask("start", **head)
+        nodes.address, nodes.ids = first["address"], [first["node"]]
+        yield nodes
+    finally:
+        process.communicate(timeout=STOP_S)  # the end of its input ends it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def serve() -> None:
+    """Answer requests until there are no more, then stop the cluster."""
+    from ray.cluster_utils import Cluster
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what Ray prints is no answer
+    nodes: dict[str, Any] = {}
+    cluster = Cluster()
+    for line in sys.stdin:
+        request = json.loads(line)
+        verb = request.pop("verb")
+        if verb == "remove":
+            cluster.remove_node(nodes.pop(request["node"]), allow_graceful=request["graceful"])
+            answer: dict[str, object] = {}
+        else:
+            head = {"include_dashboard": False, "dashboard_agent_listen_port": 0, "_system_config": SYSTEM}
+            node = cluster.add_node(**request, **(head if verb == "start" else {}))
+            nodes[node.node_id] = node
+            answer = {"node": node.node_id, "address": cluster.address}
+        print(json.dumps(answer), file=answers, flush=True)
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    serve()

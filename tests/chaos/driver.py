@@ -1,0 +1,89 @@
+"""The driver of a chaos test, a process of its own: `python -m tests.chaos.driver FOLDER` renders until all is done."""
+
+import json
+import logging
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from pipeline import runner
+from pipeline.inputs import list_parts
+from pipeline.job import RenderJob
+from pipeline.ledger import claim, new_run_id
+from pipeline.plan import Job, Plan, Resources, make_plan
+from pipeline.rows import Batch
+from pipeline.storage import Storage
+from pipeline.worklist import RowRules, scan
+from pyramid_flow import Preset
+from tests.chaos.scenario import Scenario
+from tests.chaos.stages import append, chaos_plan, specs
+
+SETTINGS, TABLE = "settings.json", "in.parquet"
+
+
+def write_settings(folder: Path, address: str, output: str, scenario: Scenario, planned_gpus: int = 0) -> None:
+    """Write what a driver in this folder reads; planned_gpus: plan as for so many GPUs, 0 = the scenario's pools."""
+    settings = {"address": address, "output": output, "planned_gpus": planned_gpus, "scenario": asdict(scenario)}
+    (folder / SETTINGS).write_text(json.dumps(settings))
+
+
+def main(folder: Path) -> None:
+    """Run the job in a folder."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    settings = json.loads((folder / SETTINGS).read_text())
+    scenario = Scenario(**settings["scenario"])
+    with runner.session(settings["address"]):
+        chaos_job(folder, settings["output"], scenario, settings["planned_gpus"]).execute(
+            lambda batch: _note(folder, batch)
+        )
+
+
+def _note(folder: Path, batch: Batch | None) -> None:
+    if batch is not None:
+        append(folder / "arrivals", rows=[item.row.id for item in batch.items])
+
+
+def chaos_job(folder: Path, output: str, scenario: Scenario, planned_gpus: int) -> RenderJob:
+    """Return the job over the table in a folder."""
+    rules = RowRules(Preset(), allow_untrained=True)
+    storage = Storage(output)
+    claim(storage, {}, {})
+    plan = chaos_plan(str(folder), output, scenario)
+    if planned_gpus:
+        plan = planned_for(planned_gpus, folder, output, scenario)
+    return RenderJob(
+        run=new_run_id(),
+        storage=storage,
+        worklist=scan(list_parts([str(folder / TABLE)]), rules),
+        rules=rules,
+        plan=plan,
+        plan_for=lambda costs: plan,
+        constants={"model": "chaos", "model_fingerprint": "0", "software_version": "0"},
+        retry_failed=False,
+        flush_rows=scenario.flush_rows,
+        flush_seconds=scenario.flush_seconds,
+        limits=runner.Limits(scenario.max_attempts),
+    )
+
+
+def planned_for(gpus: int, folder: Path, output: str, scenario: Scenario) -> Plan:
+    """Return the real plan for so many GPUs, with simulated stages."""
+    stages = specs(str(folder), output, scenario)
+    job = Job(
+        model_path="",
+        variant=None,
+        device="cuda",
+        dtype="bfloat16",
+        output=output,
+        image_root="",
+        decode_window=1,
+        tile=None,
+        batch_size=scenario.batch_size,
+        encoder_threads=1,
+    )
+    plan = make_plan(job, Resources(cpus=4 * gpus, gpus=gpus))
+    return replace(plan, pools=tuple(replace(pool, stages=(stages[pool.name],)) for pool in plan.pools))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,85 @@
+"""A plan for more GPUs than there are, on a cluster whose GPUs come and go: slower, never stuck."""
+
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from pipeline import ledger
+from pipeline.storage import Storage
+from tests.chaos.cluster import ray_cluster
+from tests.chaos.driver import TABLE, write_settings
+from tests.chaos.scenario import Scenario, table_rows
+from tests.chaos.stages import BRAKE, read_log
+from tests.pipeline.tables import write_table
+
+SCENARIO = Scenario(
+    rows=150,
+    killers=0,
+    bad=0,
+    duplicates=0,
+    nodes=1,
+    samplers=3,
+    batch_size=1,
+    lives=1,
+    blows=0,
+    targets=(),
+    faults=0,
+    sample_s=(0.05, 0.2),
+)
+GPU_NODE = {"num_cpus": 4, "num_gpus": 1}
+PATIENCE_S = 240
+
+
+def rows_by_node(folder):
+    return Counter(record["node"] for record in read_log(folder / "samples"))
+
+
+def wait_until(condition, driver, what):
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert driver.poll() is None, f"the driver has ended before {what}"
+        assert time.monotonic() < deadline, f"stuck before {what}"
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return the folder of a job whose sampler is slow until the brake is taken off."""
+    write_table(tmp_path / TABLE, table_rows(SCENARIO, 0))
+    for name in ("workers", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / BRAKE).touch()
+    return tmp_path
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_plan_for_three_gpus_runs_on_those_that_come_and_go(folder):
+    output = folder / "out"
+    with ray_cluster(folder / "cluster.log", num_cpus=4) as nodes, (folder / "driver.log").open("w") as log:
+        first = nodes.add(**GPU_NODE)
+        write_settings(folder, nodes.address, str(output), SCENARIO, planned_gpus=3)
+        command = [sys.executable, "-m", "tests.chaos.driver", str(folder)]
+        with subprocess.Popen(command, env=nodes.environment, stdout=log, stderr=log) as driver:
+            try:
+                wait_until(lambda: rows_by_node(folder)[first] >= 3, driver, "a row was sampled on the only GPU")
+                later = [nodes.add(**GPU_NODE) for _ in range(2)]
+                wait_until(lambda: all(rows_by_node(folder)[node] for node in later), driver, "the later nodes sample")
+                nodes.remove(first)
+                sampled = rows_by_node(folder)
+                wait_until(
+                    lambda: all(rows_by_node(folder)[node] > sampled[node] + 2 for node in later),
+                    driver,
+                    "the nodes that are left go on",
+                )
+                (folder / BRAKE).unlink()
+                assert driver.wait(PATIENCE_S) == 0, (folder / "driver.log").read_text()[-3000:]
+            finally:
+                driver.kill()
+    view = ledger.read(Storage(str(output)), ["id", "status", "node"])
+    assert len(view) == len(set(view["id"].to_pylist())) == SCENARIO.rows
+    assert set(view["status"].to_pylist()) == {"succeeded"}
