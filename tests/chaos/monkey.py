@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # pytest wants to be the first to import a plugin
     from tests.pipeline.s3_server import S3Server
 
 TICK_S = 0.1
-FAULT_S = 0.3
-MOST_PENDING = 4
+FAULT_S = 0.5
+MOST_PENDING = 3
 """So few requests in a row can fail that no file is given up."""
 
 FAULTS = (

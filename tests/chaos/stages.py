@@ -94,8 +94,8 @@ def chaos_plan(folder: str, output: str, scenario: Scenario) -> Plan:
     stages = specs(folder, output, scenario)
     pools = (
         Pool((stages["encode"],), workers=1, cpus=0, gpus=0.05),
-        Pool((stages["sample"],), workers=scenario.samplers, cpus=0, gpus=0.4),
-        Pool((stages["decode"], stages["publish"]), workers=1, cpus=0, gpus=0.1),
+        Pool((stages["sample"],), workers=scenario.samplers, cpus=0, gpus=0.3),
+        Pool((stages["decode"], stages["publish"]), workers=2, cpus=0, gpus=0.05),
     )
     return Plan(pools, scenario.batch_size)
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 pytest_plugins = ["tests.pipeline.s3_server"]
 
 LARGE = Scenario(
-    rows=280,
+    rows=275,
     killers=3,
     bad=12,
     duplicates=5,
@@ -43,7 +43,7 @@ LARGE = Scenario(
     lives=3,
     blows=5,
     targets=("worker", "node"),
-    faults=100,
+    faults=60,
 )
 SMALL = Scenario(
     rows=36,

@@ -30,7 +30,7 @@ def preset(tiny_checkpoint: Path) -> Preset:
 
 @pytest.fixture(scope="module")
 def encode(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Encode:
-    return Encode(model, str(tmp_path_factory.mktemp("images")))
+    return Encode(model, str(tmp_path_factory.mktemp("images")), frozenset())
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_failed_rows_pass_through_untouched(model, encode, sample, tmp_path):
 
 
 def test_equal_prompts_are_encoded_once(model, preset, tmp_path, monkeypatch):
-    encode = Encode(model, str(tmp_path))
+    encode = Encode(model, str(tmp_path), frozenset())
     seen = []
     original = encode.text_encoder.forward
     monkeypatch.setattr(encode.text_encoder, "forward", lambda prompts: seen.extend(prompts) or original(prompts))
