@@ -174,6 +174,7 @@ class Progress:
             "driver_mib_first": mib[0],
             "driver_mib_last": mib[-1],
             "driver_growth_kib_per_1000_rows": round(1024 * 1000 * slope_mib, 1),
+            "driver_mib_after_rows": [[int(rows[n]), mib[n]] for n in range(0, len(rows), max(1, len(rows) // 20))],
         }
 
 
@@ -334,7 +335,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pipeline", type=int, nargs="+", help=f"rows to move {PIPELINE_ROWS}")
     parser.add_argument("--weak-scaling", type=int, nargs="+", help=f"workers to feed {WORKERS}")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4], help="of rows and pipeline (%(default)s)")
-    parser.add_argument("--layouts", nargs="+", choices=("staged", "fused"), default=["staged", "fused"])
+    parser.add_argument(
+        "--layouts", nargs="+", choices=("staged", "fused"), default=["staged", "fused"], help="of pipeline"
+    )
     parser.add_argument("--rows-per-worker", type=int, default=4, help="of weak scaling (%(default)s)")
     parser.add_argument("--sample-s", type=float, default=10.0, help="of a row, for weak scaling (%(default)s)")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)

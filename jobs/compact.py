@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _orphans(storage, settings.delete_orphans)
     except ledger.LedgerError as error:
         return _ended(EXIT_WRONG_JOB, str(error))
-    except PyramidFlowError as error:
+    except (PyramidFlowError, OSError) as error:
         return _ended(EXIT_BROKEN, f"{error}; nothing is lost, run it again")
     except KeyboardInterrupt:
         return _ended(EXIT_INTERRUPTED, "interrupted; nothing is lost, run it again")

@@ -303,13 +303,15 @@ def _rows(storage: Storage, name: str, *, columns: Sequence[str] | None, ids: fr
 def _row_groups(file: pq.ParquetFile, columns: list[str], ids: frozenset[str] | None) -> Iterator[pa.Table]:
     """Yield the rows with the given ids; row groups that have none are not decoded."""
     for number in range(file.num_row_groups):
-        mine = None
+        mask = None
         if ids is not None:
-            mine = ids.intersection(file.read_row_group(number, ["id"], use_threads=False)["id"].to_pylist())
+            found = file.read_row_group(number, ["id"], use_threads=False)["id"]
+            mine = ids.intersection(found.to_pylist())
             if not mine:
                 continue
+            mask = pc.is_in(found, value_set=pa.array(mine, pa.string()))
         rows = file.read_row_group(number, columns, use_threads=False).select(columns)  # "a" finds "a.b", too
-        yield rows if mine is None else rows.filter(pc.is_in(rows["id"], value_set=pa.array(mine, pa.string())))
+        yield rows if mask is None else rows.filter(mask)
 
 
 def _view(tables: Sequence[pa.Table]) -> pa.Table:

@@ -160,7 +160,7 @@ def build(
         dataset = dataset.map_batches(
             Worker,
             fn_constructor_args=(pool, watch, limits),
-            batch_size=None,
+            batch_size=1,  # Ray wants a number where GPUs are asked for
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=pool.workers),
             num_cpus=pool.cpus,

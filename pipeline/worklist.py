@@ -1,5 +1,7 @@
 """What the input asks for, row by row: render, already done, equal to an earlier row, or in conflict with one."""
 
+import logging
+import time
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -20,7 +22,10 @@ from pipeline.request import ID_PATTERN, RenderRequest, RequestError, ResolvedRe
 from pipeline.rows import RenderRow, RowError, plain_text
 from pyramid_flow import Preset
 
+logger = logging.getLogger(__name__)
+
 DIGEST_BYTES = 16
+LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -230,11 +235,14 @@ def _shard_of(row_id: str, count: int) -> int:
 
 
 def scan(parts: Sequence[InputPart], rules: RowRules) -> Worklist:
-    """Read the request columns of the whole input once and decide every row's fate."""
-    seen = _Seen()
+    """Read the request columns of the whole input once and decide every row's fate; logs its progress."""
+    seen, logged_at = _Seen(), time.monotonic()
     for part in parts:
         seen.begin(part)
         for start, table in read_blocks(part, REQUEST_COLUMNS):
+            if time.monotonic() - logged_at >= LOG_SECONDS:
+                logged_at = time.monotonic()
+                logger.info("%d rows of the input read", len(seen.fates))
             for row, values in enumerate(request_values(table), start):
                 for candidate in candidates(values, part.position(row), rules):
                     seen.take(candidate, row)

@@ -44,9 +44,9 @@ class Nodes:
         self.ids.append(node)
         return node
 
-    def remove(self, node: str, *, graceful: bool = False) -> None:
-        """Kill a node's processes."""
-        self._ask("remove", node=node, graceful=graceful)
+    def remove(self, node: str) -> None:
+        """Kill a node's processes without a warning."""
+        self._ask("remove", node=node)
         self.ids.remove(node)
 
     def _ask(self, verb: str, **arguments: object) -> dict[str, Any]:
@@ -82,8 +82,16 @@ def ray_cluster(log: Path, **head: float) -> Iterator[Nodes]:
         nodes.address, nodes.ids = first["address"], [first["node"]]
         yield nodes
     finally:
-        process.communicate(timeout=STOP_S)  # the end of its input ends it
+        _stop(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    try:
+        process.communicate(timeout=STOP_S)  # the end of its input ends it
+    except subprocess.TimeoutExpired:
+        process.kill()  # Ray's processes die with their parent
+        process.communicate()
 
 
 def serve() -> None:
@@ -98,7 +106,7 @@ def serve() -> None:
         request = json.loads(line)
         verb = request.pop("verb")
         if verb == "remove":
-            cluster.remove_node(nodes.pop(request["node"]), allow_graceful=request["graceful"])
+            cluster.remove_node(nodes.pop(request["node"]), allow_graceful=False)
             answer: dict[str, object] = {}
         else:
             head = {"include_dashboard": False, "dashboard_agent_listen_port": 0, "_system_config": SYSTEM}

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from tests.chaos.monkey import Struck
 
-DYING_S = 5.0
-"""Workers of a node that was killed outlive it for a moment."""
+DYING_S = 20.0
+"""Workers outlive their node or driver for a moment."""
 
 
 @dataclass(frozen=True)

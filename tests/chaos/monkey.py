@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -51,12 +52,12 @@ class Struck:
 class Monkey:
     """Strikes the drivers of one folder, which run one after another, and everything below them.
 
-    give_node: starts a node like those that are removed.
+    node: resources of a node that comes for one that is killed; faults: of the store, that are left.
     """
 
     folder: Path
     nodes: Nodes
-    give_node: Callable[[], str]
+    node: dict[str, float]
     store: "S3Server | None"
     faults: int
     rng: Random
@@ -66,27 +67,28 @@ class Monkey:
     def live(self, blows: Sequence[Blow], timeout_s: float) -> int:
         """Run a driver until it ends, by itself or by one of the blows; returns its exit code."""
         begun_at = time.time()
+        deadline = begun_at + timeout_s
         with (self.folder / "driver.log").open("a") as log:
             command = [sys.executable, "-m", "tests.chaos.driver", str(self.folder)]
             driver = subprocess.Popen(command, env=self.nodes.environment, stderr=log, stdout=log)
             try:
                 for blow in blows:
-                    while driver.poll() is None and self._rows_arrived() < blow.rows:
-                        self._tick(begun_at + timeout_s)
-                    strike_at = time.time() + blow.delay_s
-                    while driver.poll() is None and (
-                        time.time() < strike_at or not self._strike(blow, driver, begun_at)
-                    ):
-                        self._tick(begun_at + timeout_s)
-                while driver.poll() is None:
-                    self._tick(begun_at + timeout_s)
+                    self._wait(driver, deadline, partial(self._have_arrived, blow.rows))
+                    self._wait(driver, deadline, partial(_is_past, time.time() + blow.delay_s))
+                    self._wait(driver, deadline, partial(self._strike, blow, driver, begun_at))
+                self._wait(driver, deadline, lambda: False)
             finally:
                 driver.kill()
                 driver.wait()
         return driver.returncode
 
-    def _rows_arrived(self) -> int:
-        return len({row for record in read_log(self.folder / "arrivals") for row in record["rows"]})
+    def _wait(self, driver: subprocess.Popen[bytes], deadline: float, is_met: Callable[[], bool]) -> None:
+        """Wait until a condition is met or the driver has ended."""
+        while driver.poll() is None and not is_met():
+            self._tick(deadline)
+
+    def _have_arrived(self, rows: int) -> bool:
+        return len({row for record in read_log(self.folder / "arrivals") for row in record["rows"]}) >= rows
 
     def _tick(self, deadline: float) -> None:
         assert time.time() < deadline, f"the driver is stuck; blows so far: {self.struck}"
@@ -115,7 +117,7 @@ class Monkey:
             victim = str(process)
         self.struck.append(Struck(blow.target, begin, time.time(), victim))
         if blow.target == "node":
-            self.give_node()
+            self.nodes.add(**self.node)
         return True
 
     def _workers(self, since: float) -> list[int]:
@@ -123,6 +125,10 @@ class Monkey:
         files = [path for path in (self.folder / "workers").iterdir() if path.stat().st_mtime > since]
         processes = sorted(int(path.name.partition("-")[2]) for path in files)
         return [process for process in processes if _is_worker(process)]
+
+
+def _is_past(moment: float) -> bool:
+    return time.time() >= moment
 
 
 def _is_worker(process: int) -> bool:

@@ -17,9 +17,10 @@ class Scenario:
     """How much is rendered, on what, and how much goes wrong.
 
     rows, killers, bad, duplicates: rows that are fine, that kill their own worker, that cannot be rendered, and that
-    repeat one that is fine; nodes: nodes with one GPU each; lives: runs of the driver, of which all but the last are
-    killed; blows: other kills over all lives; targets: what these hit; sample_s: seconds of one call of the sampler, at
-    least and at most; latent_bytes: from 100 kB on they live in the store of the sampler's node and are lost with it.
+    repeat one that is fine; nodes: nodes with one GPU each, beside the head; samplers, decoders: workers; lives: runs
+    of the driver, of which all but the last are killed; blows: other kills over all lives; targets: what these hit;
+    faults: of the store; sample_s: seconds of one call of the sampler, at least and at most; latent_bytes: from 100 kB
+    on they live in the store of the sampler's node and are lost with it.
     """
 
     rows: int
@@ -28,6 +29,7 @@ class Scenario:
     duplicates: int
     nodes: int
     samplers: int
+    decoders: int
     batch_size: int
     lives: int
     blows: int

@@ -95,7 +95,7 @@ def chaos_plan(folder: str, output: str, scenario: Scenario) -> Plan:
     pools = (
         Pool((stages["encode"],), workers=1, cpus=0, gpus=0.05),
         Pool((stages["sample"],), workers=scenario.samplers, cpus=0, gpus=0.3),
-        Pool((stages["decode"], stages["publish"]), workers=2, cpus=0, gpus=0.05),
+        Pool((stages["decode"], stages["publish"]), workers=scenario.decoders, cpus=0, gpus=0.05),
     )
     return Plan(pools, scenario.batch_size)
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 
@@ -22,6 +23,7 @@ SCENARIO = Scenario(
     duplicates=0,
     nodes=1,
     samplers=3,
+    decoders=3,
     batch_size=1,
     lives=1,
     blows=0,
@@ -30,7 +32,7 @@ SCENARIO = Scenario(
     sample_s=(0.05, 0.2),
 )
 GPU_NODE = {"num_cpus": 4, "num_gpus": 1}
-PATIENCE_S = 240
+PATIENCE_S = 180
 
 
 def rows_by_node(folder):
@@ -55,31 +57,59 @@ def folder(tmp_path):
     return tmp_path
 
 
+@contextmanager
+def rendering(folder, gpu_nodes):
+    """Run a cluster with so many GPUs and a driver that plans for three; yields the cluster and the driver."""
+    with ray_cluster(folder / "cluster.log", num_cpus=4) as nodes, (folder / "driver.log").open("w") as log:
+        for _ in range(gpu_nodes):
+            nodes.add(**GPU_NODE)
+        write_settings(folder, nodes.address, str(folder / "out"), SCENARIO, planned_gpus=3)
+        command = [sys.executable, "-m", "tests.chaos.driver", str(folder)]
+        with subprocess.Popen(command, env=nodes.environment, stdout=log, stderr=log) as driver:
+            try:
+                yield nodes, driver
+            finally:
+                driver.kill()
+
+
+def finish(folder, driver):
+    """Let the driver come to its end, and check what it leaves."""
+    (folder / BRAKE).unlink()
+    assert driver.wait(PATIENCE_S) == 0, (folder / "driver.log").read_text()[-3000:]
+    view = ledger.read(Storage(str(folder / "out")), ["id", "status"])
+    assert len(view) == len(set(view["id"].to_pylist())) == SCENARIO.rows
+    assert set(view["status"].to_pylist()) == {"succeeded"}
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_plan_for_three_gpus_runs_on_those_that_come_and_go(folder):
-    output = folder / "out"
-    with ray_cluster(folder / "cluster.log", num_cpus=4) as nodes, (folder / "driver.log").open("w") as log:
-        first = nodes.add(**GPU_NODE)
-        write_settings(folder, nodes.address, str(output), SCENARIO, planned_gpus=3)
-        command = [sys.executable, "-m", "tests.chaos.driver", str(folder)]
-        with subprocess.Popen(command, env=nodes.environment, stdout=log, stderr=log) as driver:
-            try:
-                wait_until(lambda: rows_by_node(folder)[first] >= 3, driver, "a row was sampled on the only GPU")
-                later = [nodes.add(**GPU_NODE) for _ in range(2)]
-                wait_until(lambda: all(rows_by_node(folder)[node] for node in later), driver, "the later nodes sample")
-                nodes.remove(first)
-                sampled = rows_by_node(folder)
-                wait_until(
-                    lambda: all(rows_by_node(folder)[node] > sampled[node] + 2 for node in later),
-                    driver,
-                    "the nodes that are left go on",
-                )
-                (folder / BRAKE).unlink()
-                assert driver.wait(PATIENCE_S) == 0, (folder / "driver.log").read_text()[-3000:]
-            finally:
-                driver.kill()
-    view = ledger.read(Storage(str(output)), ["id", "status", "node"])
-    assert len(view) == len(set(view["id"].to_pylist())) == SCENARIO.rows
-    assert set(view["status"].to_pylist()) == {"succeeded"}
+    with rendering(folder, gpu_nodes=1) as (nodes, driver):
+        [_, first] = nodes.ids
+        wait_until(lambda: rows_by_node(folder)[first] >= 3, driver, "a row was sampled on the only GPU")
+        later = [nodes.add(**GPU_NODE) for _ in range(2)]
+        wait_until(lambda: all(rows_by_node(folder)[node] for node in later), driver, "the later nodes sample")
+        nodes.remove(first)
+        sampled = rows_by_node(folder)
+        wait_until(
+            lambda: all(rows_by_node(folder)[node] > sampled[node] + 2 for node in later),
+            driver,
+            "the nodes that are left go on",
+        )
+        finish(folder, driver)
+
+
+@pytest.mark.xfail(reason="three decoders can fill the GPU that comes first and leave no room for a sampler")
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_plan_for_three_gpus_goes_on_when_all_were_lost_and_one_comes_back(folder):
+    with rendering(folder, gpu_nodes=3) as (nodes, driver):
+        lost = nodes.ids[1:]
+        wait_until(lambda: all(rows_by_node(folder)[node] for node in lost), driver, "all nodes sample")
+        for node in lost:
+            nodes.remove(node)
+        one = nodes.add(**GPU_NODE)
+        wait_until(lambda: rows_by_node(folder)[one] >= 3, driver, "a row was sampled on the GPU that came back")
+        finish(folder, driver)

@@ -126,6 +126,14 @@ def test_storage_that_breaks_midway_exits_1(storage, capsys, monkeypatch, method
     assert read(storage).sort_by("id").equals(before.sort_by("id"))
 
 
+def test_a_full_disk_for_temporary_files_exits_1(storage, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "pipeline.compact.TemporaryDirectory", lambda **_: (_ for _ in ()).throw(OSError("no space left"))
+    )
+    assert compact.main([storage.root]) == 1
+    assert the_error(capsys).endswith("no space left; nothing is lost, run it again")
+
+
 @pytest.mark.parametrize("method", ["put", "delete", "modified"])
 def test_an_interrupt_exits_130(storage, capsys, monkeypatch, method):
     monkeypatch.setattr(Storage, method, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
