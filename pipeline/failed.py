@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.inputs import InputPart, read_blocks
-from pipeline.ledger import _joined as joined
+from pipeline.ledger import joined
 from pipeline.storage import Storage
 from pipeline.worklist import Worklist
 

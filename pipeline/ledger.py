@@ -81,7 +81,7 @@ class LedgerWriter:
         if not self._tables:
             return
         sink = io.BytesIO()
-        pq.write_table(_joined([decoded(table) for table in self._tables]), sink)
+        pq.write_table(joined([decoded(table) for table in self._tables]), sink)
         self.storage.put(f"{PARTS}/part-{self.run}-{self._parts:06d}.parquet", sink.getvalue())
         self._parts += 1
         self._tables = []
@@ -326,11 +326,12 @@ def _view(tables: Sequence[pa.Table]) -> pa.Table:
         if mask.any()
     ]
     in_place = np.sort(rows)
-    view = _joined(kept)
+    view = joined(kept)
     return view if np.array_equal(rows, in_place) else view.take(pa.array(np.searchsorted(in_place, rows)))
 
 
-def _joined(tables: list[pa.Table]) -> pa.Table:
+def joined(tables: list[pa.Table]) -> pa.Table:
+    """Join tables whose columns may differ; a column whose types cannot be brought together becomes text."""
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException:
