@@ -28,8 +28,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Resources]:
-    """Run the session's local Ray cluster."""
+    """Run the session's local Ray cluster; its GPUs are there in name only."""
     from pipeline import runner  # here, so that sessions without Ray tests do not load it
 
-    with runner.session(None, Resources(cpus=4, gpus=0)) as resources:
+    with runner.session(None, Resources(cpus=4, gpus=2)) as resources:
         yield resources

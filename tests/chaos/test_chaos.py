@@ -153,10 +153,10 @@ def run_chaos(scenario, seed, folder, store, bucket, timeout_s):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(360)
+@pytest.mark.timeout(500)
 def test_rows_survive_a_killed_worker_and_a_killed_driver(tmp_path, s3, bucket, caplog):
     caplog.set_level(logging.INFO)
-    run_chaos(SMALL, SEED, tmp_path, s3, bucket, timeout_s=150)
+    run_chaos(SMALL, SEED, tmp_path, s3, bucket, timeout_s=200)
 
 
 @pytest.mark.ray
