@@ -3,13 +3,14 @@
 import logging
 import os
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.rows import Batch, Item
 from pipeline.stages import Encode, Sample, Stage
@@ -57,7 +58,7 @@ class Watch:
     max_attempts: int = MAX_ATTEMPTS
     running: dict[tuple[str, str], _Running] = field(default_factory=dict)
     suspects: set[tuple[str, str]] = field(default_factory=set)
-    deaths: Counter[str] = field(default_factory=Counter)
+    deaths: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     reasons: dict[str, str] = field(default_factory=dict)
     stopping: bool = False
 
@@ -65,17 +66,19 @@ class Watch:
         """Announce rows that a process is about to run together."""
         for row in rows:
             self._account(stage, row, process)
-        lost = {row: self._reason(row) for row in rows if self.deaths[row] >= self.max_attempts}
+        lost = {row: self._reason(row) for row in rows if self._num_deaths(row) >= self.max_attempts}
         alone = len(rows) > 1 and any((stage, row) in self.suspects for row in rows)
         if not alone and not lost:
             entry = _Running(process, node, alone=len(rows) == 1)
             self.running |= {(stage, row): entry for row in rows}
         return Verdict(alone, lost, self.stopping)
 
-    def end(self, stage: str, rows: Sequence[str]) -> None:
-        """Say that rows have run to their end, well or not."""
+    def end(self, stage: str, rows: Sequence[str], process: str) -> None:
+        """Say that rows have run to their end, well or not; what another process has taken over runs on."""
         for row in rows:
-            self.running.pop((stage, row), None)
+            entry = self.running.get((stage, row))
+            if entry is not None and entry.process == process:
+                del self.running[stage, row]
 
     def blame(self, rows: Sequence[str], reason: str) -> None:
         """Say why a worker is about to end itself."""
@@ -95,12 +98,16 @@ class Watch:
             return
         self.suspects.add((stage, row))
         if earlier.alone:
-            self.deaths[row] += 1
+            self.deaths[row].append(earlier.node)
         logger.warning("%s: a worker died with row %s", stage, row)
+
+    def _num_deaths(self, row: str) -> int:
+        """Return how often its worker died; a node that dies takes its workers first, so each is asked about again."""
+        return sum(map(self.is_alive, self.deaths.get(row, ())))
 
     def _reason(self, row: str) -> str:
         why = self.reasons.get(row, "killed from outside, out of memory, or crashed")
-        return f"its worker died {self.deaths[row]} times while it ran alone: {why}"
+        return f"its worker died {self._num_deaths(row)} times while it ran alone: {why}"
 
 
 def node_is_alive(node: str) -> bool:
@@ -109,8 +116,10 @@ def node_is_alive(node: str) -> bool:
 
 
 def start_watch(max_attempts: int) -> Any:  # noqa: ANN401 - Ray's actor handles have no static type
-    """Start the job's watch: an actor that takes no resources."""
-    return ray.remote(num_cpus=0)(Watch).remote(node_is_alive, max_attempts)
+    """Start the job's watch: an actor that takes no resources, on the driver's node, whose loss ends the job anyway."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Watch).options(scheduling_strategy=here)
+    return actor.remote(node_is_alive, max_attempts)
 
 
 class Guarded:
@@ -146,7 +155,7 @@ class Guarded:
             result = batch.with_items([_skipped(item) for item in batch.items])
         else:
             result = self._limited(batch, rows)
-        self.watch.end.remote(self.stage.name, rows)
+        self.watch.end.remote(self.stage.name, rows, self.process)
         return result
 
     def _limited(self, batch: Batch, rows: list[str]) -> Batch:

@@ -5,9 +5,11 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +17,9 @@ import ray
 import ray.data
 from pythonjsonlogger.json import JsonFormatter
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.batching import read_batches, read_units
 from pipeline.inputs import InputPart
@@ -79,7 +84,8 @@ class Rendering:
 
     def __init__(self, worklist: Worklist, plan: Plan, rules: RowRules, limits: Limits) -> None:
         self.watch = start_watch(limits.max_attempts)
-        self.dataset = build(worklist, plan, rules, self.watch, limits)
+        self.places = [placement_group([place]) for place in plan.places]
+        self.dataset = build(worklist, plan, rules, self.watch, self.places, limits)
         self.metrics = QueueMetrics(worklist.num_rows)
 
     def stop(self) -> None:
@@ -117,6 +123,8 @@ class Rendering:
         finally:
             left.set()
             consumer.join(CLOSE_S)
+            for place in self.places:
+                remove_placement_group(place)
 
     def _consume(self, arrived: "queue.Queue[pa.Table | Exception | None]", left: threading.Event) -> None:
         try:
@@ -134,6 +142,7 @@ def build(
     plan: Plan,
     rules: RowRules,
     watch: Any,  # noqa: ANN401 - an actor handle
+    places: Sequence[PlacementGroup],
     limits: Limits,
 ) -> "ray.data.Dataset":
     """Return the lazy Dataset: read and batch -> one row per sampling batch -> the stages in order.
@@ -157,16 +166,26 @@ def build(
         num_cpus=READ_CPUS,
     ).repartition(target_num_rows_per_block=1)
     for pool in plan.pools:
-        dataset = dataset.map_batches(
-            Worker,
-            fn_constructor_args=(pool, watch, limits),
-            batch_size=1,  # Ray wants a number where GPUs are asked for
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=pool.workers),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus or None,
-        )
+        with warnings.catch_warnings():
+            # Ray 2.64 will be without ray_remote_args_fn, and 2.60 has nothing else to give workers places of their own
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            dataset = dataset.map_batches(
+                Worker,
+                fn_constructor_args=(pool, watch, limits),
+                batch_size=1,  # Ray wants a number where GPUs are asked for
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(size=pool.workers),
+                num_cpus=pool.cpus,
+                num_gpus=pool.gpus or None,
+                ray_remote_args_fn=_beside(places) if pool.paired else None,
+            )
     return dataset
+
+
+def _beside(places: Sequence[PlacementGroup]) -> Callable[[], dict[str, Any]]:
+    """Return what gives each worker of a pool its own place; Ray Data asks before it starts one."""
+    numbers = count()
+    return lambda: {"scheduling_strategy": PlacementGroupSchedulingStrategy(places[next(numbers) % len(places)])}
 
 
 def _describe(unit: list[PartWork]) -> dict[str, Any]:

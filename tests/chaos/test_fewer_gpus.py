@@ -100,7 +100,6 @@ def test_a_plan_for_three_gpus_runs_on_those_that_come_and_go(folder):
         finish(folder, driver)
 
 
-@pytest.mark.xfail(reason="three decoders can fill the GPU that comes first and leave no room for a sampler")
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)

@@ -19,7 +19,7 @@ def test_rows_that_end_are_never_suspects():
     seen = watch()
     for process in ("a", "b"):
         assert not seen.begin("sample", ["x", "y"], process, "n").alone
-        seen.end("sample", ["x", "y"])
+        seen.end("sample", ["x", "y"], process)
     assert not seen.deaths
 
 
@@ -61,8 +61,27 @@ def test_it_is_idle_when_nothing_runs():
     assert seen.is_idle()
     seen.begin("sample", ["x"], "a", "n")
     assert not seen.is_idle()
-    seen.end("sample", ["x"])
+    seen.end("sample", ["x"], "a")
     assert seen.is_idle()
+
+
+def test_a_process_that_was_taken_for_dead_ends_nothing_of_its_successor():
+    seen = watch()
+    seen.begin("sample", ["x"], "a", "n")
+    seen.begin("sample", ["x"], "b", "n")
+    seen.end("sample", ["x"], "a")
+    assert not seen.is_idle()
+    seen.end("sample", ["x"], "b")
+    assert seen.is_idle()
+
+
+def test_deaths_on_a_node_that_is_found_dead_later_count_against_nobody():
+    dead: set[str] = set()
+    seen = watch(is_alive=lambda node: node not in dead, max_attempts=1)
+    seen.begin("sample", ["x"], "a", "n")
+    assert seen.begin("sample", ["x"], "b", "m").lost  # its node is still listed
+    dead.add("n")
+    assert not seen.begin("sample", ["x"], "b", "m").lost
 
 
 def test_a_stop_is_told_to_everyone():
