@@ -132,6 +132,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         limits=runner.Limits(settings.max_attempts, settings.row_timeout_s),
         max_failures=settings.max_failures,
         grace_s=settings.grace_s,
+        stall_s=settings.stall_s,
     )
 
 

@@ -144,6 +144,9 @@ class RenderSettings(JobSettings):
     grace_s: Annotated[float, Field(ge=0)] = Field(
         60, description="seconds an interrupted job waits for rows in flight"
     )
+    stall_s: Annotated[float, Field(gt=0)] = Field(
+        1800, description="end the job after so many seconds in which no worker had a row, such as for lack of GPUs"
+    )
     retry_failed: bool = Field(False, description="render rows again that failed in an earlier run")
     allow_failed: str = Field(
         "0", coerce_numbers_to_str=True, description="exit 0 with up to this many failed rows: a count or a percentage"

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_PASSES = 3
 MAX_FAILURES, MAX_FAILED_SHARE, SHARE_FROM_ROWS = 20, 0.05, 200
 GRACE_S, IDLE_S = 60.0, 2.0
+STALL_S = 1800.0
 GALLERY_ROWS = 64
 
 OnBatch = Callable[[Batch | None], None]
@@ -41,6 +42,10 @@ class TooManyFailures(PyramidFlowError):
 
 class RowsMissing(PyramidFlowError):
     """Rows of the input never arrived at the ledger."""
+
+
+class Stalled(PyramidFlowError):
+    """Nothing has run for a long time: workers wait for resources that do not come."""
 
 
 @dataclass
@@ -64,6 +69,25 @@ class Stopping:
         if not is_idle():
             self.busy = now
         return now - self.began > self.grace_s or now - self.busy > IDLE_S
+
+
+@dataclass
+class Stall:
+    """Time in which no stage ran any row; Ray Data itself would wait for ever."""
+
+    limit_s: float
+    busy: float = field(default_factory=time.monotonic)
+
+    def check(self, is_idle: Callable[[], bool]) -> None:
+        """Raise Stalled if there was too much of it."""
+        now = time.monotonic()
+        if not is_idle():
+            self.busy = now
+        if now - self.busy > self.limit_s:
+            raise Stalled(
+                f"no row has been worked on for {self.limit_s:.0f} s: GPUs of the plan are missing, or models take longer "
+                "to load (see --stall-s); a new start plans with the GPUs that are there"
+            )
 
 
 @dataclass
@@ -107,7 +131,7 @@ class RenderJob:
 
     constants: ledger columns that are equal for all its rows; plan_for: the plan other costs would give; shard: which
     of several jobs on one input it is, such as 2-of-4; max_failures: see `Breaker`; grace_s: how long a stop waits for
-    what is in flight; measured: what its rows cost.
+    what is in flight; stall_s: see `Stall`; measured: what its rows cost.
     """
 
     run: str
@@ -124,6 +148,7 @@ class RenderJob:
     limits: runner.Limits = field(default_factory=runner.Limits)
     max_failures: int = MAX_FAILURES
     grace_s: float = GRACE_S
+    stall_s: float = STALL_S
     measured: Measured = field(default_factory=Measured)
 
     def pending(self) -> Worklist:
@@ -185,7 +210,10 @@ class RenderJob:
         rendering = runner.Rendering(pending, self.plan, self.rules, self.limits)
         breaker = Breaker(self.max_failures)
         stopping: Stopping | None = None
+        stall = Stall(self.stall_s)
         for arrived in rendering:
+            if arrived is None:
+                stall.check(rendering.is_idle)
             batch = arrived.without_skipped() if arrived else None
             take(batch)
             breaker.take(batch)

@@ -10,9 +10,8 @@ from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample, Stage
 from pyramid_flow.errors import PyramidFlowError
 
 GPU_SHARES = {"encode": 0.1, "sample": 0.55, "decode": 0.25}
-"""A sampler and a decoder take a GPU together; two such pairs do not fit onto one, and encoders fit beside a pair."""
-
-PAIRED = ("sample", "decode")
+"""Ray packs fractions onto one GPU in the order of the stages: so two samplers never share one, and beside a sampler
+there is room for a decoder and two encoders."""
 
 HEADROOM = 1.5
 """Other stages get this much more capacity than sampling needs from them, so that it alone decides the speed."""
@@ -50,16 +49,12 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Pool:
-    """Workers that run the same stages one after another, and what each takes (logical CPUs and GPUs).
-
-    paired: each of its workers takes a place that is kept for it beside the workers of other paired pools, on one GPU.
-    """
+    """Workers that run the same stages one after another, and what each takes (logical CPUs and GPUs)."""
 
     stages: tuple[StageSpec, ...]
     workers: int
     cpus: float
     gpus: float
-    paired: bool = False
 
     @property
     def name(self) -> str:
@@ -116,24 +111,6 @@ class Plan:
         return "\n".join(lines)
 
     @property
-    def places(self) -> list[dict[str, float]]:
-        """The places kept for paired workers: what those with the same number, counted round, take of a GPU's node.
-
-        Ray gives a place as a whole. Without places, the decoders of GPUs that were lost could fill the GPU that is
-        left, and no sampler would find room.
-        """
-        paired = [pool for pool in self.pools if pool.paired]
-        places = [
-            {"CPU": 0.0, "GPU": 0.0} for _ in range(min(self.devices, max((p.workers for p in paired), default=0)))
-        ]
-        for pool in paired:
-            for number in range(pool.workers):
-                place = places[number % len(places)]
-                place["CPU"] += pool.cpus
-                place["GPU"] += pool.gpus
-        return [{name: share for name, share in place.items() if share} for place in places]
-
-    @property
     def num_gpus(self) -> int:
         """Number of GPUs that the plan fills."""
         return self.devices if any(pool.gpus for pool in self.pools) else 0
@@ -156,9 +133,9 @@ class Plan:
 def make_plan(job: Job, resources: Resources) -> Plan:
     """Plan the stages for the resources; raises PlanError if they cannot hold one worker of each stage.
 
-    Staged: every GPU carries a sampler and a decoder, and there are as many encoders and publishers as keep sampling
-    the bottleneck. Any pair can run on any GPU with an encoder beside it, so a job that gets fewer GPUs than planned is
-    slower and never stuck. Encode and sample take no CPUs: their time is the device's.
+    Staged: every GPU carries a sampler, and as many decoders and encoders are placed beside the samplers as keep
+    sampling the bottleneck. Any of them can run on any GPU, so a job that gets fewer GPUs than planned is slower. Encode
+    and sample take no CPUs: their time is the device's.
 
     Fused: one worker per device does everything. Where all stages share the same cores this is as fast, with fewer
     processes to start; so it is the choice without GPUs. On a GPU it would wait for ffmpeg and for storage, and every
@@ -168,7 +145,7 @@ def make_plan(job: Job, resources: Resources) -> Plan:
         raise PlanError("the job wants GPUs and there are none: use --device cpu")
     fused = job.layout == "fused" or (job.layout == "auto" and job.device == "cpu" and not job.workers)
     plan = _fused(job, resources) if fused else _staged(job, resources)
-    _check_fit(plan, resources)
+    _check_fit(plan.pools, resources)
     return plan
 
 
@@ -190,14 +167,12 @@ def _staged(job: Job, resources: Resources) -> Plan:
     pinned = dict(job.workers or {})
     devices = resources.gpus if on_gpu else pinned.get("sample", 1)
     workers = _workers(job.costs, devices) | pinned
-    shares = GPU_SHARES | {"encode": min(GPU_SHARES["encode"], _beside_a_pair() / workers["encode"])} if on_gpu else {}
-    shares |= job.gpu_shares or {} if on_gpu else {}
-    paired = on_gpu and sum(shares[name] for name in PAIRED) <= 1  # larger shares were pinned: anywhere they fit
+    shares = GPU_SHARES | dict(job.gpu_shares or {}) if on_gpu else {}
     threads = max(1, resources.cpus // max(workers["sample"], workers["decode"]))
     decode_cpus, encoder_threads = _decode_cpus(job, resources, workers["decode"])
     cpus = {"decode": decode_cpus}
     pools = tuple(
-        Pool((spec,), workers[name], cpus.get(name, 0.0), shares.get(name, 0.0), paired and name in PAIRED)
+        Pool((spec,), workers[name], cpus.get(name, 0.0), shares.get(name, 0.0))
         for name, spec in _stages(job, threads, encoder_threads).items()
     )
     return Plan(pools, job.batch_size, devices, job.costs)
@@ -205,16 +180,11 @@ def _staged(job: Job, resources: Resources) -> Plan:
 
 def _workers(costs: Costs | None, devices: int) -> dict[str, int]:
     """Return the pool sizes that make sampling the bottleneck, at most one worker of a stage per device."""
-    sizes = {"encode": 1, "sample": devices, "decode": devices, "publish": 1}
-    if costs is not None and costs.seconds.get("sample"):
-        needed = {name: HEADROOM * devices * s / costs.seconds["sample"] for name, s in costs.seconds.items()}
-        sizes |= {name: max(1, min(devices, ceil(needed.get(name, 0)))) for name in ("encode", "publish")}
-    return sizes
-
-
-def _beside_a_pair() -> float:
-    """Return what is left of a GPU: all encoders fit into it together, lest they fill a GPU and no pair finds room."""
-    return 1.0 - sum(GPU_SHARES[name] for name in PAIRED)
+    if costs is None or not costs.seconds.get("sample"):
+        return {"encode": 1, "sample": devices, "decode": devices, "publish": 1}
+    needed = {name: HEADROOM * devices * s / costs.seconds["sample"] for name, s in costs.seconds.items()}
+    sizes = {name: max(1, min(devices, ceil(needed.get(name, 0)))) for name in ("encode", "decode", "publish")}
+    return sizes | {"sample": devices}
 
 
 def _decode_cpus(job: Job, resources: Resources, workers: int) -> tuple[float, int]:
@@ -239,22 +209,15 @@ def _stages(job: Job, threads: int, encoder_threads: int) -> dict[str, StageSpec
     return {spec.name: spec for spec in stages}
 
 
-def _check_fit(plan: Plan, resources: Resources) -> None:
-    places = plan.places
-    if any(place["GPU"] > 1 + 1e-6 for place in places):
-        raise PlanError(f"a GPU cannot hold what is to stand side by side: {_wanted(plan, 'gpus')}")
-    alone = [pool.gpus for pool in plan.pools for _ in range(pool.workers) if pool.gpus and not pool.paired]
-    gpus = _gpus_for([*alone, *(place["GPU"] for place in places)])
+def _check_fit(pools: tuple[Pool, ...], resources: Resources) -> None:
+    gpus = _gpus_for([pool.gpus for pool in pools for _ in range(pool.workers) if pool.gpus])
     if gpus > resources.gpus:
-        raise PlanError(f"the plan needs {gpus} GPUs ({_wanted(plan, 'gpus')}) and there are {resources.gpus}")
-    cpus = sum(pool.workers * pool.cpus for pool in plan.pools)
+        wanted = ", ".join(f"{pool.workers} x {pool.gpus:g} for {pool.name}" for pool in pools if pool.gpus)
+        raise PlanError(f"the plan needs {gpus} GPUs ({wanted}) and there are {resources.gpus}")
+    cpus = sum(pool.workers * pool.cpus for pool in pools)
     if cpus > resources.cpus:
-        raise PlanError(f"the plan needs {cpus:g} CPUs ({_wanted(plan, 'cpus')}) and there are {resources.cpus}")
-
-
-def _wanted(plan: Plan, what: Literal["cpus", "gpus"]) -> str:
-    takes = ((pool, getattr(pool, what)) for pool in plan.pools)
-    return ", ".join(f"{pool.workers} x {share:g} for {pool.name}" for pool, share in takes if share)
+        wanted = ", ".join(f"{pool.workers} x {pool.cpus:g} for {pool.name}" for pool in pools if pool.cpus)
+        raise PlanError(f"the plan needs {cpus:g} CPUs ({wanted}) and there are {resources.cpus}")
 
 
 def _gpus_for(shares: Sequence[float]) -> int:

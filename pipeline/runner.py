@@ -5,11 +5,9 @@ import os
 import queue
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count
 from typing import Any
 
 import pyarrow as pa
@@ -17,9 +15,6 @@ import ray
 import ray.data
 from pythonjsonlogger.json import JsonFormatter
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
-from ray.util.annotations import RayDeprecationWarning
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.batching import read_batches, read_units
 from pipeline.inputs import InputPart
@@ -84,8 +79,7 @@ class Rendering:
 
     def __init__(self, worklist: Worklist, plan: Plan, rules: RowRules, limits: Limits) -> None:
         self.watch = start_watch(limits.max_attempts)
-        self.places = [placement_group([place]) for place in plan.places]
-        self.dataset = build(worklist, plan, rules, self.watch, self.places, limits)
+        self.dataset = build(worklist, plan, rules, self.watch, limits)
         self.metrics = QueueMetrics(worklist.num_rows)
 
     def stop(self) -> None:
@@ -123,8 +117,6 @@ class Rendering:
         finally:
             left.set()
             consumer.join(CLOSE_S)
-            for place in self.places:
-                remove_placement_group(place)
 
     def _consume(self, arrived: "queue.Queue[pa.Table | Exception | None]", left: threading.Event) -> None:
         try:
@@ -142,7 +134,6 @@ def build(
     plan: Plan,
     rules: RowRules,
     watch: Any,  # noqa: ANN401 - an actor handle
-    places: Sequence[PlacementGroup],
     limits: Limits,
 ) -> "ray.data.Dataset":
     """Return the lazy Dataset: read and batch -> one row per sampling batch -> the stages in order.
@@ -166,26 +157,16 @@ def build(
         num_cpus=READ_CPUS,
     ).repartition(target_num_rows_per_block=1)
     for pool in plan.pools:
-        with warnings.catch_warnings():
-            # Ray 2.64 will be without ray_remote_args_fn, and 2.60 has nothing else to give workers places of their own
-            warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = dataset.map_batches(
-                Worker,
-                fn_constructor_args=(pool, watch, limits),
-                batch_size=1,  # Ray wants a number where GPUs are asked for
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=pool.workers),
-                num_cpus=pool.cpus,
-                num_gpus=pool.gpus or None,
-                ray_remote_args_fn=_beside(places) if pool.paired else None,
-            )
+        dataset = dataset.map_batches(
+            Worker,
+            fn_constructor_args=(pool, watch, limits),
+            batch_size=1,  # Ray wants a number where GPUs are asked for
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=pool.workers),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+        )
     return dataset
-
-
-def _beside(places: Sequence[PlacementGroup]) -> Callable[[], dict[str, Any]]:
-    """Return what gives each worker of a pool its own place; Ray Data asks before it starts one."""
-    numbers = count()
-    return lambda: {"scheduling_strategy": PlacementGroupSchedulingStrategy(places[next(numbers) % len(places)])}
 
 
 def _describe(unit: list[PartWork]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline import job as job_module
 from pipeline.batching import read_rows
-from pipeline.job import SHARE_FROM_ROWS, Breaker, RowsMissing, Stopping, StopRequest
+from pipeline.job import SHARE_FROM_ROWS, Breaker, RowsMissing, Stalled, Stopping, StopRequest
 from pipeline.rows import Batch, Item, RenderRow, RowError
 from tests.pipeline.simulated import simulated_job
 from tests.pipeline.tables import write_table
@@ -95,6 +95,29 @@ def test_a_stop_keeps_what_is_done_and_writes_nothing_for_skipped_rows(tmp_path,
     assert len(list((tmp_path / "out" / "metadata").iterdir())) == 1
     assert job.pending().num_rows == 1
     assert json.loads((tmp_path / "out" / "runs" / f"{job.run}.json").read_text())["state"] == "interrupted"
+
+
+def test_a_job_without_work_for_its_workers_ends(tmp_path, monkeypatch):
+    class Waiting:
+        """A Dataset whose workers find no place."""
+
+        def __init__(self, *_):
+            self.idle = iter([False, True, True, True])
+
+        def is_idle(self):
+            return next(self.idle)
+
+        def __iter__(self):
+            return iter([None] * 4)
+
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(job_module.runner, "Rendering", Waiting)
+    monkeypatch.setattr(job_module.time, "monotonic", lambda: float(next(clock)))
+    table = write_table(tmp_path / "in.parquet", [{"prompt": "a", **SHAPE}])
+    job = simulated_job(table, tmp_path / "out", stall_s=25.0)
+    with pytest.raises(Stalled, match="for 25 s: GPUs of the plan are missing"):
+        job.execute(lambda batch: None)
+    assert json.loads((tmp_path / "out" / "runs" / f"{job.run}.json").read_text())["state"] == "broken"
 
 
 def test_rows_that_never_arrive_are_an_error(tmp_path, monkeypatch):
