@@ -85,8 +85,8 @@ class Stall:
             self.busy = now
         if now - self.busy > self.limit_s:
             raise Stalled(
-                f"no row has been worked on for {self.limit_s:.0f} s: GPUs of the plan are missing, or models load longer "
-                "than that (see --stall-s); a new start plans with the GPUs that are there"
+                f"no row has been worked on for {self.limit_s:.0f} s: GPUs of the plan are missing, or models take "
+                "longer to load (see --stall-s); a new start plans with the GPUs that are there"
             )
 
 

@@ -134,8 +134,8 @@ def make_plan(job: Job, resources: Resources) -> Plan:
     """Plan the stages for the resources; raises PlanError if they cannot hold one worker of each stage.
 
     Staged: every GPU carries a sampler, and as many decoders and encoders are placed beside the samplers as keep
-    sampling the bottleneck. Any of them can run on any GPU, so a job that gets fewer GPUs than planned is slower. Encode
-    and sample take no CPUs: their time is the device's.
+    sampling the bottleneck. Any of them can run on any GPU, so a job that gets fewer GPUs than planned is slower.
+    Encode and sample take no CPUs: their time is the device's.
 
     Fused: one worker per device does everything. Where all stages share the same cores this is as fast, with fewer
     processes to start; so it is the choice without GPUs. On a GPU it would wait for ffmpeg and for storage, and every

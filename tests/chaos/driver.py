@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import runner
 from pipeline.inputs import list_parts
-from pipeline.job import RenderJob
+from pipeline.job import STALL_S, RenderJob
 from pipeline.ledger import claim, new_run_id
 from pipeline.plan import Job, Plan, Resources, make_plan
 from pipeline.rows import Batch
@@ -21,9 +21,12 @@ from tests.chaos.stages import append, chaos_plan, specs
 SETTINGS, TABLE = "settings.json", "in.parquet"
 
 
-def write_settings(folder: Path, address: str, output: str, scenario: Scenario, planned_gpus: int = 0) -> None:
+def write_settings(
+    folder: Path, address: str, output: str, scenario: Scenario, planned_gpus: int = 0, stall_s: float = STALL_S
+) -> None:
     """Write what a driver in this folder reads; planned_gpus: plan as for so many GPUs, 0 = the scenario's pools."""
-    settings = {"address": address, "output": output, "planned_gpus": planned_gpus, "scenario": asdict(scenario)}
+    settings = {"address": address, "output": output, "planned_gpus": planned_gpus, "stall_s": stall_s}
+    settings["scenario"] = asdict(scenario)
     (folder / SETTINGS).write_text(json.dumps(settings))
 
 
@@ -33,9 +36,8 @@ def main(folder: Path) -> None:
     settings = json.loads((folder / SETTINGS).read_text())
     scenario = Scenario(**settings["scenario"])
     with runner.session(settings["address"]):
-        chaos_job(folder, settings["output"], scenario, settings["planned_gpus"]).execute(
-            lambda batch: _note(folder, batch)
-        )
+        job = chaos_job(folder, settings["output"], scenario, settings["planned_gpus"])
+        replace(job, stall_s=settings["stall_s"]).execute(lambda batch: _note(folder, batch))
 
 
 def _note(folder: Path, batch: Batch | None) -> None:
