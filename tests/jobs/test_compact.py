@@ -165,7 +165,7 @@ def test_ctrl_c_leaves_no_traceback(storage):
         [sys.executable, "-c", SLOW, storage.root], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     with process:
-        assert process.stdout.readline() == "reading\n"
+        assert process.stdout.readline().startswith("reading")  # two threads may have begun
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
