@@ -89,8 +89,8 @@ class Watch:
         self.stopping = True
 
     def is_idle(self) -> bool:
-        """Tell whether no stage runs any row."""
-        return not self.running
+        """Tell whether no stage runs any row; what a lost node was running waits for another worker."""
+        return not any(self.is_alive(node) for node in {entry.node for entry in self.running.values()})
 
     def _account(self, stage: str, row: str, process: str) -> None:
         earlier = self.running.pop((stage, row), None)

@@ -65,6 +65,14 @@ def test_it_is_idle_when_nothing_runs():
     assert seen.is_idle()
 
 
+def test_rows_of_a_lost_node_do_not_run():
+    seen = watch()
+    seen.begin("sample", ["x"], "a", "gone")
+    assert seen.is_idle()
+    seen.begin("sample", ["y"], "b", "n")
+    assert not seen.is_idle()
+
+
 def test_a_process_that_was_taken_for_dead_ends_nothing_of_its_successor():
     seen = watch()
     seen.begin("sample", ["x"], "a", "n")
