@@ -161,9 +161,8 @@ def compared(layout: Layout, plan: Plan, works: Mapping[str, Work], found: Run, 
 def as_line(row: Mapping[str, Any]) -> str:
     waits = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row["gpu_wait_s_per_row"].items())
     return (
-        f"{row['host_s_per_row']:>9} {row['layout']:>7} {row['span_videos_per_hour']:>14} "
-        f"{row['steady_videos_per_hour']:>8} {row['bound_videos_per_hour']:>8} {row['span_per_bound']:>11.1%} "
-        f"{row['steady_per_bound']:>13.1%} {row['start_up_s']:>11}  {waits}"
+        f"{row['host_s_per_row']:>14} {row['layout']:>7} {row['videos_per_hour']:>9} {row['bound_videos_per_hour']:>6} "
+        f"{row['share_of_bound']:>9.1%} {row['start_up_s']:>11}  {waits}"
     )
 
 
