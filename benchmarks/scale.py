@@ -66,11 +66,6 @@ GOAL_ROWS, GOAL_S, GOAL_MIB = 1_000_000, 60, 1024
 GOAL_FILL = 0.9
 GOAL_EFFICIENCY = 0.95
 
-PIPELINE_HEADER = (
-    f"\n{'rows':>6} {'layout':>7} {'batch size':>11} {'ms/row':>7} {'rows/s':>7} {'driver CPU ms/row':>18} "
-    f"{'driver MiB':>11} {'KiB/1000 rows':>14} {'start-up s':>11}"
-)
-
 
 @dataclass
 class Steps:
@@ -276,9 +271,10 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def measure_pipeline(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Measure what the pipeline itself costs per row."""
     print(
-        f"\n{'rows':>6} {'layout':>7} {'batch size':>11} {'ms/row':>7} {'rows/s':>7} {'driver CPU ms/row':>18} ", end=""
+        f"\n{'rows':>6} {'layout':>7} {'batch size':>11} {'ms/row':>7} {'rows/s':>7} {'driver CPU ms/row':>18} "
+        f"{'driver MiB':>11} {'KiB/1000 rows':>14} {'start-up s':>11}",
+        flush=True,
     )
-    print(f"{'driver MiB':>11} {'KiB/1000 rows':>14} {'start-up s':>11}", flush=True)
     rows = []
     for num_rows in arguments.pipeline:
         table = write_table(folder / f"pipeline-{num_rows}.parquet", num_rows)

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow.compute as pc
-
 from jobs.settings import EXIT_WRONG_JOB, StatusSettings, parse
-from jobs.summary import SUMMARY_COLUMNS, failures
+from jobs.summary import SUMMARY_COLUMNS, failures, num_failed
 from pipeline import ledger
 from pipeline.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
@@ -28,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not runs:
         print(f"pyramid-render status: no job has written to {storage.uri}", file=sys.stderr)
         return EXIT_WRONG_JOB
-    failed = pc.sum(pc.equal(view["status"], "failed")).as_py() or 0
-    print(f"{len(view)} rows in the ledger, {failed} failed")
+    print(f"{len(view)} rows in the ledger, {num_failed(view)} failed")
     print(*failures(view), *(run_text(run, datetime.now(UTC)) for run in runs[-SHOWN_RUNS:]), sep="\n")
     return 0
 

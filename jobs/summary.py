@@ -46,6 +46,11 @@ def stage_seconds(costs: Costs) -> str:
     return ", ".join(f"{stage} {costs.seconds[stage]:.3g}" for stage in STAGES if stage in costs.seconds)
 
 
+def num_failed(view: pa.Table) -> int:
+    """Return the number of failed rows."""
+    return pc.sum(pc.equal(view["status"], "failed")).as_py() or 0
+
+
 def failures(view: pa.Table) -> list[str]:
     """Return a line for each of the commonest reasons of failed rows."""
     reasons = pc.value_counts(view.filter(pc.equal(view["status"], "failed"))["error_message"]).to_pylist()
@@ -55,7 +60,7 @@ def failures(view: pa.Table) -> list[str]:
 
 def summary_text(view: pa.Table, job: RenderJob, *, rendered: int, seconds: float) -> str:
     """Say what was done, what failed and why, and where the time went."""
-    succeeded = pc.sum(pc.equal(view["status"], "succeeded")).as_py() or 0
+    succeeded = len(view) - num_failed(view)
     lines = [f"{succeeded} of {len(view)} rows succeeded; this run took {rendered} rows in {seconds:.1f} s"]
     return "\n".join(lines + failures(view) + _measured(job))
 

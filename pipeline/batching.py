@@ -21,11 +21,13 @@ Member = tuple[int, Candidate]
 def read_units(works: Iterable[PartWork]) -> Iterator[list[PartWork]]:
     """Put parts together until they hold 4096 rows to render: many small files would give many unfilled batches."""
     unit: list[PartWork] = []
+    num_rows = 0
     for work in works:
         unit.append(work)
-        if sum(one.num_rows for one in unit) >= READ_ROWS:
+        num_rows += work.num_rows
+        if num_rows >= READ_ROWS:
             yield unit
-            unit = []
+            unit, num_rows = [], 0
     if unit:
         yield unit
 

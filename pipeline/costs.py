@@ -1,12 +1,11 @@
 """What a row costs in each stage, in seconds: measured by earlier runs of the same OUTPUT, else from its FLOPs."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from pipeline.ledger import JOB_FILE
+from pipeline.ledger import job_record, write_job_record
 from pipeline.request import Shape
 from pipeline.rows import Batch
 from pipeline.storage import Storage
@@ -17,6 +16,7 @@ ASSUMED_FLOPS = {"cuda": 150e12, "cpu": 30e9}
 
 ASSUMED_PUBLISH_S = 0.5
 MAX_COUNTED_SHAPES = 8
+MEASURED = "seconds_per_row"  # in job.json
 
 Key = TypeVar("Key")
 
@@ -70,20 +70,16 @@ class Measured:
         }
 
 
-def read_measured(storage: Storage) -> dict[str, dict[str, float]]:
-    """Return what earlier runs measured, by shape and stage; empty if there is nothing."""
-    if not storage.exists(JOB_FILE):
-        return {}
-    return dict(json.loads(storage.get(JOB_FILE)).get("seconds_per_row", {}))
+def read_measured(storage: Storage) -> dict[str, Seconds]:
+    """Return what earlier runs measured, by shape; empty if there is nothing."""
+    return dict((job_record(storage) or {}).get(MEASURED, {}))
 
 
 def write_measured(storage: Storage, measured: Measured) -> None:
     """Store what a run measured in job.json; shapes that it did not render keep their figures."""
-    means = measured.means()
-    if means:
-        record = json.loads(storage.get(JOB_FILE))
-        record["seconds_per_row"] = record.get("seconds_per_row", {}) | means
-        storage.put(JOB_FILE, json.dumps(record, indent=2).encode())
+    record = job_record(storage)
+    if record is not None and (means := measured.means()):
+        write_job_record(storage, record | {MEASURED: record.get(MEASURED, {}) | means})
 
 
 def expected_costs(

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_PASSES = 3
 MAX_FAILURES, MAX_FAILED_SHARE, SHARE_FROM_ROWS = 20, 0.05, 200
 GRACE_S, IDLE_S = 60.0, 2.0
-STALL_S = 1800.0
+STALL_S, STALL_ASKED_S = 1800.0, 5.0
 GALLERY_ROWS = 64
 
 OnBatch = Callable[[Batch | None], None]
@@ -77,10 +77,14 @@ class Stall:
 
     limit_s: float
     busy: float = field(default_factory=time.monotonic)
+    asked: float = field(default_factory=time.monotonic)
 
     def check(self, is_idle: Callable[[], bool]) -> None:
-        """Raise Stalled if there was too much of it."""
+        """Raise Stalled if there was too much of it; asks every few seconds."""
         now = time.monotonic()
+        if now - self.asked < STALL_ASKED_S:
+            return
+        self.asked = now
         if not is_idle():
             self.busy = now
         if now - self.busy > self.limit_s:

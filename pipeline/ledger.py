@@ -213,18 +213,34 @@ def decoded(table: pa.Table) -> pa.Table:
 
 def claim(storage: Storage, record: Mapping[str, Any], pixel_settings: Mapping[str, Any]) -> None:
     """Write job.json, or check that the OUTPUT's own agrees in everything that changes pixels; raises LedgerError."""
-    if storage.exists(JOB_FILE):
-        earlier = _pixel_settings(storage)
-        for name in {**pixel_settings, **earlier}:
-            before, now = earlier.get(name), pixel_settings.get(name)
-            if before != now:
-                raise LedgerError(
-                    f"{storage.url(JOB_FILE)} was rendered with {name} {before!r}, this job has {now!r}: "
-                    "use another --output"
-                )
+    claimed = job_record(storage)
+    if claimed is None:
+        write_job_record(storage, {**record, "pixels": dict(pixel_settings)})
         return
-    text = json.dumps({**record, "pixels": dict(pixel_settings)}, indent=2, default=str)
-    storage.put(JOB_FILE, text.encode())
+    earlier = claimed["pixels"]
+    for name in {**pixel_settings, **earlier}:
+        before, now = earlier.get(name), pixel_settings.get(name)
+        if before != now:
+            raise LedgerError(
+                f"{storage.url(JOB_FILE)} was rendered with {name} {before!r}, this job has {now!r}: "
+                "use another --output"
+            )
+
+
+def job_record(storage: Storage) -> dict[str, Any] | None:
+    """Return job.json, None if there is none; raises LedgerError if it is damaged."""
+    if not storage.exists(JOB_FILE):
+        return None
+    try:
+        record: dict[str, Any] = json.loads(storage.get(JOB_FILE))
+        return {**record, "pixels": dict(record["pixels"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"{storage.url(JOB_FILE)} is damaged: use another --output") from error
+
+
+def write_job_record(storage: Storage, record: Mapping[str, Any]) -> None:
+    """Write job.json."""
+    storage.put(JOB_FILE, json.dumps(record, indent=2, default=str).encode())
 
 
 @dataclass
@@ -277,14 +293,6 @@ def read_run(storage: Storage, name: str) -> dict[str, Any]:
         return {key: record[key] for key in ("run", "state", "started_at", "at", "rows", "error")}
     except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(f"{storage.url(name)} is damaged or of another version") from error
-
-
-def _pixel_settings(storage: Storage) -> dict[str, Any]:
-    try:
-        pixels: dict[str, Any] = dict(json.loads(storage.get(JOB_FILE))["pixels"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LedgerError(f"{storage.url(JOB_FILE)} is damaged: use another --output") from error
-    return pixels
 
 
 def _rows(storage: Storage, name: str, *, columns: Sequence[str] | None, ids: frozenset[str] | None) -> pa.Table | None:

@@ -1,7 +1,7 @@
 """How many workers of each stage, and what each takes of a machine: decided and checked before anything starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Literal
 
@@ -84,8 +84,8 @@ class Job:
     tile: int | None
     batch_size: int
     image_hosts: frozenset[str] = frozenset()
-    workers: Mapping[str, int] | None = None
-    gpu_shares: Mapping[str, float] | None = None
+    workers: Mapping[str, int] = field(default_factory=dict)
+    gpu_shares: Mapping[str, float] = field(default_factory=dict)
     encoder_threads: int | None = None
     layout: Layout = "auto"
     costs: Costs | None = None
@@ -150,7 +150,7 @@ def make_plan(job: Job, resources: Resources) -> Plan:
 
 
 def _fused(job: Job, resources: Resources) -> Plan:
-    pinned = dict(job.workers or {})
+    pinned = dict(job.workers)
     on_gpu = job.device != "cpu"
     workers = pinned.pop("sample", resources.gpus if on_gpu else max(1, resources.cpus // CPUS_PER_WORKER))
     if pinned or job.gpu_shares:
@@ -164,10 +164,10 @@ def _fused(job: Job, resources: Resources) -> Plan:
 
 def _staged(job: Job, resources: Resources) -> Plan:
     on_gpu = job.device != "cpu"
-    pinned = dict(job.workers or {})
+    pinned = dict(job.workers)
     devices = resources.gpus if on_gpu else pinned.get("sample", 1)
     workers = _workers(job.costs, devices) | pinned
-    shares = GPU_SHARES | dict(job.gpu_shares or {}) if on_gpu else {}
+    shares = GPU_SHARES | dict(job.gpu_shares) if on_gpu else {}
     threads = max(1, resources.cpus // max(workers["sample"], workers["decode"]))
     decode_cpus, encoder_threads = _decode_cpus(job, resources, workers["decode"])
     cpus = {"decode": decode_cpus}

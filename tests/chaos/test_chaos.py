@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 pytest_plugins = ["tests.pipeline.s3_server"]
 
 LARGE = Scenario(
-    rows=275,
+    rows=280,
     killers=3,
     bad=12,
     duplicates=5,

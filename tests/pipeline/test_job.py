@@ -1,4 +1,5 @@
 import json
+from itertools import count
 
 import pyarrow as pa
 import pytest
@@ -102,15 +103,15 @@ def test_a_job_without_work_for_its_workers_ends(tmp_path, monkeypatch):
         """A Dataset whose workers find no place."""
 
         def __init__(self, *_):
-            self.idle = iter([False, True, True, True])
+            self.idle = iter([False, True, True, True, True])
 
         def is_idle(self):
             return next(self.idle)
 
         def __iter__(self):
-            return iter([None] * 4)
+            return iter([None] * 5)
 
-    clock = iter(range(0, 1000, 10))
+    clock = count(0, 10)
     monkeypatch.setattr(job_module.runner, "Rendering", Waiting)
     monkeypatch.setattr(job_module.time, "monotonic", lambda: float(next(clock)))
     table = write_table(tmp_path / "in.parquet", [{"prompt": "a", **SHAPE}])
