@@ -121,16 +121,16 @@ class RenderSettings(JobSettings):
     )
     gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs to plan for (default: those there are)")
     layout: Layout = Field(
-        "auto", description="one pool of workers per stage, or one for all; auto: fused without GPUs"
+        "auto",
+        description="staged: workers that encode, others that sample and decode side by side, others that publish; "
+        "fused: workers that do it all in turn; auto: fused without GPUs",
     )
     batch_size: Count = Field(4, description="rows of one shape sampled together, at most")
     encode_workers: Count | None = Field(None, description="pin the number of encode workers")
-    sample_workers: Count | None = Field(None, description="pin the number of sample workers")
-    decode_workers: Count | None = Field(None, description="pin the number of decode workers")
+    sample_workers: Count | None = Field(None, description="pin the number of workers that sample and decode")
     publish_workers: Count | None = Field(None, description="pin the number of publish workers")
     encode_gpus: Share | None = Field(None, description="pin the share of a GPU that an encode worker takes")
     sample_gpus: Share | None = Field(None, description="pin the share of a GPU that a sample worker takes")
-    decode_gpus: Share | None = Field(None, description="pin the share of a GPU that a decode worker takes")
     ffmpeg_threads: Count | None = Field(None, description="pin the threads of ffmpeg, which are also a worker's CPUs")
     decode_window: Count = Field(1, description="latent frames decoded at a time")
     tile: int | None = Field(None, ge=64, description="side of a VAE tile in pixels (default: no tiling)")
@@ -196,18 +196,17 @@ class RenderSettings(JobSettings):
 
     @property
     def workers(self) -> dict[str, int]:
-        """Pinned pool sizes by stage name."""
-        return self._pinned("workers")
+        """Pinned pool sizes by the name of the first stage."""
+        return self._pinned("workers", ("encode", "sample", "publish"))
 
     @property
     def gpu_shares(self) -> dict[str, float]:
-        """Pinned shares of a GPU by stage name."""
-        return self._pinned("gpus")
+        """Pinned shares of a GPU by the name of the first stage."""
+        return self._pinned("gpus", ("encode", "sample"))
 
-    def _pinned(self, what: str) -> dict[str, Any]:
-        stages = ("encode", "sample", "decode", "publish")
-        pinned = {stage: getattr(self, f"{stage}_{what}", None) for stage in stages}
-        return {stage: value for stage, value in pinned.items() if value is not None}
+    def _pinned(self, what: str, pools: Sequence[str]) -> dict[str, Any]:
+        pinned = {pool: getattr(self, f"{pool}_{what}") for pool in pools}
+        return {pool: value for pool, value in pinned.items() if value is not None}
 
     def tolerates(self, failed: int, total: int) -> bool:
         """Tell whether so many failed rows are fine."""

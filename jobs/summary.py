@@ -71,10 +71,8 @@ def _measured(job: RenderJob) -> list[str]:
     if costs is None or fill is None:
         return []
     lines = [f"  seconds per video: {stage_seconds(costs)}; batches {100 * fill:.0f} % full"]
-    shares = {spec.name: pool.gpus for pool in job.plan.pools if pool.gpus for spec in pool.stages}
-    if shares:
-        gpu_s = sum(costs.seconds.get(stage, 0.0) * share for stage, share in shares.items())
-        lines.append(f"  GPU-seconds per video: {gpu_s:.3g}")
+    if job.plan.num_gpus:
+        lines.append(f"  GPU-seconds per video: {job.plan.device_seconds(costs):.3g}")
     return [*lines, f"  planned by these costs: {_advice(job, costs)}"]
 
 

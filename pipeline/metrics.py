@@ -22,8 +22,8 @@ class StageMetrics:
         self.busy = metrics.Counter("pyramid_busy_seconds", "Seconds that workers of a stage were busy", ("stage",))
         self.bytes = metrics.Counter("pyramid_published_bytes", "Bytes of published videos")
 
-    def count(self, stage: str, before: Batch, after: Batch, seconds: float) -> None:
-        """Count a batch that a stage took some seconds for; rows that had failed before do not count."""
+    def count(self, stage: str, before: Batch, after: Batch) -> None:
+        """Count a batch before and after a stage; rows that had failed before do not count."""
         changes = [(old.row, new.row) for old, new in zip(before.items, after.items, strict=True) if old.is_pending]
         rows = [new for _, new in changes]
         statuses = Counter("failed" if row.error else "skipped" if row.skipped else "succeeded" for row in rows)
@@ -31,9 +31,9 @@ class StageMetrics:
             self.rows.inc(number, {"stage": stage, "status": status})
         for reason, number in Counter(row.error.type for row in rows if row.error).items():
             self.failures.inc(number, {"stage": stage, "reason": reason})
-        if rows:
+        if seconds := sum(row.seconds.get(stage, 0.0) for row in rows):
             self.seconds.observe(seconds, {"stage": stage})
-            self.busy.inc(max(seconds, 1e-9), {"stage": stage})  # Ray refuses an increase by nothing
+            self.busy.inc(seconds, {"stage": stage})
         if published := sum(new.bytes or 0 for old, new in changes if old.bytes is None):
             self.bytes.inc(published)
 

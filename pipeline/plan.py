@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from typing import Any, Literal
 
 from pipeline.costs import Costs
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample, Stage
 from pyramid_flow.errors import PyramidFlowError
 
-GPU_SHARES = {"encode": 0.1, "sample": 0.55, "decode": 0.25}
-"""Ray packs fractions onto one GPU in the order of the stages: so two samplers never share one, and beside a sampler
-there is room for a decoder and two encoders."""
+SAMPLER_SHARE, ENCODER_SHARE = 0.55, 0.2
+"""What of a GPU a worker takes. Ray knows only fractions, and places whatever fits: two samplers never meet on a GPU,
+and all encoders together leave room for one on any GPU, so that none that is free is closed to sampling."""
 
 HEADROOM = 1.5
 """Other stages get this much more capacity than sampling needs from them, so that it alone decides the speed."""
@@ -49,29 +49,43 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Pool:
-    """Workers that run the same stages one after another, and what each takes (logical CPUs and GPUs)."""
+    """Workers that run the same stages, and what each takes (logical CPUs and GPUs).
+
+    overlap: whether a worker's stages run side by side, each on a batch of its own, instead of one after another.
+    """
 
     stages: tuple[StageSpec, ...]
     workers: int
     cpus: float
     gpus: float
+    overlap: bool = False
 
     @property
     def name(self) -> str:
         """The names of its stages."""
         return "+".join(spec.name for spec in self.stages)
 
-    def seconds(self, costs: Costs) -> float:
-        """Return the seconds that a row takes in this pool."""
-        return sum(costs.seconds.get(spec.name, 0.0) for spec in self.stages)
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches a worker holds: with overlap one per stage, and one that is ready for the first to end."""
+        return len(self.stages) + 1 if self.overlap else 1
+
+    def seconds(self, costs: Costs) -> list[float]:
+        """Return the seconds that a row takes in each of its stages."""
+        return [costs.seconds.get(spec.name, 0.0) for spec in self.stages]
+
+    def rate(self, costs: Costs) -> float:
+        """Return the rows per second of its workers if nothing else held them up."""
+        seconds = max(self.seconds(costs)) if self.overlap else sum(self.seconds(costs))
+        return self.workers / seconds if seconds else inf
 
 
 @dataclass(frozen=True)
 class Job:
     """What a plan is made for.
 
-    workers: pinned pool sizes by stage; gpu_shares: pinned shares of a GPU by stage; encoder_threads: pinned threads of
-    ffmpeg; tile: side of a VAE tile in pixels; layout: one pool per stage, or one for all; costs: None = unknown.
+    workers: pinned sizes of the pools that encode, sample and publish; gpu_shares: pinned shares of a GPU of the first
+    two; encoder_threads: pinned threads of ffmpeg; tile: side of a VAE tile in pixels; costs: None = unknown.
     """
 
     model_path: str
@@ -120,26 +134,27 @@ class Plan:
         """Expected rows per hour; None if no costs are known.
 
         Stages on one device exclude each other, so its rate is 1 / (the sum of their seconds); no pool is faster than
-        workers / seconds.
+        its workers.
         """
-        if self.costs is None:
+        if self.costs is None or not (device_s := self.device_seconds(self.costs)):
             return None
-        on_device = [pool for pool in self.pools if pool.gpus or not self.num_gpus]
-        device_s = sum(pool.seconds(self.costs) for pool in on_device)
-        rates = [pool.workers / s for pool in self.pools if (s := pool.seconds(self.costs))]
-        return 3600 * min([self.devices / device_s, *rates]) if device_s else None
+        return 3600 * min(self.devices / device_s, *(pool.rate(self.costs) for pool in self.pools))
+
+    def device_seconds(self, costs: Costs) -> float:
+        """Return the seconds that a row takes of a device, all stages on it together."""
+        return sum(sum(pool.seconds(costs)) for pool in self.pools if pool.gpus or not self.num_gpus)
 
 
 def make_plan(job: Job, resources: Resources) -> Plan:
     """Plan the stages for the resources; raises PlanError if they cannot hold one worker of each stage.
 
-    Staged: every GPU carries a sampler, and as many decoders and encoders are placed beside the samplers as keep
-    sampling the bottleneck. Any of them can run on any GPU, so a job that gets fewer GPUs than planned is slower.
-    Encode and sample take no CPUs: their time is the device's.
+    Staged: every GPU carries a worker that samples and, beside it, decodes what it sampled before; as many encoders
+    and publishers are added as keep sampling the bottleneck. Any worker can run on any GPU, so a job that gets fewer
+    GPUs than planned is slower. The only CPUs that are claimed are ffmpeg's: other time is the device's.
 
-    Fused: one worker per device does everything. Where all stages share the same cores this is as fast, with fewer
-    processes to start; so it is the choice without GPUs. On a GPU it would wait for ffmpeg and for storage, and every
-    GPU would have to hold the text encoders.
+    Fused: one worker per device does everything, one batch after another. Where all stages share the same cores this
+    is as fast, with fewer processes to start; so it is the choice without GPUs. On a GPU it would wait for ffmpeg and
+    for storage, and every GPU would have to hold the text encoders.
     """
     if job.device != "cpu" and resources.gpus < 1:
         raise PlanError("the job wants GPUs and there are none: use --device cpu")
@@ -155,58 +170,48 @@ def _fused(job: Job, resources: Resources) -> Plan:
     workers = pinned.pop("sample", resources.gpus if on_gpu else max(1, resources.cpus // CPUS_PER_WORKER))
     if pinned or job.gpu_shares:
         raise PlanError("with one pool for all stages only --sample-workers can be pinned: use --layout staged")
-    threads = max(1, resources.cpus // workers)
-    cpus, encoder_threads = _decode_cpus(job, resources, workers)
-    stages = _stages(job, threads, encoder_threads)
+    cpus, stages = _stages(job, resources, workers)
     pool = Pool(tuple(stages.values()), workers, cpus, 1.0 if on_gpu else 0.0)
     return Plan((pool,), job.batch_size, workers, job.costs)
 
 
 def _staged(job: Job, resources: Resources) -> Plan:
     on_gpu = job.device != "cpu"
-    pinned = dict(job.workers)
-    devices = resources.gpus if on_gpu else pinned.get("sample", 1)
-    workers = _workers(job.costs, devices) | pinned
-    shares = GPU_SHARES | dict(job.gpu_shares) if on_gpu else {}
-    threads = max(1, resources.cpus // max(workers["sample"], workers["decode"]))
-    decode_cpus, encoder_threads = _decode_cpus(job, resources, workers["decode"])
-    cpus = {"decode": decode_cpus}
-    pools = tuple(
-        Pool((spec,), workers[name], cpus.get(name, 0.0), shares.get(name, 0.0))
-        for name, spec in _stages(job, threads, encoder_threads).items()
+    devices = resources.gpus if on_gpu else job.workers.get("sample", 1)
+    workers = _workers(job.costs, devices) | dict(job.workers)
+    encoder = min(ENCODER_SHARE, (1 - SAMPLER_SHARE) / workers["encode"])
+    shares = {"encode": encoder, "sample": SAMPLER_SHARE} | dict(job.gpu_shares) if on_gpu else {}
+    cpus, stages = _stages(job, resources, workers["sample"])
+    pools = (
+        Pool((stages["encode"],), workers["encode"], 0.0, shares.get("encode", 0.0)),
+        Pool((stages["sample"], stages["decode"]), workers["sample"], cpus, shares.get("sample", 0.0), overlap=True),
+        Pool((stages["publish"],), workers["publish"], 0.0, 0.0),
     )
     return Plan(pools, job.batch_size, devices, job.costs)
 
 
 def _workers(costs: Costs | None, devices: int) -> dict[str, int]:
-    """Return the pool sizes that make sampling the bottleneck, at most one worker of a stage per device."""
+    """Return the pool sizes that make sampling the bottleneck, at most one worker of a pool per device."""
+    sizes = {"encode": 1, "sample": devices, "publish": 1}
     if costs is None or not costs.seconds.get("sample"):
-        return {"encode": 1, "sample": devices, "decode": devices, "publish": 1}
-    needed = {name: HEADROOM * devices * s / costs.seconds["sample"] for name, s in costs.seconds.items()}
-    sizes = {name: max(1, min(devices, ceil(needed.get(name, 0)))) for name in ("encode", "decode", "publish")}
-    return sizes | {"sample": devices}
+        return sizes
+    needed = {name: HEADROOM * devices * costs.seconds.get(name, 0.0) / costs.seconds["sample"] for name in sizes}
+    return {name: max(1, min(devices, ceil(needed[name]))) for name in sizes}
 
 
-def _decode_cpus(job: Job, resources: Resources, workers: int) -> tuple[float, int]:
-    """Return the logical CPUs of a worker that decodes, and the threads of its ffmpeg."""
-    if job.encoder_threads is not None:
-        return float(job.encoder_threads), job.encoder_threads
-    cpus = min(max(1, resources.cpus // workers), MAX_ENCODER_THREADS, resources.cpus / (2 * workers))
-    return cpus, max(1, int(cpus))
-
-
-def _stages(job: Job, threads: int, encoder_threads: int) -> dict[str, StageSpec]:
+def _stages(job: Job, resources: Resources, workers: int) -> tuple[float, dict[str, StageSpec]]:
+    """Return the logical CPUs of each of the workers that decode, which are their ffmpeg's, and the stages by name."""
+    threads = max(1, resources.cpus // workers)
+    cpus = job.encoder_threads or min(threads, MAX_ENCODER_THREADS, resources.cpus / (2 * workers))
     model = ModelConfig(job.model_path, job.variant, job.device, job.dtype, threads)
+    decode = {"window": job.decode_window, "tile": job.tile, "encoder_threads": max(1, int(cpus))}
     stages = (
         StageSpec(Encode, {"model": model, "image_root": job.image_root, "image_hosts": job.image_hosts}),
         StageSpec(Sample, {"model": model}),
-        StageSpec(
-            Decode,
-            {"model": model, "window": job.decode_window, "tile": job.tile, "encoder_threads": encoder_threads},
-        ),
+        StageSpec(Decode, {"model": model} | decode),
         StageSpec(Publish, {"output": job.output}),
     )
-    return {spec.name: spec for spec in stages}
+    return float(cpus), {spec.name: spec for spec in stages}
 
 
 def _check_fit(pools: tuple[Pool, ...], resources: Resources) -> None:

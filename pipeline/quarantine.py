@@ -2,10 +2,11 @@
 
 import logging
 import os
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from threading import Lock, Timer
 from typing import Any
 from uuid import uuid4
 
@@ -30,8 +31,8 @@ class WorkerDied(Exception):
 class Verdict:
     """How announced rows may run.
 
-    alone: one at a time, because a worker died with them; lost: reasons of the rows that have used up their attempts;
-    stopping: the job takes no new rows.
+    alone: one at a time, with nothing beside them in the process, because a worker died with them; lost: reasons of the
+    rows that have used up their attempts; stopping: the job takes no new rows.
     """
 
     alone: bool
@@ -62,16 +63,16 @@ class Watch:
     reasons: dict[str, str] = field(default_factory=dict)
     stopping: bool = False
 
-    def begin(self, stage: str, rows: Sequence[str], process: str, node: str) -> Verdict:
-        """Announce rows that a process is about to run together."""
+    def begin(self, stage: str, rows: Sequence[str], process: str, node: str, *, alone: bool = False) -> Verdict:
+        """Announce rows that a process is about to run together; alone: it is one row, and nothing runs beside it."""
         for row in rows:
             self._account(stage, row, process)
         lost = {row: self._reason(row) for row in rows if self._num_deaths(row) >= self.max_attempts}
-        alone = len(rows) > 1 and any((stage, row) in self.suspects for row in rows)
-        if not alone and not lost:
-            entry = _Running(process, node, alone=len(rows) == 1)
+        suspect = not alone and any((stage, row) in self.suspects for row in rows)
+        if not suspect and not lost:
+            entry = _Running(process, node, alone)
             self.running |= {(stage, row): entry for row in rows}
-        return Verdict(alone, lost, self.stopping)
+        return Verdict(suspect, lost, self.stopping)
 
     def end(self, stage: str, rows: Sequence[str], process: str) -> None:
         """Say that rows have run to their end, well or not; what another process has taken over runs on."""
@@ -125,7 +126,8 @@ def start_watch(max_attempts: int) -> Any:  # noqa: ANN401 - Ray's actor handles
 class Guarded:
     """A stage as a worker runs it: every batch is announced before and after, and has a time limit.
 
-    exit_process ends the worker at once; it is an argument for tests only.
+    turns: a lock for each stage in this process, by name; exit_process ends the worker at once; it is an argument for
+    tests only.
     """
 
     def __init__(
@@ -134,23 +136,39 @@ class Guarded:
         watch: Any,  # noqa: ANN401 - an actor handle
         node: str,
         row_timeout_s: float | None,
+        turns: Mapping[str, Lock],
         exit_process: Callable[[int], None] = os._exit,
     ) -> None:
         self.stage, self.watch, self.node = stage, watch, node
-        self.row_timeout_s, self.exit_process = row_timeout_s, exit_process
+        self.row_timeout_s, self.turns, self.exit_process = row_timeout_s, turns, exit_process
         self.process = uuid4().hex
 
     def __call__(self, batch: Batch) -> Batch:
-        """Map a batch as its verdict says: together, row by row, or not at all."""
-        rows = [item.row.id for item in batch.items if item.is_pending]
+        """Map a batch as its verdict says: together, or row by row, or not at all."""
+        with self.turns[self.stage.name]:
+            batch, verdict = self._begin(batch, alone=False)
+            if not verdict.alone:
+                return self._as_told(batch, verdict)
+        with ExitStack() as everything:
+            for turn in self.turns.values():
+                everything.enter_context(turn)
+            rows = [self._as_told(*self._begin(batch.only(index), alone=True)) for index in range(len(batch.items))]
+        return batch.with_items([row.items[0] for row in rows])
+
+    def _begin(self, batch: Batch, *, alone: bool) -> tuple[Batch, Verdict]:
+        """Announce a batch; those of its rows that are lost have failed."""
+        verdict: Verdict = ray.get(
+            self.watch.begin.remote(self.stage.name, _pending(batch), self.process, self.node, alone=alone)
+        )
+        if not verdict.lost:
+            return batch, verdict
+        left = batch.with_items([_without_lost(item, self.stage.name, verdict) for item in batch.items])
+        return self._begin(left, alone=alone)
+
+    def _as_told(self, batch: Batch, verdict: Verdict) -> Batch:
+        rows = _pending(batch)
         if not rows:
             return batch
-        verdict = ray.get(self.watch.begin.remote(self.stage.name, rows, self.process, self.node))
-        if verdict.lost:
-            return self(batch.with_items([_without_lost(item, self.stage.name, verdict) for item in batch.items]))
-        if verdict.alone:
-            alone = [self(batch.only(index)).items[0] for index in range(len(batch.items))]
-            return batch.with_items(alone)
         if verdict.stopping and self.stage.name in SKIPPING:
             result = batch.with_items([_skipped(item) for item in batch.items])
         else:
@@ -162,7 +180,7 @@ class Guarded:
         if self.row_timeout_s is None:
             return self._run(batch, rows)
         seconds = self.row_timeout_s * len(rows)
-        timer = threading.Timer(seconds, self._die, (rows, f"{self.stage.name} took more than {seconds:g} s"))
+        timer = Timer(seconds, self._die, (rows, f"{self.stage.name} took more than {seconds:g} s"))
         timer.daemon = True
         timer.start()
         try:
@@ -182,6 +200,10 @@ class Guarded:
         logger.error("%s: ending the worker: %s", self.stage.name, reason)
         ray.get(self.watch.blame.remote(rows, reason))
         self.exit_process(1)
+
+
+def _pending(batch: Batch) -> list[str]:
+    return [item.row.id for item in batch.items if item.is_pending]
 
 
 def _without_lost(item: Item, stage: str, verdict: Verdict) -> Item:

@@ -4,7 +4,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -41,13 +40,17 @@ class Limits:
 
 
 class Worker:
-    """A pool actor: the stages of its pool one after another, told nothing but packed batches."""
+    """A pool actor: the stages of its pool, told nothing but packed batches.
+
+    With overlap it is called in several threads at once, whose batches take turns at each stage.
+    """
 
     def __init__(self, pool: Pool, watch: Any, limits: Limits) -> None:  # noqa: ANN401 - an actor handle
         node = ray.get_runtime_context().get_node_id()
         _log_as_json(node)
         self.metrics = StageMetrics()
-        self.stages = [Guarded(_made(spec, node), watch, node, limits.row_timeout_s) for spec in pool.stages]
+        turns = {spec.name: threading.Lock() for spec in pool.stages}
+        self.stages = [Guarded(_made(spec, node), watch, node, limits.row_timeout_s, turns) for spec in pool.stages]
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Map a block of packed batches."""
@@ -55,10 +58,8 @@ class Worker:
 
     def _through(self, batch: Batch) -> Batch:
         for guarded in self.stages:
-            started = time.perf_counter()
-            result = guarded(batch)
-            self.metrics.count(guarded.stage.name, batch, result, time.perf_counter() - started)
-            batch = result
+            before, batch = batch, guarded(batch)
+            self.metrics.count(guarded.stage.name, before, batch)
         return batch
 
 
@@ -162,7 +163,11 @@ def build(
             fn_constructor_args=(pool, watch, limits),
             batch_size=1,  # Ray wants a number where GPUs are asked for
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=pool.workers),
+            compute=ActorPoolStrategy(
+                size=pool.workers,
+                max_concurrent_calls_per_actor=pool.batches_at_once,
+                enable_true_multi_threading=pool.overlap,
+            ),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
         )

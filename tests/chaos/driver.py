@@ -84,7 +84,10 @@ def planned_for(gpus: int, folder: Path, output: str, scenario: Scenario) -> Pla
         encoder_threads=1,
     )
     plan = make_plan(job, Resources(cpus=4 * gpus, gpus=gpus))
-    return replace(plan, pools=tuple(replace(pool, stages=(stages[pool.name],)) for pool in plan.pools))
+    simulated = (tuple(stages[spec.name] for spec in pool.stages) for pool in plan.pools)
+    return replace(
+        plan, pools=tuple(replace(pool, stages=own) for pool, own in zip(plan.pools, simulated, strict=True))
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a chaos test renders, and the blows that fall while it does: drawn from a seed before anything starts."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -17,27 +17,24 @@ class Scenario:
     """How much is rendered, on what, and how much goes wrong.
 
     rows, killers, bad, duplicates: rows that are fine, that kill their own worker, that cannot be rendered, and that
-    repeat one that is fine; nodes: nodes with one GPU each, beside the head; samplers, decoders: workers; lives: runs
-    of the driver, of which all but the last are killed; blows: other kills over all lives; targets: what these hit;
-    faults: of the store; sample_s: seconds of one call of the sampler, at least and at most; latent_bytes: from 100 kB
-    on they live in the store of the sampler's node and are lost with it.
+    repeat one that is fine; nodes: nodes with one GPU each, beside the head; samplers: workers that sample and decode;
+    lives: runs of the driver, of which all but the last are killed; blows: other kills over all lives; targets: what
+    these hit; faults: of the store; sample_s: seconds of one call of the sampler, at least and at most.
     """
 
     rows: int
-    killers: int
-    bad: int
-    duplicates: int
-    nodes: int
     samplers: int
-    decoders: int
-    batch_size: int
-    lives: int
-    blows: int
-    targets: tuple[Target, ...]
-    faults: int
+    nodes: int = 0
+    killers: int = 0
+    bad: int = 0
+    duplicates: int = 0
+    batch_size: int = 2
+    lives: int = 1
+    blows: int = 0
+    targets: tuple[Target, ...] = ()
+    faults: int = 0
     max_attempts: int = 3
     sample_s: tuple[float, float] = (0.3, 0.7)
-    latent_bytes: int = 150_000
     flush_rows: int = 10
     flush_seconds: float = 2.0
 
@@ -106,19 +103,14 @@ def _shares(rng: Random, scenario: Scenario) -> list[int]:
     return [chosen.count(life) for life in range(scenario.lives)]
 
 
-def latent_bytes(row_id: str, seed: int, length: int) -> bytes:
+def latent_bytes(row_id: str, seed: int) -> bytes:
     """Return what the sampler makes of a row."""
-    return b"".join(_blocks(f"latents {row_id} {seed}", length))[:length]
+    return hashlib.sha512(f"latents {row_id} {seed}".encode()).digest()
 
 
 def video_bytes(row_id: str, seed: int) -> bytes:
-    """Return what the decoder makes of a row."""
-    return b"".join(_blocks(f"video {row_id} {seed}", 2000))
-
-
-def _blocks(text: str, length: int) -> Iterator[bytes]:
-    block = hashlib.sha512(text.encode()).digest()
-    return (block for _ in range(0, length, len(block)))
+    """Return what the decoder makes of a row: so much that it lives in the store of its node, and is lost with it."""
+    return hashlib.sha512(f"video {row_id} {seed}".encode()).digest() * 2000
 
 
 def ids_by_prompt(rows: Sequence[dict[str, object]], prompt: str) -> dict[str, int]:

@@ -17,7 +17,7 @@ from pipeline.stages.decode import THUMBNAIL, VIDEO
 from tests.chaos.scenario import Scenario, latent_bytes, video_bytes
 
 LATENTS = "latents"
-
+DECODE_S = 0.1
 
 BRAKE, BRAKE_S = "brake", 1.0
 """As long as there is a file of this name, every call of the sampler takes longer."""
@@ -46,9 +46,9 @@ class Sample(Registered):
 
     name = "sample"
 
-    def __init__(self, folder: str, seconds: tuple[float, float], num_bytes: int) -> None:
+    def __init__(self, folder: str, seconds: tuple[float, float]) -> None:
         super().__init__(folder)
-        self.seconds, self.num_bytes, self.rng = seconds, num_bytes, Random(os.getpid())
+        self.seconds, self.rng = seconds, Random(os.getpid())
 
     def process(self, items: Sequence[Item]) -> list[Item]:
         ids = [item.row.id for item in items]
@@ -59,7 +59,7 @@ class Sample(Registered):
         return [item.with_tensors(self._latents(item), batch_size=len(items)) for item in items]
 
     def _latents(self, item: Item) -> dict[str, object]:
-        return {LATENTS: as_tensor(latent_bytes(item.row.id, item.request.seed, self.num_bytes))}
+        return {LATENTS: as_tensor(latent_bytes(item.row.id, item.request.seed))}
 
 
 class Decode(Registered):
@@ -71,18 +71,18 @@ class Decode(Registered):
         return [self._decoded(item) for item in items]
 
     def _decoded(self, item: Item) -> Item:
-        latents, seed = as_bytes(item.tensors[LATENTS]), item.request.seed
-        assert latents == latent_bytes(item.row.id, seed, len(latents))
+        seed = item.request.seed
+        assert as_bytes(item.tensors[LATENTS]) == latent_bytes(item.row.id, seed)
+        time.sleep(DECODE_S)
         video = video_bytes(item.row.id, seed)
         return item.with_tensors({VIDEO: as_tensor(video), THUMBNAIL: as_tensor(b"strip of " + video)}, frames=9)
 
 
 def specs(folder: str, output: str, scenario: Scenario) -> dict[str, StageSpec]:
     """Return the stages by name."""
-    sample = {"folder": folder, "seconds": scenario.sample_s, "num_bytes": scenario.latent_bytes}
     stages = (
         StageSpec(Encode, {"folder": folder}),
-        StageSpec(Sample, sample),
+        StageSpec(Sample, {"folder": folder, "seconds": scenario.sample_s}),
         StageSpec(Decode, {"folder": folder}),
         StageSpec(Publish, {"output": output}),
     )
@@ -94,8 +94,8 @@ def chaos_plan(folder: str, output: str, scenario: Scenario) -> Plan:
     stages = specs(folder, output, scenario)
     pools = (
         Pool((stages["encode"],), workers=1, cpus=0, gpus=0.05),
-        Pool((stages["sample"],), workers=scenario.samplers, cpus=0, gpus=0.3),
-        Pool((stages["decode"], stages["publish"]), workers=scenario.decoders, cpus=0, gpus=0.05),
+        Pool((stages["sample"], stages["decode"]), workers=scenario.samplers, cpus=0, gpus=0.3, overlap=True),
+        Pool((stages["publish"],), workers=1, cpus=0, gpus=0.05),
     )
     return Plan(pools, scenario.batch_size)
 

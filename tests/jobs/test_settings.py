@@ -234,7 +234,7 @@ def test_other_shards_are_refused(capsys, shard):
 
 
 def test_pinned_shares_of_gpus_are_named_by_stage():
-    assert parsed("--sample-gpus", "1", "--decode-gpus", "0.2").gpu_shares == {"sample": 1.0, "decode": 0.2}
+    assert parsed("--sample-gpus", "1", "--encode-gpus", "0.2").gpu_shares == {"sample": 1.0, "encode": 0.2}
     assert parsed().gpu_shares == {}
 
 

@@ -44,10 +44,10 @@ def test_the_summary_says_what_was_done_what_failed_and_where_the_time_went(job)
 
 
 def test_on_gpus_it_says_what_a_video_costs(job):
-    pools = tuple(replace(pool, gpus=share) for pool, share in zip(job.plan.pools, (0.1, 0.5), strict=True))
+    pools = tuple(replace(pool, gpus=0.5) for pool in job.plan.pools)
     on_gpus = replace(job, plan=replace(job.plan, pools=pools))
     measure(on_gpus, {"encode": 1.0, "sample": 4.0}, {"encode": 3.0, "sample": 6.0})
-    assert "GPU-seconds per video: 2.7" in summary_text(ledger_of(None), on_gpus, rendered=2, seconds=1.0)
+    assert "GPU-seconds per video: 7" in summary_text(ledger_of(None), on_gpus, rendered=2, seconds=1.0)
 
 
 def test_other_workers_are_proposed_if_the_costs_ask_for_them(job):

@@ -53,6 +53,19 @@ class Sample(Stage):
         return [item.with_tensors({}, batch_size=len(items)) for item in items]
 
 
+class Decode(Stage):
+    """Takes its time."""
+
+    name = "decode"
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def process(self, items: Sequence[Item]) -> list[Item]:
+        time.sleep(self.seconds)
+        return list(items)
+
+
 def simulated_job(table: Path, output: Path, *, batch_size: int = 4, seconds: float = 0.0, **job: object) -> RenderJob:
     """Return a job over a table whose stages are simulated; the sampler's log is `calls` beside the output."""
     rules = RowRules(Preset(), allow_untrained=True)

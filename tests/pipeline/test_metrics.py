@@ -37,12 +37,12 @@ def test_rows_failures_seconds_and_bytes_are_exported(cluster):
     rows = batch(*(item(PRESET, prompt=prompt) for prompt in "abc"))
     error = RowError(stage="decode", type="ArithmeticError", message="why")
     metrics, queue = StageMetrics(), QueueMetrics(10)
-    failed = changed(rows, error=error)
-    metrics.count("test-a", rows, changed(rows), 2.5)
-    metrics.count("test-a", rows, failed, 1.5)
-    metrics.count("test-a", failed, failed, 9.0)  # they had failed before
-    metrics.count("test-b", rows, changed(rows, bytes=100), 0.0)
-    metrics.count("test-b", rows, changed(rows, skipped=True), 0.0)
+    failed = changed(rows, error=error, seconds={"test-a": 1.0})
+    metrics.count("test-a", rows, changed(rows, seconds={"test-a": 0.5, "other": 9.0}))
+    metrics.count("test-a", rows, failed)
+    metrics.count("test-a", failed, failed)  # they had failed before
+    metrics.count("test-b", rows, changed(rows, bytes=100))
+    metrics.count("test-b", rows, changed(rows, skipped=True))
     queue.finished(3)
 
     deadline = time.monotonic() + 60
@@ -53,7 +53,7 @@ def test_rows_failures_seconds_and_bytes_are_exported(cluster):
     assert [rows_total[f"test-a/{status}"] for status in ("succeeded", "failed")] == [3, 3]
     assert [rows_total[f"test-b/{status}"] for status in ("succeeded", "skipped")] == [3, 3]
     assert exported("failures_total")["test-a/ArithmeticError"] == 3
-    assert exported("busy_seconds_total")["test-a"] == pytest.approx(4.0)
+    assert exported("busy_seconds_total")["test-a"] == pytest.approx(4.5)
     assert exported("batch_seconds_count")["test-a"] == 2
     assert exported("published_bytes_total")[""] >= 300
     assert 7 in exported("rows_left").values()

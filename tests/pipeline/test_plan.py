@@ -5,13 +5,14 @@ from collections.abc import Mapping
 import pytest
 
 from pipeline.costs import Costs
-from pipeline.plan import GPU_SHARES, Job, Plan, PlanError, Pool, Resources, make_plan
+from pipeline.plan import Job, Plan, PlanError, Pool, Resources, make_plan
 
 STAGES = ["encode", "sample", "decode", "publish"]
+POOLS = ["encode", "sample+decode", "publish"]
 
 
 def planned(device: str, resources: Resources, workers: Mapping[str, int] | None = None, **values: object) -> Plan:
-    """Return a plan with one pool per stage, if nothing else is said."""
+    """Return a plan of the staged layout, if nothing else is said."""
     job = Job(
         model_path="model",
         variant=None,
@@ -42,9 +43,10 @@ def arguments(plan: Plan) -> dict[str, dict[str, object]]:
 
 def test_the_stages_are_in_the_order_of_the_data():
     plan = planned("cpu", Resources(8, 0))
-    assert [pool.name for pool in plan.pools] == STAGES
+    assert [pool.name for pool in plan.pools] == POOLS
+    assert list(arguments(plan)) == STAGES
     assert plan.batch_size == 3
-    assert all(name in plan.describe() for name in STAGES)
+    assert all(name in plan.describe() for name in POOLS)
 
 
 def placed_as_ray_does(shares, gpus):
@@ -59,31 +61,40 @@ def placed_as_ray_does(shares, gpus):
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 3, 4, 7, 8, 64, 128])
-def test_every_gpu_carries_a_sampler_and_a_decoder(gpus):
-    by_name = pools(planned("cuda", Resources(16 * gpus, gpus)))
-    assert [by_name[name].workers for name in STAGES] == [1, gpus, gpus, 1]
-    shares = [by_name[name].gpus for name in STAGES[:3] for _ in range(by_name[name].workers)]
+def test_every_gpu_carries_a_sampler(gpus):
+    encode, sample, publish = planned("cuda", Resources(16 * gpus, gpus)).pools
+    assert [encode.workers, sample.workers, publish.workers] == [1, gpus, 1]
+    shares = [pool.gpus for pool in (encode, sample) for _ in range(pool.workers)]
     assert placed_as_ray_does(shares, gpus) == len(shares)
-    assert by_name["sample"].gpus > 0.5  # two samplers never meet on one GPU
-    assert by_name["publish"].gpus == 0
+    assert sample.gpus > 0.5  # two samplers never meet on one GPU
+    assert publish.gpus == 0
+    assert [pool.overlap for pool in (encode, sample, publish)] == [False, True, False]
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("encoders", [1, 2, 3, 8, 64])
+def test_encoders_leave_room_for_a_sampler_wherever_they_meet(gpus, encoders):
+    encode, sample, _ = planned("cuda", Resources(16 * gpus, gpus), {"encode": encoders}).pools
+    assert encode.workers * encode.gpus + sample.gpus <= 1 + 1e-9
+    assert encode.gpus >= 1e-4  # the least that Ray knows
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 64])
 @pytest.mark.parametrize("gpus", [0, 1, 8])
 def test_the_plan_leaves_cpus_for_everything_else(cpus, gpus):
     by_name = pools(planned("cuda" if gpus else "cpu", Resources(cpus, gpus)))
-    assert [by_name[name].cpus for name in ("encode", "sample", "publish")] == [0, 0, 0]
-    decode = by_name["decode"]
-    assert 0 < decode.workers * decode.cpus <= cpus / 2
-    [spec] = decode.stages
+    assert [by_name[name].cpus for name in ("encode", "publish")] == [0, 0]
+    decoding = by_name["sample+decode"]
+    assert 0 < decoding.workers * decoding.cpus <= cpus / 2
+    [_, spec] = decoding.stages
     assert spec.arguments["encoder_threads"] >= 1
     assert spec.arguments["model"].threads >= 1
 
 
 def test_the_cpu_takes_one_worker_of_each_stage_and_ignores_gpus():
     by_name = pools(planned("cpu", Resources(4, 2)))
-    assert [spec.workers for spec in by_name.values()] == [1, 1, 1, 1]
-    assert all(spec.gpus == 0 for spec in by_name.values())
+    assert [pool.workers for pool in by_name.values()] == [1, 1, 1]
+    assert all(pool.gpus == 0 for pool in by_name.values())
 
 
 def test_what_is_asked_for_reaches_the_stages():
@@ -100,27 +111,22 @@ def test_gpus_that_are_not_there_are_refused():
 
 
 def test_pins_are_kept():
-    by_name = pools(planned("cpu", Resources(4, 0), {"sample": 3, "publish": 2}))
-    assert [by_name[name].workers for name in STAGES] == [1, 3, 3, 2]
-    by_name = pools(planned("cuda", Resources(4, 2), {"encode": 1, "decode": 3, "sample": 1}))
-    assert [by_name[name].workers for name in STAGES] == [1, 1, 3, 1]
+    assert list(sizes(planned("cpu", Resources(4, 0), {"sample": 3, "publish": 2})).values()) == [1, 3, 2]
+    assert list(sizes(planned("cuda", Resources(4, 2), {"encode": 2, "sample": 1})).values()) == [2, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("gpus", "workers"),
     [
         (1, {"sample": 2}),
-        (1, {"encode": 3}),
-        (1, {"decode": 2}),
-        (2, {"sample": 3, "encode": 1, "decode": 1}),
-        # together they are 2.55 GPUs, but no GPU holds two samplers
-        (3, {"sample": 4, "encode": 1, "decode": 1}),
+        # together they are 2.4 GPUs, but no GPU holds two samplers
+        (3, {"sample": 4}),
     ],
 )
 def test_pins_that_cannot_be_placed_are_refused(gpus, workers):
     with pytest.raises(PlanError, match=f"there are {gpus}$") as caught:
         planned("cuda", Resources(16, gpus), workers)
-    assert all(f"for {name}" in str(caught.value) for name in GPU_SHARES)
+    assert all(f"for {name}" in str(caught.value) for name in POOLS[:2])
 
 
 COSTS = Costs({"encode": 0.1, "sample": 60.0, "decode": 6.0, "publish": 0.5}, measured=True)
@@ -128,9 +134,10 @@ COSTS = Costs({"encode": 0.1, "sample": 60.0, "decode": 6.0, "publish": 0.5}, me
 
 def test_sampling_is_the_bottleneck_by_the_costs():
     plan = planned("cuda", Resources(256, 64), costs=COSTS)
-    assert sizes(plan) == {"encode": 1, "sample": 64, "decode": 10, "publish": 1}  # 1.5 x 64 x 6 / 60 = 9.6
-    slow = Costs({"encode": 40.0, "sample": 60.0, "decode": 100.0, "publish": 20.0}, measured=True)
-    assert sizes(planned("cuda", Resources(64, 8), costs=slow)) == {"encode": 8, "sample": 8, "decode": 8, "publish": 4}
+    assert sizes(plan) == {"encode": 1, "sample+decode": 64, "publish": 1}
+    slow = Costs({"encode": 8.0, "sample": 60.0, "decode": 100.0, "publish": 80.0}, measured=True)
+    expected = {"encode": 2, "sample+decode": 8, "publish": 8}  # 1.5 x 8 x 8 / 60 = 1.6, and at most one per GPU
+    assert sizes(planned("cuda", Resources(64, 8), costs=slow)) == expected
 
 
 def test_the_expected_rate_is_that_of_the_devices_or_of_the_slowest_pool():
@@ -139,6 +146,8 @@ def test_the_expected_rate_is_that_of_the_devices_or_of_the_slowest_pool():
     assert plan.rows_per_hour == pytest.approx(3600 * 8 / 66.1)
     slow = Costs({**COSTS.seconds, "publish": 60.0}, measured=True)
     assert planned("cuda", Resources(64, 8), {"publish": 2}, costs=slow).rows_per_hour == pytest.approx(120)
+    host = Costs({"sample": 1.0, "decode": 3.0}, measured=True)
+    assert planned("cpu", Resources(4, 0), {"sample": 2}, costs=host).rows_per_hour == pytest.approx(3600 * 2 / 4)
     fused = planned("cuda", Resources(64, 8), layout="fused", costs=COSTS)
     assert fused.rows_per_hour == pytest.approx(3600 * 8 / 66.6)
     assert (fused.num_gpus, planned("cpu", Resources(4, 0)).num_gpus) == (8, 0)
@@ -149,8 +158,8 @@ def test_the_expected_rate_is_that_of_the_devices_or_of_the_slowest_pool():
     [
         ("cpu", Resources(2, 0), {}, {"encode+sample+decode+publish": 1}),
         ("cpu", Resources(64, 0), {}, {"encode+sample+decode+publish": 16}),
-        ("cpu", Resources(2, 0), {"sample": 2}, {"encode": 1, "sample": 2, "decode": 2, "publish": 1}),
-        ("cuda", Resources(16, 2), {}, {"encode": 1, "sample": 2, "decode": 2, "publish": 1}),
+        ("cpu", Resources(2, 0), {"sample": 2}, {"encode": 1, "sample+decode": 2, "publish": 1}),
+        ("cuda", Resources(16, 2), {}, {"encode": 1, "sample+decode": 2, "publish": 1}),
     ],
 )
 def test_one_pool_for_all_stages_is_the_choice_without_gpus(device, resources, workers, expected):
@@ -165,17 +174,16 @@ def test_one_pool_for_all_stages_can_be_asked_for_on_gpus():
     assert (pool.workers, pool.gpus) == (2, 1.0)
     assert sizes(planned("cpu", Resources(4, 0), {"sample": 3}, layout="fused")) == {"encode+sample+decode+publish": 3}
     with pytest.raises(PlanError, match="--layout staged"):
-        planned("cuda", Resources(16, 2), {"decode": 1}, layout="fused")
+        planned("cuda", Resources(16, 2), {"encode": 1}, layout="fused")
 
 
 def test_shares_and_threads_can_be_pinned_and_are_checked():
     plan = planned(
-        "cuda", Resources(16, 4), {"sample": 3}, gpu_shares={"sample": 1.0, "decode": 0.2}, encoder_threads=2
+        "cuda", Resources(16, 4), {"sample": 3}, gpu_shares={"sample": 1.0, "encode": 0.1}, encoder_threads=2
     )
-    by_name = pools(plan)
-    assert [by_name[name].gpus for name in STAGES] == [0.1, 1.0, 0.2, 0]
-    assert by_name["decode"].cpus == 2
+    assert [pool.gpus for pool in plan.pools] == [0.1, 1.0, 0]
+    assert [pool.cpus for pool in plan.pools] == [0, 2, 0]
     with pytest.raises(PlanError, match="there are 4"):
         planned("cuda", Resources(16, 4), gpu_shares={"sample": 1.0})
-    with pytest.raises(PlanError, match=r"needs 32 CPUs \(4 x 8 for decode\) and there are 16"):
+    with pytest.raises(PlanError, match=r"needs 32 CPUs \(4 x 8 for sample\+decode\) and there are 16"):
         planned("cuda", Resources(16, 4), encoder_threads=8)

@@ -1,11 +1,13 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from pipeline.job import TooManyFailures
+from pipeline.plan import StageSpec
 from pipeline.quarantine import Watch
 from pipeline.runner import Limits
-from tests.pipeline.simulated import simulated_job
+from tests.pipeline.simulated import Decode, simulated_job
 from tests.pipeline.tables import write_table
 
 SHAPE = {"height": 64, "width": 64, "num_frames": 9}
@@ -36,24 +38,33 @@ def test_only_deaths_of_a_row_that_runs_alone_count():
     seen.begin("sample", ["x", "y"], "p0", "n")
     for number in (1, 2):
         assert seen.begin("sample", ["x", "y"], f"p{number}", "n").alone
-        verdict = seen.begin("sample", ["x"], f"p{number}", "n")
+        verdict = seen.begin("sample", ["x"], f"p{number}", "n", alone=True)
         assert not verdict.lost
+        assert not verdict.alone
     verdict = seen.begin("sample", ["x", "y"], "p3", "n")
     assert list(verdict.lost) == ["x"]
     assert "died 2 times" in verdict.lost["x"]
 
 
+def test_a_batch_of_one_row_is_not_alone_as_long_as_its_process_does_something_else():
+    seen = watch(max_attempts=1)
+    seen.begin("decode", ["x"], "a", "n")
+    verdict = seen.begin("decode", ["x"], "b", "n")
+    assert verdict.alone
+    assert not verdict.lost
+
+
 def test_a_lost_node_counts_against_nobody():
     seen = watch(max_attempts=1)
     for number in range(5):
-        assert not seen.begin("sample", ["x"], f"p{number}", "gone").lost
+        assert not seen.begin("sample", ["x"], f"p{number}", "gone", alone=True).lost
     assert not seen.deaths
 
 
 def test_the_same_process_may_announce_a_row_again():
     seen = watch(max_attempts=1)
-    assert not seen.begin("sample", ["x"], "a", "n").lost
-    assert not seen.begin("sample", ["x"], "a", "n").lost
+    assert not seen.begin("sample", ["x"], "a", "n", alone=True).lost
+    assert not seen.begin("sample", ["x"], "a", "n", alone=True).lost
 
 
 def test_it_is_idle_when_nothing_runs():
@@ -76,7 +87,7 @@ def test_rows_of_a_lost_node_do_not_run():
 def test_a_process_that_was_taken_for_dead_ends_nothing_of_its_successor():
     seen = watch()
     seen.begin("sample", ["x"], "a", "n")
-    seen.begin("sample", ["x"], "b", "n")
+    seen.begin("sample", ["x"], "b", "n", alone=True)
     seen.end("sample", ["x"], "a")
     assert not seen.is_idle()
     seen.end("sample", ["x"], "b")
@@ -86,7 +97,7 @@ def test_a_process_that_was_taken_for_dead_ends_nothing_of_its_successor():
 def test_deaths_on_a_node_that_is_found_dead_later_count_against_nobody():
     dead: set[str] = set()
     seen = watch(is_alive=lambda node: node not in dead, max_attempts=1)
-    seen.begin("sample", ["x"], "a", "n")
+    seen.begin("sample", ["x"], "a", "n", alone=True)
     assert seen.begin("sample", ["x"], "b", "m").lost  # its node is still listed
     dead.add("n")
     assert not seen.begin("sample", ["x"], "b", "m").lost
@@ -113,8 +124,24 @@ def test_a_row_that_kills_its_worker_fails_alone(cluster, tmp_path):
     assert rows["r2"]["error_type"] == "WorkerDied"
     assert "died 2 times while it ran alone" in rows["r2"]["error_message"]
     calls = (tmp_path / "out" / "calls").read_text().split("\n")
-    assert Counter(calls)["r2"] == 2
+    assert Counter(calls)["r2"] == 2  # beside once in a batch
     assert all(row["batch_size"] in (1, 3, 4) for row in rows.values() if row["status"] == "succeeded")
+
+
+@pytest.mark.ray
+def test_what_runs_beside_a_row_that_kills_its_worker_is_not_to_blame(cluster, tmp_path):
+    prompts = [f"fine {i}" for i in range(8)]
+    prompts[4:4] = ["kill me", "kill me too"]
+    rows = [{"prompt": prompt, "id": f"r{i}", **SHAPE} for i, prompt in enumerate(prompts)]
+    job = simulated_job(
+        write_table(tmp_path / "in.parquet", rows), tmp_path / "out", batch_size=1, limits=Limits(max_attempts=1)
+    )
+    encode, sample = job.plan.pools
+    beside = replace(sample, stages=(*sample.stages, StageSpec(Decode, {"seconds": 0.5})), workers=1, overlap=True)
+    replace(job, plan=replace(job.plan, pools=(encode, beside))).execute(lambda batch: None)
+    assert {row["id"] for row in job.view().to_pylist() if row["status"] == "failed"} == {"r4", "r5"}
+    calls = Counter((tmp_path / "out" / "calls").read_text().split())
+    assert sum(calls.values()) > len(prompts) + 2  # some were being decoded, and are sampled again
 
 
 @pytest.mark.ray

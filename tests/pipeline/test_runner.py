@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.plan import GPU_SHARES, Plan, Pool
+from pipeline.plan import ENCODER_SHARE, SAMPLER_SHARE, Plan, Pool
 from tests.pipeline.simulated import simulated_job
 from tests.pipeline.tables import write_table
 
@@ -18,6 +18,10 @@ def test_pools_take_whole_gpus_or_shares_of_them(cluster, tmp_path, fused):
     if fused:
         pools = [Pool(tuple(specs), workers=2, cpus=0, gpus=1.0)]
     else:
-        pools = [Pool((spec,), workers=2, cpus=0, gpus=GPU_SHARES[spec.name]) for spec in specs]
+        encode, sample = specs
+        pools = [
+            Pool((encode,), workers=2, cpus=0, gpus=ENCODER_SHARE),
+            Pool((sample,), workers=2, cpus=0, gpus=SAMPLER_SHARE, overlap=True),
+        ]
     replace(job, plan=Plan(tuple(pools), batch_size=1)).execute(lambda batch: None)
     assert job.view()["status"].to_pylist() == ["succeeded"] * 6
