@@ -1,21 +1,21 @@
-"""Does the pipeline keep its slowest stage busy, and does it pay to give each stage workers of its own?
+"""Does the pipeline keep its slowest stage busy, and does it pay to let stages overlap instead of taking turns?
 
 Simulated stages, real everything else: one Parquet file of one row group and three shapes goes through a RenderJob on a
 Ray cluster of this machine. All workers are built before any begins; how long that took is told as start-up.
 
-utilisation: two samplers between an encoder and a decoder that could just keep up with them, none on a GPU. Busy is the
-sum of the samplers' calls over (the time from the first call to the end of the last one x samplers); the goal is 97 %.
+utilisation: two workers that sample, and beside it decode, after one encoder; none on a GPU. Busy is the sum of the
+samplers' calls over (the time from the first call to the end of the last one x samplers); the goal is 97 %.
 
-layouts: GPUs that only one process can use at a time, as processes without a common scheduler do: work on a GPU holds a
-lock in slices, the rest of a row's time (ffmpeg, uploads) does not. Compared are the planner's two layouts: a pool per
-stage, and one worker per GPU that does everything. No layout is faster than the bound, GPUs / (seconds that a row takes
-on one); the goal for separate pools is 97 % of it. Rates are those from the first beginning to the last end, which
-includes that the pipeline fills and empties: 1 to 2 % of 120 rows.
+layouts: GPUs that only one stage can use at a time: work on a GPU holds a lock in slices, the rest of a row's time
+(ffmpeg, uploads) does not. Compared are the planner's two layouts: stages that overlap, and one worker per GPU that does
+everything in turn. No layout is faster than the bound, GPUs / (seconds that a row takes on one); the goal for the first
+is 97 % of it. Rates are those from the first beginning to the last end, which includes that the pipeline fills and
+empties: 1 to 2 % of 120 rows.
 With host time, one worker for everything leaves its GPU idle while it encodes and uploads; without any, it loses
-nothing. So the planner takes separate pools on GPUs, where host time is never zero and where a worker for everything
-would also have to hold the text encoders; and one pool without GPUs, where all stages share the same cores, "device"
-and host time are one, and fewer processes are to be started. "wait" is how long a row waits for the GPU while other
-stages hold it: it costs latency, and speed only if it leaves the samplers without work.
+nothing. So the planner lets stages overlap on GPUs, where host time is never zero and where a worker for everything
+would also have to hold the text encoders; and takes one pool without GPUs, where all stages share the same cores,
+"device" and host time are one, and fewer processes are to be started. "wait" is how long a row waits for the GPU while
+other stages hold it: it costs latency, and speed only if it leaves the samplers without work.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def utilisation(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure how busy the samplers are."""
     works = simulated_works(arguments)
     table = write_table(folder / "utilisation.parquet", arguments.rows)
-    found = run(table, folder / "utilisation", staged_plan({"sample": SAMPLERS}, 1), works, arguments.slice_s)
+    found = run(table, folder / "utilisation", staged_plan(SAMPLERS, 1), works, arguments.slice_s)
     calls = [event for event in found.events if event.stage == "sample"]
     busy = sum(event.ended - event.began for event in calls) / (span_s(calls) * SAMPLERS)
     print(f"\n{'rows':>5} {'samplers':>9} {'busy':>7} {'span s':>7} {'start-up s':>11} {'closing s':>10}")
@@ -108,7 +108,7 @@ def simulated_works(arguments: argparse.Namespace, *, host: bool = True) -> dict
 
 
 def layouts(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Compare separate pools with one pool, with and without host time."""
+    """Compare stages that overlap with one worker for all, with and without host time."""
     table = write_table(folder / "layouts.parquet", arguments.layout_rows)
     print(f"\n{HEADER}", flush=True)
     rows = []
@@ -121,7 +121,7 @@ def layouts(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
             print(as_line(row), flush=True)
             rows.append(row)
     met = min(row["share_of_bound"] for row in rows if row["layout"] == "staged") >= GOAL
-    print(f"the goal is {GOAL:.0%} of the bound for separate pools: {'met' if met else 'MISSED'}")
+    print(f"the goal is {GOAL:.0%} of the bound for the staged layout: {'met' if met else 'MISSED'}")
     return rows
 
 

@@ -175,7 +175,7 @@ class Progress:
 
 def move_rows(table: str, folder: str, layout: str, batch_size: int) -> dict[str, Any]:
     """Run a job whose stages do nothing."""
-    plan = fused_plan(1, batch_size) if layout == "fused" else staged_plan({}, batch_size)
+    plan = fused_plan(1, batch_size) if layout == "fused" else staged_plan(1, batch_size)
     job = simulated_job(Path(table), Path(folder, "output"), simulated(plan, {}, Path(folder, "events")))
     progress = Progress()
     started = time.monotonic()
@@ -187,7 +187,7 @@ def move_rows(table: str, folder: str, layout: str, batch_size: int) -> dict[str
 
 def feed_workers(table: str, folder: str, workers: int, sample_s: float) -> dict[str, Any]:
     """Run a job of which only sampling takes time."""
-    plan = simulated(staged_plan({"sample": workers}, 1), {"sample": Work(sample_s)}, Path(folder, "events"))
+    plan = simulated(staged_plan(workers, 1), {"sample": Work(sample_s)}, Path(folder, "events"))
     job = simulated_job(Path(table), Path(folder, "output"), plan)
     started = time.monotonic()
     with session(None, Resources(cpus=workers + 4, gpus=0)):

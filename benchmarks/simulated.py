@@ -186,10 +186,15 @@ class Publish(Simulated):
 STAGES: dict[str, type[Simulated]] = {stage.name: stage for stage in (Encode, Sample, Decode, Publish)}
 
 
-def staged_plan(workers: Mapping[str, int], batch_size: int) -> Plan:
-    """Return a plan of one pool per stage, of one worker if nothing else is said; the workers take no resources."""
-    pools = (Pool((StageSpec(stage, {}),), workers.get(name, 1), 0.0, 0.0) for name, stage in STAGES.items())
-    return Plan(tuple(pools), batch_size)
+def staged_plan(samplers: int, batch_size: int) -> Plan:
+    """Return the planner's staged layout: one encoder, samplers that also decode, one publisher; none takes resources."""
+    encode, sample, decode, publish = (StageSpec(stage, {}) for stage in STAGES.values())
+    pools = (
+        Pool((encode,), 1, 0.0, 0.0),
+        Pool((sample, decode), samplers, 0.0, 0.0, overlap=True),
+        Pool((publish,), 1, 0.0, 0.0),
+    )
+    return Plan(pools, batch_size)
 
 
 def fused_plan(workers: int, batch_size: int) -> Plan:
