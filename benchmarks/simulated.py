@@ -187,7 +187,7 @@ STAGES: dict[str, type[Simulated]] = {stage.name: stage for stage in (Encode, Sa
 
 
 def staged_plan(samplers: int, batch_size: int) -> Plan:
-    """Return the planner's staged layout: one encoder, samplers that also decode, one publisher; none takes resources."""
+    """Return the planner's staged layout with one encoder and one publisher; the workers take no resources."""
     encode, sample, decode, publish = (StageSpec(stage, {}) for stage in STAGES.values())
     pools = (
         Pool((encode,), 1, 0.0, 0.0),
