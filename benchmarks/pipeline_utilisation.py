@@ -8,9 +8,9 @@ samplers' calls over (the time from the first call to the end of the last one x 
 
 layouts: GPUs that only one stage can use at a time: work on a GPU holds a lock in slices, the rest of a row's time
 (ffmpeg, uploads) does not. Compared are the planner's two layouts: stages that overlap, and one worker per GPU that
-does everything in turn. No layout is faster than the bound, GPUs / (seconds that a row takes on one); the goal for the first
-is 97 % of it. Rates are those from the first beginning to the last end, which includes that the pipeline fills and
-empties: 1 to 2 % of 120 rows.
+does everything in turn. No layout is faster than the bound, GPUs / (seconds that a row takes on one); the goal for
+overlap is 97 % of it. Rates are those from the first beginning to the last end, which includes that the pipeline fills
+and empties: 1 to 2 % of 120 rows.
 With host time, one worker for everything leaves its GPU idle while it encodes and uploads; without any, it loses
 nothing. So the planner lets stages overlap on GPUs, where host time is never zero and where a worker for everything
 would also have to hold the text encoders; and takes one pool without GPUs, where all stages share the same cores,
