@@ -27,11 +27,12 @@ def latent_pyramid(latents: Tensor, num_levels: int) -> tuple[Tensor, ...]:
     return tuple(reversed(levels))
 
 
-def lowest_noise(noise: Tensor, num_levels: int) -> Tensor:
-    """Bring full-resolution white noise to level 0; 2 * mean of 4 keeps unit variance."""
+def noise_pyramid(noise: Tensor, num_levels: int) -> tuple[Tensor, ...]:
+    """Return white noise at every level, lowest first; 2 * mean of 4 keeps unit variance."""
+    levels = [noise]
     for _ in range(num_levels - 1):
-        noise = 2 * downsample(noise)
-    return noise
+        levels.append(2 * downsample(levels[-1]))
+    return tuple(reversed(levels))
 
 
 def block_noise(white: Tensor, gamma: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.noise import NoiseSource
-from pyramid_flow.pyramid import history_clips, keep_rows, latent_pyramid, lowest_noise, stack_frames
+from pyramid_flow.pyramid import history_clips, keep_rows, latent_pyramid, noise_pyramid, stack_frames
 from pyramid_flow.schedule import MAX_STEPS, PyramidSchedule
 from pyramid_flow.text import TextEmbedding, concatenate
 from pyramid_flow.transformer_flux import PyramidFluxTransformer, TextState
@@ -136,7 +136,7 @@ def generate_latents(
     branches = _branches(text, negative, params)
     finished = _first_frames(image_latent, shape, num_levels, device)
     start_unit = len(finished)
-    start = lowest_noise(noise.initial(shape), num_levels).to(device)
+    start = noise_pyramid(noise.initial(shape), num_levels)[0].to(device)
 
     rows, wanted = torch.arange(batch), torch.ones(batch, dtype=torch.bool)
     state = transformer.embed_text(concatenate(branches))

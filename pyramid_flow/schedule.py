@@ -21,7 +21,8 @@ class Level:
 
     start, end: noise level at which the level begins (after renoising) and ends.
     original_start: noise level at which the level below ended.
-    first_timestep, last_timestep: conditioning of the first and the last evaluation, on the 0...1000 scale.
+    first_timestep, last_timestep: conditioning of the first and the last evaluation, on the 0...1000 scale;
+    final_timestep: that of the level's end, which no evaluation reaches.
     upsample_scale, noise_scale: alpha and beta of the renoise step.
     """
 
@@ -32,6 +33,7 @@ class Level:
     timestep_ratios: tuple[float, float]
     first_timestep: float
     last_timestep: float
+    final_timestep: float
     upsample_scale: float
     noise_scale: float
 
@@ -103,6 +105,7 @@ class PyramidSchedule:
                     timestep_ratios=(low, high),
                     first_timestep=float(grid[0]),
                     last_timestep=float(grid[-2]),
+                    final_timestep=float(grid[-1]),
                     upsample_scale=alpha,
                     noise_scale=beta,
                 )

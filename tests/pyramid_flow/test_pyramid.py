@@ -10,7 +10,7 @@ from pyramid_flow.pyramid import (
     history_level,
     keep_rows,
     latent_pyramid,
-    lowest_noise,
+    noise_pyramid,
     stack_frames,
     upsample,
 )
@@ -51,10 +51,10 @@ def test_blocks_are_independent_of_each_other():
 
 
 @pytest.mark.parametrize("num_levels", [1, 2, 3])
-def test_lowest_noise_keeps_unit_variance_and_independence(num_levels):
+def test_the_lowest_noise_keeps_unit_variance_and_independence(num_levels):
     side = 2 ** (num_levels - 1)
     pixels = 2 * side * side
-    matrix = lowest_noise(torch.eye(pixels).view(pixels, 1, 1, side, 2 * side), num_levels).flatten(1).T
+    matrix = noise_pyramid(torch.eye(pixels).view(pixels, 1, 1, side, 2 * side), num_levels)[0].flatten(1).T
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(2), rtol=0, atol=1e-6)
 
 
@@ -110,6 +110,6 @@ def test_inputs_are_never_modified():
     downsample(latents)
     upsample(latents)
     block_noise(latents, 0.2)
-    lowest_noise(latents, 3)
+    noise_pyramid(latents, 3)
     latent_pyramid(latents, 3)
     assert torch.equal(latents, kept)
