@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pyramid_flow.attention import RotaryTable, attention, rotary_table
 from pyramid_flow.errors import InvalidValueError, ShapeError
@@ -93,6 +95,7 @@ class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     _no_split_modules = ("JointBlock", "SingleBlock")  # type: ignore[assignment]
+    _supports_gradient_checkpointing = True
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -122,6 +125,7 @@ class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if sum(axes_dims_rope) != attention_head_dim:
             raise InvalidValueError("axes_dims_rope", axes_dims_rope, f"does not sum to head size {attention_head_dim}")
         dim = num_attention_heads * attention_head_dim
+        self.gradient_checkpointing = False  # see `enable_gradient_checkpointing` of diffusers
         self.num_attention_heads = num_attention_heads
         self.axes_dims_rope = tuple(axes_dims_rope)
         self.x_embedder = nn.Linear(in_channels, dim)
@@ -188,14 +192,19 @@ class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         x, y = torch.cat([history.tokens, current], dim=1), text.tokens
         for block in self.transformer_blocks:
-            x, y = block(x, y, activated, context)
+            x, y = self._run(block, x, y, activated, context)
         z = torch.cat([y, x], dim=1)
         for block in self.single_transformer_blocks[:-1]:
-            z = block(z, activated, context)
-        z = self.single_transformer_blocks[-1](z, activated, last)  # nothing reads the other tokens any more
+            z = self._run(block, z, activated, context)
+        z = self._run(self.single_transformer_blocks[-1], z, activated, last)  # nothing reads other tokens any more
 
         scale, shift = self.norm_out(activated)
         return unpatchify(self.proj_out(modulate(z, shift, scale)), height, width)
+
+    def _run(self, block: nn.Module, *arguments: Tensor | AttentionContext) -> Any:  # noqa: ANN401 - as the block
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
     def _check(self, name: str, pattern: str, tensor: Tensor, features: int) -> None:
         if tensor.ndim != pattern.count(",") + 1 or tensor.shape[-1] != features:

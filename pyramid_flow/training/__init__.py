@@ -7,12 +7,17 @@ from pyramid_flow.training.objective import (
     temporal_pyramid_sample,
     velocity_loss,
 )
+from pyramid_flow.training.step import Losses, Objective, optimizer_step, transformer_losses
 
 __all__ = [
     "KeyedDraws",
+    "Losses",
+    "Objective",
     "TrainingDraws",
     "TrainingSample",
+    "optimizer_step",
     "spatial_pyramid_sample",
     "temporal_pyramid_sample",
+    "transformer_losses",
     "velocity_loss",
 ]
