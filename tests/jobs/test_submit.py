@@ -116,6 +116,17 @@ def test_a_submitted_job_runs_on_the_cluster_and_can_be_watched(head, tiny_check
     assert all(record["seconds"] > 0 and record["node"] for record in logged)
 
 
+def test_auto_is_the_cluster_that_runs_on_this_machine(head, tiny_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "jobs.render", "--address", "auto", "--device", "cpu"]
+    command += flags(tmp_path, tiny_checkpoint, 3)
+    done = subprocess.run(command, env=head.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ids = ledger.read(Storage(str(tmp_path / "out")), ["id"])["id"].to_pylist()
+    logged = {row for record in head.log_records() if record.get("stage") == "sample" for row in record["rows"]}
+    assert len(ids) == 3
+    assert set(ids) <= logged
+
+
 def test_a_stopped_job_keeps_what_is_done(head, tiny_checkpoint, tmp_path):
     head.submit("stopped", *flags(tmp_path, tiny_checkpoint, 500), "--ledger-rows", "1000", "--ledger-seconds", "1000")
     storage = Storage(str(tmp_path / "out"))
