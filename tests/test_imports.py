@@ -16,6 +16,8 @@ MAY_IMPORT_RAY = {
     "pipeline/metrics.py",
     "pipeline/serving/app.py",
     "pipeline/serving/worker.py",
+    "pipeline/training/encode.py",
+    "pipeline/training/trainer.py",
 }
 FILES = (path for package in ("pyramid_flow", "pipeline") for path in ROOT.glob(f"{package}/**/*.py"))
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in FILES)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.inputs import InputError, InputPart, list_parts
-from pipeline.samples import WINDOW_PARTS, Stream, streams
+from pipeline.training.samples import WINDOW_PARTS, Stream, streams
 
 ROWS, GROUP = 103, 4
 

@@ -1,0 +1,133 @@
+"""What is trained on a table: each task turns rows into a loss, and its model into a part of a checkpoint."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.clips import CLIP_SCHEMA, ENCODED_SCHEMA, Frames, clips, encoded, pixels_of
+from pyramid_flow import CausalVideoVAE, LatentStatistics, PyramidFluxTransformer, PyramidSchedule, TextEmbedding
+from pyramid_flow.training import KeyedDraws, Objective, TrainingDraws, transformer_losses
+from pyramid_flow.training.vae import VAEObjective, vae_losses
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised, and numbers to show, of the samples of one worker."""
+
+    total: Tensor
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training: its steps and the samples of each; frames and crop (pixels) of a clip, None = all."""
+
+    steps: int
+    batch_size: int
+    num_frames: int | None = None
+    crop: int | None = None
+
+
+class Task(nn.Module, ABC):
+    """A model and how a loss is made of it; `columns` of the table are read."""
+
+    columns: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """What is trained."""
+
+    @abstractmethod
+    def forward(self, table: pa.Table, samples: Sequence[int], step: int, phase: Phase) -> Loss:
+        """Return the loss of rows; samples: their indices in the global batch."""
+
+
+class VAETask(Task):
+    """Trains a VAE on crops of clips; where they lie is drawn."""
+
+    columns = tuple(CLIP_SCHEMA.names)
+
+    def __init__(self, vae: CausalVideoVAE, objective: VAEObjective, seed: int) -> None:
+        super().__init__()
+        self.vae, self.objective, self.seed = vae, objective, seed
+
+    @property
+    def model(self) -> CausalVideoVAE:
+        """The VAE."""
+        return self.vae
+
+    def forward(self, table: pa.Table, samples: Sequence[int], step: int, phase: Phase) -> Loss:
+        """Cut the clips, and reconstruct them."""
+        draws = KeyedDraws(self.seed, step, samples)
+        cut = crops(clips(table), phase, draws)
+        pixels = torch.stack([pixels_of(clip) for clip in cut]).to(self.model.device)
+        losses = vae_losses(self.vae, pixels, draws, self.objective)
+        parts = {"l1": losses.l1, "mse": losses.mse, "kl": losses.kl}
+        return Loss(losses.total, {name: float(value.detach()) for name, value in parts.items()})
+
+
+class TransformerTask(Task):
+    """Trains a transformer on encoded clips.
+
+    empty: the encoded empty prompt; num_units: latent frames of a clip that are used, at most.
+    """
+
+    columns = tuple(ENCODED_SCHEMA.names)
+
+    def __init__(
+        self,
+        transformer: PyramidFluxTransformer,
+        statistics: LatentStatistics,
+        empty: TextEmbedding,
+        num_units: int,
+        objective: Objective,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.transformer, self.statistics, self.empty = transformer, statistics, empty
+        self.num_units, self.objective, self.seed = num_units, objective, seed
+        self.schedule = PyramidSchedule()
+
+    @property
+    def model(self) -> PyramidFluxTransformer:
+        """The transformer."""
+        return self.transformer
+
+    def forward(self, table: pa.Table, samples: Sequence[int], step: int, phase: Phase) -> Loss:
+        """Noise the latents, and ask the transformer for the velocity."""
+        rows = encoded(table, self.num_units)
+        device = self.model.device
+        # every worker has the same lengths, since they are keyed by no sample of anyone's batch
+        common = KeyedDraws(self.seed, step, [-1 - column for column in range(len(self.objective.levels))])
+        losses = transformer_losses(
+            self.transformer,
+            self.schedule,
+            self.statistics.normalize(rows.latents).to(device),
+            rows.text,
+            self.empty,
+            samples,
+            self.objective.unit_lengths(self.num_units, common),
+            KeyedDraws(self.seed, step, samples),
+            self.objective,
+        )
+        return Loss(losses.total, {f"level{level}": value for level, value in losses.by_level().items()})
+
+
+def crops(whole: Sequence[Frames], phase: Phase, draws: TrainingDraws) -> list[Frames]:
+    """Cut clips [N,H,W,3] to the frames and the side that a phase asks for. Draws, per sample: frame, y, x."""
+    shares = torch.stack([draws.uniform() for _ in range(3)], dim=1).tolist()
+    return [_crop(clip, phase, *share) for clip, share in zip(whole, shares, strict=True)]
+
+
+def _crop(clip: Frames, phase: Phase, *shares: float) -> Frames:
+    wanted = (phase.num_frames, phase.crop, phase.crop)
+    for axis, (length, share) in enumerate(zip(wanted, shares, strict=True)):
+        if length is not None and length < clip.shape[axis]:
+            start = int(share * (clip.shape[axis] - length + 1))
+            clip = clip.take(range(start, start + length), axis)
+    return clip

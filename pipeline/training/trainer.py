@@ -1,0 +1,275 @@
+"""Training on Ray Train: several workers with equal shares of every batch, checkpoints, and resume."""
+
+import json
+import logging
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import ray.data
+import ray.train
+import torch
+from ray.data import DataContext
+from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.inputs import InputPart
+from pipeline.training.optimiser import OptimiserSettings, learning_rate, parameter_groups
+from pipeline.training.samples import Stream, Window, streams
+from pipeline.training.tasks import Phase, Task
+from pyramid_flow.training import optimizer_step
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, STATE = "training.safetensors", "state.json"
+READ_CPUS = 0.1
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A training that is checked.
+
+    make_task: builds the task in a worker; parts: row groups of the table; num_streams: divides the batch, and is
+    divided by the workers; seed: of data and draws.
+    """
+
+    name: str
+    storage: str
+    make_task: Callable[[], Task]
+    parts: tuple[InputPart, ...]
+    phases: tuple[Phase, ...]
+    optimiser: OptimiserSettings
+    num_workers: int
+    num_streams: int
+    seed: int
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    checkpoint_steps: int = 500
+    log_steps: int = 50
+    max_restarts: int = 3
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def phase(self, step: int) -> Phase:
+        """Return the phase of a step."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        raise IndexError(step)
+
+    def num_samples(self, step: int) -> int:
+        """Return the samples of all steps before."""
+        return sum(self.phase(each).batch_size for each in range(step))
+
+
+@dataclass
+class Training:
+    """What a worker trains, and where it stands; ema: a running mean of the weights, or None."""
+
+    task: Task
+    model: nn.Module
+    optimizer: Optimizer
+    ema: AveragedModel | None
+    step: int = 0
+
+
+@dataclass
+class Means:
+    """Means of numbers since they were last taken."""
+
+    totals: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    count: int = 0
+
+    def add(self, **values: float) -> None:
+        """Count the numbers of one step."""
+        self.count += 1
+        for name, value in values.items():
+            self.totals[name] += value
+
+    def take(self) -> dict[str, float]:
+        """Return the means and begin anew."""
+        means = {name: total / self.count for name, total in self.totals.items()}
+        self.totals.clear()
+        self.count = 0
+        return means
+
+
+def fit(job: TrainJob) -> ray.train.Result:
+    """Train on the connected Ray cluster; a run of the same name goes on from its last checkpoint."""
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.num_workers, use_gpu=job.use_gpu, resources_per_worker={"CPU": job.cpus_per_worker}
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.name,
+            storage_path=job.storage,
+            failure_config=ray.train.FailureConfig(max_failures=job.max_restarts),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    return trainer.fit()
+
+
+def _work(config: dict[str, TrainJob]) -> None:
+    """Train as one of the workers."""
+    job = config["job"]
+    context = ray.train.get_context()
+    training = begin(job, prepare=prepare_model)
+    rank, means, started = context.get_world_rank(), Means(), time.monotonic()
+    for table, samples in batches(job, training.task.columns, training.step, rank, context.get_world_size()):
+        means.add(**train_step(job, training, table, samples))
+        if training.step % job.log_steps == 0 or training.step == job.num_steps:
+            metrics = means.take() | {"step": training.step, "seconds": time.monotonic() - started}
+            _report(job, training, metrics, rank)
+
+
+def begin(job: TrainJob, prepare: Callable[[nn.Module], nn.Module] = lambda module: module) -> Training:
+    """Build what is trained, and go on from the last checkpoint if there is one."""
+    torch.manual_seed(job.seed)
+    task = job.make_task()
+    model = task.model
+    decay = job.optimiser.ema_decay
+    training = Training(
+        task=task,
+        model=prepare(task.to(get_device() if job.use_gpu else "cpu")),
+        optimizer=AdamW(parameter_groups(model, job.optimiser), lr=job.optimiser.lr, betas=job.optimiser.betas),
+        ema=AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None,
+    )
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint:
+        with checkpoint.as_directory() as folder:
+            restore(training, Path(folder))
+    return training
+
+
+def train_step(job: TrainJob, training: Training, table: pa.Table, samples: Sequence[int]) -> dict[str, float]:
+    """Make one step; returns the numbers to show."""
+    phase, settings = job.phase(training.step), job.optimiser
+    for group in training.optimizer.param_groups:
+        group["lr"] = learning_rate(settings, training.step, job.num_steps)
+    device = next(training.model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16) if settings.bfloat16 else nullcontext():
+        loss = training.model(table, samples, training.step, phase)
+    norm = optimizer_step(training.task.model, training.optimizer, loss.total, settings.max_grad_norm)
+    if training.ema is not None:
+        training.ema.update_parameters(training.task.model)
+    training.step += 1
+    return {"loss": float(loss.total.detach()), "grad_norm": norm, **loss.metrics}
+
+
+def batches(
+    job: TrainJob, columns: Sequence[str], first_step: int, rank: int, num_workers: int
+) -> Iterator[tuple[pa.Table, list[int]]]:
+    """Yield a worker's share of every batch from a step on: rows, and their indices in the global batch.
+
+    Ray Data reads the windows of the worker's streams ahead.
+    """
+    numbers = range(rank, job.num_streams, num_workers)
+    dealt = streams(job.parts, job.num_streams, job.seed)
+    readers = [Reader(_tables(job, dealt[number], columns, first_step)) for number in numbers]
+    for step in range(first_step, job.num_steps):
+        size = job.phase(step).batch_size
+        tables = [reader.take(size // job.num_streams) for reader in readers]
+        yield pa.concat_tables(tables), [i for number in numbers for i in range(number, size, job.num_streams)]
+
+
+@dataclass
+class Reader:
+    """Takes rows from tables that come one after another."""
+
+    tables: Iterator[pa.Table]
+    rest: pa.Table | None = None
+
+    def take(self, rows: int) -> pa.Table:
+        """Return the next rows."""
+        while self.rest is None or len(self.rest) < rows:
+            table = next(self.tables)
+            self.rest = table if self.rest is None else pa.concat_tables([self.rest, table])
+        taken, self.rest = self.rest.slice(0, rows), self.rest.slice(rows)
+        return taken
+
+
+def _tables(job: TrainJob, stream: Stream, columns: Sequence[str], first_step: int) -> Iterator[pa.Table]:
+    """Yield a stream's rows from a step on, a window at a time."""
+    first = job.num_samples(first_step) // job.num_streams
+    count = job.num_samples(job.num_steps) // job.num_streams - first
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    windows = [asdict(window) for window in stream.windows(first, count)]
+    dataset: ray.data.Dataset = ray.data.from_items(windows, override_num_blocks=len(windows))
+    dataset = dataset.map_batches(
+        _read,  # type: ignore[arg-type]
+        fn_args=(list(columns),),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=READ_CPUS,
+    )
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+
+def _read(table: pa.Table, columns: list[str]) -> Iterator[pa.Table]:
+    for record in table.to_pylist():
+        parts = tuple(InputPart(**part) for part in record["parts"])
+        yield Window(parts, tuple(record["order"])).read(columns)
+
+
+def _report(job: TrainJob, training: Training, metrics: dict[str, float], rank: int) -> None:
+    """Show the numbers of the first worker, and keep a checkpoint when it is time."""
+    is_due = training.step % job.checkpoint_steps == 0 or training.step == job.num_steps
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if rank == 0:
+            logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            if is_due:
+                save(training, Path(folder))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+
+def save(training: Training, folder: Path) -> None:
+    """Write everything that a training goes on from, as safetensors and JSON."""
+    tensors = {f"model.{name}": tensor for name, tensor in training.task.model.state_dict().items()}
+    if training.ema is not None:
+        tensors |= {f"ema.{name}": tensor for name, tensor in training.ema.state_dict().items()}
+    for name, parameter in training.task.model.named_parameters():
+        for key, value in training.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    (folder / STATE).write_text(json.dumps({"step": training.step}))
+
+
+def restore(training: Training, folder: Path) -> None:
+    """Go on from what `save` wrote."""
+    tensors = load_file(folder / WEIGHTS)
+    training.task.model.load_state_dict(_under("model.", tensors))
+    if training.ema is not None:
+        training.ema.load_state_dict(_under("ema.", tensors))
+    for name, parameter in training.task.model.named_parameters():
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        found = {key: tensors.get(f"optimizer.{key}.{name}") for key in keys}
+        training.optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device)
+            for key, value in found.items()
+            if value is not None
+        }
+    training.step = json.loads((folder / STATE).read_text())["step"]
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
