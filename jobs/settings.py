@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_settings
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pipeline.fetch import host_name
@@ -213,6 +213,127 @@ class RenderSettings(JobSettings):
         if self.allow_failed.endswith("%"):
             return failed <= total * float(self.allow_failed[:-1]) / 100
         return failed <= int(self.allow_failed)
+
+
+class PhaseSettings(BaseModel):
+    """A part of a training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: Count
+    batch_size: Count
+    num_frames: Count | None = Field(None, description="frames of a clip that are used (default: all)")
+    crop: Count | None = Field(None, description="side in pixels of what is cut out of a clip (default: all of it)")
+
+
+class TrainSettings(JobSettings):
+    """Train the VAE or the transformer of a checkpoint, from new weights or from its own.
+
+    The data are tables: clips with captions for the VAE (jobs/dataset.py world), encoded clips for the transformer
+    (jobs/dataset.py encode). The same command goes on from the last checkpoint. OUTPUT/model is the checkpoint with
+    the trained part in its place.
+
+    Exit codes: 0 done, 1 it broke (run it again to resume), 2 the job is wrong, 130 or 143 interrupted.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m jobs.train")
+
+    task: Literal["vae", "transformer"] = Field(description="what is trained")
+    data: list[str] = Field(min_length=1, description="tables (.parquet), files or folders; may be repeated")
+    model: str = Field(min_length=1, description="checkpoint folder in the published layout")
+    variant: str | None = Field(None, description="which transformer, if there are several")
+    output: str = Field(min_length=1, description="folder for checkpoints, TensorBoard and the trained model")
+    fresh: bool = Field(False, description="begin with new random weights instead of the checkpoint's")
+    phases: list[PhaseSettings] = Field(min_length=1, description="steps and batch sizes, one after another")
+    num_frames: Count | None = Field(None, description="frames of a clip that the transformer is trained on, 1 + 8k")
+    levels: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], description="levels that samples train in turn")
+    level_weights: list[float] = Field([1.0, 1.0, 1.0], description="weight of each level's loss")
+    text_dropout: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="share of prompts left empty")
+    first_frame_share: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="share of samples that train the first frame (default: as any other)"
+    )
+    mse_weight: float = Field(1.0, description="weight of the VAE's squared error beside its L1")
+    kl_weight: float = Field(1e-4, description="weight of the KL term of the VAE")
+    foreground_weight: float = Field(4.0, description="extra weight of pixels unlike the commonest colour")
+    lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="learning rate after the warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    weight_decay: float = Field(1e-4, description="of matrices and kernels")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(1000, description="steps of the linear warm-up")
+    decay: Literal["constant", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="of a running mean of the weights, which is then the result (default: no mean)"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the arithmetic; weights are float32")
+    workers: Count = Field(1, description="workers that share every batch")
+    streams: Count | None = Field(
+        None,
+        description="streams of rows that a batch is taken from; keep it when workers change (default: workers)",
+    )
+    use_gpu: bool = Field(False, description="one GPU per worker")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1.0, description="logical CPUs that a worker takes")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, order and noise")
+    checkpoint_steps: Count = Field(500, description="keep a checkpoint every so many steps")
+    log_steps: Count = Field(50, description="show means every so many steps")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="restarts after lost workers before it gives up")
+    address: str = Field(
+        default_factory=lambda: os.environ.get("RAY_ADDRESS") or OWN_CLUSTER,
+        description='a running Ray cluster, or "local" for one of its own (default: RAY_ADDRESS, else local)',
+    )
+
+    @field_validator("levels")
+    @classmethod
+    def _known_levels(cls, value: list[int]) -> list[int]:
+        if not value or max(value) > 2:
+            raise ValueError("must name levels 0, 1 and 2")
+        return value
+
+    @model_validator(mode="after")
+    def _even_shares(self) -> "TrainSettings":
+        streams = self.streams or self.workers
+        if streams % self.workers:
+            raise ValueError(f"streams {streams} is not a multiple of workers {self.workers}")
+        for phase in self.phases:
+            if phase.batch_size % streams:
+                raise ValueError(f"batch_size {phase.batch_size} is not a multiple of streams {streams}")
+        if self.task == "transformer" and len(self.phases) > 1:
+            raise ValueError("the transformer is trained in one phase")
+        return self
+
+
+class WorldSettings(JobSettings):
+    """Write a table of clips of the toy's world: one shape that moves over a plain background, with a caption."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m jobs.dataset world")
+
+    output: str = Field(min_length=1, description="Parquet file to write")
+    count: Count = Field(description="number of clips")
+    side: Annotated[int, Field(ge=64, multiple_of=64)] = Field(64, description="height and width in pixels")
+    num_frames: Count = Field(33, description="frames of a clip, 1 + 8k")
+    sizes: list[Literal["small", "medium", "large"]] = Field(
+        ["small", "medium", "large"], min_length=1, description="sizes of the shapes"
+    )
+    seed: int = Field(0, description="of what is drawn")
+
+
+class EncodeSettings(JobSettings):
+    """Turn a table of clips into latents and text embeddings, with the VAE and text encoders of a checkpoint.
+
+    Parts that are there already are left alone, so the same command goes on where it stopped.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m jobs.dataset encode")
+
+    input: list[str] = Field(min_length=1, description="tables of clips, files or folders; may be repeated")
+    output: str = Field(min_length=1, description="folder or URL for the encoded parts")
+    model: str = Field(min_length=1, description="checkpoint folder in the published layout")
+    workers: Count = Field(1, description="workers that encode")
+    use_gpu: bool = Field(False, description="one GPU per worker")
+    dtype: Literal["bfloat16", "float32"] = Field("float32", description="of the VAE's and the encoders' weights")
+    address: str = Field(
+        default_factory=lambda: os.environ.get("RAY_ADDRESS") or OWN_CLUSTER,
+        description='a running Ray cluster, or "local" for one of its own (default: RAY_ADDRESS, else local)',
+    )
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

@@ -6,12 +6,20 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from pipeline.training.clips import CLIP_SCHEMA, ENCODED_SCHEMA, Frames, clips, encoded, pixels_of
-from pyramid_flow import CausalVideoVAE, LatentStatistics, PyramidFluxTransformer, PyramidSchedule, TextEmbedding
-from pyramid_flow.training import KeyedDraws, Objective, TrainingDraws, transformer_losses
-from pyramid_flow.training.vae import VAEObjective, vae_losses
+from pyramid_flow import (
+    CausalVideoVAE,
+    Checkpoint,
+    LatentStatistics,
+    PyramidFluxTransformer,
+    PyramidSchedule,
+    TextEmbedding,
+)
+from pyramid_flow.training import KeyedDraws, Objective, TrainingDraws, initialise_transformer, transformer_losses
+from pyramid_flow.training.vae import VAEObjective, initialise_vae, vae_losses
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Task(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def model(self) -> nn.Module:
+    def model(self) -> ModelMixin:
         """What is trained."""
 
     @abstractmethod
@@ -116,6 +124,45 @@ class TransformerTask(Task):
             self.objective,
         )
         return Loss(losses.total, {f"level{level}": value for level, value in losses.by_level().items()})
+
+
+@dataclass(frozen=True)
+class VAESource:
+    """Makes the task that trains a checkpoint's VAE; fresh: with first weights instead of its own."""
+
+    path: str
+    fresh: bool
+    objective: VAEObjective
+    seed: int
+
+    def __call__(self) -> VAETask:
+        """Load the VAE."""
+        vae = Checkpoint.open(self.path).load_vae(torch.float32, "cpu").train().requires_grad_(True)
+        if self.fresh:
+            initialise_vae(vae)
+        return VAETask(vae, self.objective, self.seed)
+
+
+@dataclass(frozen=True)
+class TransformerSource:
+    """Makes the task that trains a checkpoint's transformer; fresh: with first weights instead of its own."""
+
+    path: str
+    variant: str | None
+    fresh: bool
+    num_units: int
+    objective: Objective
+    seed: int
+
+    def __call__(self) -> TransformerTask:
+        """Load the transformer, and encode the empty prompt."""
+        checkpoint = Checkpoint.open(self.path, self.variant)
+        transformer = checkpoint.load_transformer(torch.float32, "cpu").train().requires_grad_(True)
+        if self.fresh:
+            initialise_transformer(transformer)
+        empty = checkpoint.load_text_encoder(torch.float32, "cpu")([""]).trimmed()
+        statistics = checkpoint.preset.statistics
+        return TransformerTask(transformer, statistics, empty, self.num_units, self.objective, self.seed)
 
 
 def crops(whole: Sequence[Frames], phase: Phase, draws: TrainingDraws) -> list[Frames]:

@@ -106,6 +106,11 @@ class Means:
         return means
 
 
+def check_streams(job: TrainJob) -> None:
+    """Raise InputError if the table is too small for the streams."""
+    streams(job.parts, job.num_streams, job.seed)
+
+
 def fit(job: TrainJob) -> ray.train.Result:
     """Train on the connected Ray cluster; a run of the same name goes on from its last checkpoint."""
     trainer = TorchTrainer(
@@ -269,6 +274,12 @@ def restore(training: Training, folder: Path) -> None:
             if value is not None
         }
     training.step = json.loads((folder / STATE).read_text())["step"]
+
+
+def trained_weights(folder: Path) -> dict[str, Tensor]:
+    """Return what a training has made of the model's weights: their running mean if there is one."""
+    tensors = load_file(folder / WEIGHTS)
+    return _under("ema.module.", tensors) or _under("model.", tensors)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

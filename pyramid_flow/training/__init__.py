@@ -7,7 +7,13 @@ from pyramid_flow.training.objective import (
     temporal_pyramid_sample,
     velocity_loss,
 )
-from pyramid_flow.training.step import Losses, Objective, optimizer_step, transformer_losses
+from pyramid_flow.training.step import (
+    Losses,
+    Objective,
+    initialise_transformer,
+    optimizer_step,
+    transformer_losses,
+)
 
 __all__ = [
     "KeyedDraws",
@@ -15,6 +21,7 @@ __all__ = [
     "Objective",
     "TrainingDraws",
     "TrainingSample",
+    "initialise_transformer",
     "optimizer_step",
     "spatial_pyramid_sample",
     "temporal_pyramid_sample",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
+from pyramid_flow.layers import Modulation
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEmbedding, concatenate
 from pyramid_flow.training.draws import TrainingDraws
@@ -104,6 +105,26 @@ def with_dropout(text: TextEmbedding, empty: TextEmbedding, dropped: Tensor) -> 
         raise ShapeError("empty prompt", "[1,L,D]", tuple(empty.tokens.shape))
     rows = torch.where(dropped, len(text), torch.arange(len(text)))
     return concatenate([text, empty]).select(rows)
+
+
+@torch.no_grad()
+def initialise_transformer(transformer: PyramidFluxTransformer) -> None:
+    """Give a transformer its first weights, from torch's generator: its answer is 0, and no block changes a token.
+
+    Linear maps are Xavier uniform, those that feed conditioning and text std 0.02; modulations and the output are 0.
+    """
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for embedder in (transformer.time_text_embed, transformer.context_embedder):
+        for module in embedder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+    for module in transformer.modules():
+        if isinstance(module, Modulation):
+            nn.init.zeros_(module.linear.weight)
+    nn.init.zeros_(transformer.proj_out.weight)
 
 
 def optimizer_step(model: nn.Module, optimizer: Optimizer, loss: Tensor, max_grad_norm: float) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyramid_flow import InvalidValueError, PyramidFluxTransformer, PyramidSchedule, ShapeError
-from pyramid_flow.training import KeyedDraws, Objective, optimizer_step, transformer_losses
+from pyramid_flow.training import KeyedDraws, Objective, initialise_transformer, optimizer_step, transformer_losses
 from pyramid_flow.training.step import Losses, with_dropout
 from tests.pyramid_flow.goldens import tiny_text_encoder, tiny_transformer
 
@@ -82,6 +82,21 @@ def test_it_learns():
         totals.append(found.total.item())
         assert optimizer_step(transformer, optimizer, found.total, 1.0) > 0
     assert totals[-1] < 0.7 * totals[0]
+
+
+def test_a_new_transformer_answers_nothing_at_first_and_learns():
+    transformer = trainable()
+    initialise_transformer(transformer)
+    first = losses(transformer, [0, 1, 2], text_dropout=0.0)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-2)
+    for _ in range(8):
+        optimizer_step(transformer, optimizer, losses(transformer, [0, 1, 2], text_dropout=0.0).total, 1.0)
+    assert losses(transformer, [0, 1, 2], text_dropout=0.0).total < 0.9 * first.total
+    with torch.no_grad():
+        initialise_transformer(transformer)
+        state = transformer.embed_text(tiny_text_encoder()(["a"]))
+        history = transformer.embed_history([], (1, 16, 1, 4, 4), state)
+        assert not transformer(torch.ones(1, 16, 1, 4, 4), torch.ones(1), state, history).any()
 
 
 def test_clipping_bounds_the_gradient():
