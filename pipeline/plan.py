@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, inf
+from math import ceil, floor, inf
 from typing import Any, Literal
 
 from pipeline.costs import Costs
@@ -12,6 +12,8 @@ from pyramid_flow.errors import PyramidFlowError
 SAMPLER_SHARE, ENCODER_SHARE = 0.55, 0.2
 """What of a GPU a worker takes. Ray knows only fractions, and places whatever fits: two samplers never meet on a GPU,
 and all encoders together leave room for one on any GPU, so that none that is free is closed to sampling."""
+
+SMALLEST_SHARE = 1e-4  # that Ray tells from nothing
 
 HEADROOM = 1.5
 """Other stages get this much more capacity than sampling needs from them, so that it alone decides the speed."""
@@ -179,8 +181,7 @@ def _staged(job: Job, resources: Resources) -> Plan:
     on_gpu = job.device != "cpu"
     devices = resources.gpus if on_gpu else job.workers.get("sample", 1)
     workers = _workers(job.costs, devices) | dict(job.workers)
-    encoder = min(ENCODER_SHARE, (1 - SAMPLER_SHARE) / workers["encode"])
-    shares = {"encode": encoder, "sample": SAMPLER_SHARE} | dict(job.gpu_shares) if on_gpu else {}
+    shares = _gpu_shares(job, workers["encode"]) if on_gpu else {}
     cpus, stages = _stages(job, resources, workers["sample"])
     pools = (
         Pool((stages["encode"],), workers["encode"], 0.0, shares.get("encode", 0.0)),
@@ -197,6 +198,13 @@ def _workers(costs: Costs | None, devices: int) -> dict[str, int]:
         return sizes
     needed = {name: HEADROOM * devices * costs.seconds.get(name, 0.0) / costs.seconds["sample"] for name in sizes}
     return {name: max(1, min(devices, ceil(needed[name]))) for name in sizes}
+
+
+def _gpu_shares(job: Job, encoders: int) -> dict[str, float]:
+    """Return what of a GPU a worker takes: all encoders together what a sampler leaves, in units that Ray knows."""
+    sampler = job.gpu_shares.get("sample", SAMPLER_SHARE)
+    left = floor((1 - sampler) / encoders / SMALLEST_SHARE) * SMALLEST_SHARE
+    return {"encode": min(ENCODER_SHARE, left) or ENCODER_SHARE, "sample": sampler} | dict(job.gpu_shares)
 
 
 def _stages(job: Job, resources: Resources, workers: int) -> tuple[float, dict[str, StageSpec]]:
