@@ -181,7 +181,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path,
     assert "3 rows to render" in printed
     assert re.search(r"expected: [0-9.]+ videos per hour, [0-9.]+ hours for 3 rows", printed)
     assert "assumed from FLOPs" in printed
-    assert any(line.split()[:2] == ["sample", "2"] for line in printed.splitlines())
+    assert any(line.split()[:2] == ["sample+decode", "2"] for line in printed.splitlines())
     assert not (tmp_path / "out").exists()
 
 

@@ -28,15 +28,15 @@ def right(scene: Scene, clip: np.ndarray) -> bool:
     return seen.pieces == 1 and all(getattr(seen, name) == getattr(scene, name) for name in NAMES)
 
 
-@pytest.mark.parametrize(("side", "num_frames", "count"), [(64, 33, 200), (128, 49, 16)])
+@pytest.mark.parametrize(("side", "num_frames", "count"), [(64, 33, 120), (128, 49, 8)])
 def test_it_is_right_about_the_worlds_own_clips(side, num_frames, count):
     scenes = [draw_scene(Random(seed), held_out=bool(seed % 2)) for seed in range(count)]
     assert sum(right(scene, scene.render(num_frames, side)) for scene in scenes) >= 0.99 * count
 
 
 def test_it_is_right_about_slightly_blurred_ones():
-    scenes = [draw_scene(Random(seed), ("medium", "large")) for seed in range(60)]
-    assert sum(right(scene, blurred(scene.render(33, 64), seed)) for seed, scene in enumerate(scenes)) >= 59
+    scenes = [draw_scene(Random(seed), ("medium", "large")) for seed in range(40)]
+    assert sum(right(scene, blurred(scene.render(33, 64), seed)) for seed, scene in enumerate(scenes)) >= 39
 
 
 def test_the_place_is_that_of_the_first_frame():
