@@ -1,0 +1,78 @@
+"""Make tables to train on (`python -m jobs.dataset world|encode`): clips of the toy's world, and encoded clips."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from jobs.settings import EXIT_WRONG_JOB, OWN_CLUSTER, EncodeSettings, WorldSettings, parse
+from pipeline import runner
+from pipeline.inputs import list_parts
+from pipeline.plan import Resources
+from pipeline.storage import Storage
+from pipeline.training.clips import CLIP_SCHEMA, clip_row
+from pipeline.training.encode import Source, encode
+from pyramid_flow import Checkpoint
+from pyramid_flow.checkpoint import DTYPES
+from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.toy.world import draw_scene
+
+ROWS_PER_GROUP = 32
+
+logger = logging.getLogger("jobs.dataset")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand named first; returns its exit code."""
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    commands = {"world": world, "encode": encode_clips}
+    if name not in commands:
+        logger.error("jobs.dataset: no command %r; there are: %s", name, ", ".join(commands))
+        return EXIT_WRONG_JOB
+    try:
+        commands[name](arguments)
+    except PyramidFlowError as error:
+        logger.error("jobs.dataset: %s", error)
+        return EXIT_WRONG_JOB
+    return 0
+
+
+def world(argv: Sequence[str]) -> None:
+    """Draw clips of the toy's world."""
+    settings = parse(WorldSettings, argv)
+    path = Path(settings.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, CLIP_SCHEMA, compression="zstd") as writer:
+        for start in tqdm(range(0, settings.count, ROWS_PER_GROUP), unit=" groups"):
+            numbers = range(start, min(start + ROWS_PER_GROUP, settings.count))
+            scenes = [draw_scene(Random(f"{settings.seed} {number}"), tuple(settings.sizes)) for number in numbers]
+            rows = [clip_row(scene.caption, scene.render(settings.num_frames, settings.side)) for scene in scenes]
+            writer.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA))
+
+
+def encode_clips(argv: Sequence[str]) -> None:
+    """Encode clips with a checkpoint's VAE and text encoders."""
+    settings = parse(EncodeSettings, argv)
+    Checkpoint.open(settings.model).check()
+    parts = list_parts(settings.input)
+    storage = Storage(settings.output)
+    storage.probe()
+    source = Source(settings.model, "cuda" if settings.use_gpu else "cpu", DTYPES[settings.dtype])
+    own = settings.address == OWN_CLUSTER
+    resources = Resources(settings.workers + 1, settings.workers if settings.use_gpu else 0)
+    with (
+        runner.session(None if own else settings.address, resources if own else None),
+        tqdm(total=sum(part.num_rows for part in parts), unit=" clips") as bar,
+    ):
+        for rows in encode(parts, source, storage.uri, settings.workers):
+            bar.update(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

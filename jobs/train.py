@@ -1,0 +1,153 @@
+"""Train a part of a checkpoint on Ray Train (`python -m jobs.train --config train.yaml`)."""
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain, islice
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jobs.settings import EXIT_WRONG_JOB, OWN_CLUSTER, TrainSettings, parse
+from pipeline import runner
+from pipeline.inputs import full_url, list_parts, read_blocks
+from pipeline.plan import Resources
+from pipeline.storage import Storage
+from pipeline.training.clips import clips, pixels_of
+from pipeline.training.optimiser import OptimiserSettings
+from pipeline.training.tasks import Phase, Task, TransformerSource, VAESource
+from pipeline.training.trainer import TrainJob, check_streams, fit, trained_weights
+from pyramid_flow import CausalVideoVAE, Checkpoint
+from pyramid_flow.checkpoint import PRESET_FILE
+from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.sampling import TEMPORAL_FACTOR, check_num_frames
+from pyramid_flow.training import Objective
+from pyramid_flow.training.vae import VAEObjective, measure_statistics, whiten
+
+EXIT_BROKEN, EXIT_INTERRUPTED = 1, 130
+STATISTICS_CLIPS = 128
+
+logger = logging.getLogger("jobs.train")
+
+
+class TrainingError(PyramidFlowError):
+    """A training ended without a result."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code."""
+    settings = parse(TrainSettings, sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        checkpoint, job = prepare(settings)
+    except PyramidFlowError as error:
+        logger.error("jobs.train: %s", error)
+        return EXIT_WRONG_JOB
+    own = settings.address == OWN_CLUSTER
+    cpus = ceil(settings.workers * settings.cpus_per_worker) + 1  # one for what reads and controls
+    resources = Resources(cpus, settings.workers if settings.use_gpu else 0)
+    try:
+        with runner.session(None if own else settings.address, resources if own else None, log_to_driver=True):
+            trained = fit(job).checkpoint
+            if trained is None:
+                raise TrainingError("no checkpoint was kept")
+            with trained.as_directory() as folder:
+                write_model(checkpoint, job, trained_weights(Path(folder)), Storage(settings.output))
+    except KeyboardInterrupt:
+        logger.error("interrupted: run the same command again to go on from the last checkpoint")
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - whatever it was, the workers' logs have the traceback
+        logger.error("the training broke: %s: %s; run it again to resume", type(error).__name__, error)
+        return EXIT_BROKEN
+    return 0
+
+
+def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
+    """Check what can be checked before a cluster is used; raises a PyramidFlowError if the job is wrong."""
+    checkpoint = Checkpoint.open(settings.model, settings.variant)
+    checkpoint.check()
+    streams = settings.streams or settings.workers
+    job = TrainJob(
+        name=settings.task,
+        storage=full_url(settings.output).removeprefix("file://"),
+        make_task=_source(settings, checkpoint),
+        parts=tuple(list_parts(settings.data)),
+        phases=tuple(Phase(**phase.model_dump()) for phase in settings.phases),
+        optimiser=OptimiserSettings(
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            warmup_steps=settings.warmup_steps,
+            decay=settings.decay,
+            max_grad_norm=settings.max_grad_norm,
+            ema_decay=settings.ema_decay,
+            bfloat16=settings.dtype == "bfloat16",
+        ),
+        num_workers=settings.workers,
+        num_streams=streams,
+        seed=settings.seed,
+        use_gpu=settings.use_gpu,
+        cpus_per_worker=settings.cpus_per_worker,
+        checkpoint_steps=settings.checkpoint_steps,
+        log_steps=settings.log_steps,
+        max_restarts=settings.max_restarts,
+    )
+    check_streams(job)
+    Storage(settings.output).probe()
+    return checkpoint, job
+
+
+def _source(settings: TrainSettings, checkpoint: Checkpoint) -> Callable[[], Task]:
+    path = str(checkpoint.root)
+    if settings.task == "vae":
+        terms = VAEObjective(settings.mse_weight, settings.kl_weight, settings.foreground_weight)
+        return VAESource(path, settings.fresh, terms, settings.seed)
+    num_frames = settings.num_frames or checkpoint.preset.max_num_frames
+    check_num_frames(num_frames)
+    objective = Objective(
+        tuple(settings.levels), tuple(settings.level_weights), settings.text_dropout, settings.first_frame_share
+    )
+    num_units = 1 + (num_frames - 1) // TEMPORAL_FACTOR
+    return TransformerSource(path, checkpoint.variant, settings.fresh, num_units, objective, settings.seed)
+
+
+def write_model(checkpoint: Checkpoint, job: TrainJob, weights: Mapping[str, Tensor], storage: Storage) -> None:
+    """Write the checkpoint with the trained part in its place to OUTPUT/model.
+
+    A VAE's latents get even scale, and their statistics go into pyramid.json.
+    """
+    model = job.make_task().model
+    model.load_state_dict(dict(weights))
+    part = checkpoint.transformer_folder.name
+    values: dict[str, object] = {}
+    if isinstance(model, CausalVideoVAE):
+        part = "causal_video_vae"
+        whiten(model, _latents(model, job))
+        values["statistics"] = asdict(measure_statistics(_latents(model, job)))
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "model"
+        shutil.copytree(checkpoint.root, whole, ignore=shutil.ignore_patterns(part))
+        model.save_pretrained(whole / part)
+        preset = whole / PRESET_FILE
+        known = json.loads(preset.read_text()) if preset.exists() else {}
+        preset.write_text(json.dumps(known | values, indent=2) + "\n")
+        for file in sorted(path for path in whole.rglob("*") if path.is_file()):
+            storage.put(f"model/{file.relative_to(whole).as_posix()}", file)
+    logger.info("wrote %s", storage.url("model"))
+
+
+@torch.no_grad()
+def _latents(vae: CausalVideoVAE, job: TrainJob) -> list[Tensor]:
+    """Return the latents of the first clips that are trained on."""
+    rows = chain.from_iterable(clips(table) for part in job.parts for _, table in read_blocks(part))
+    return [vae.encode_moments(pixels_of(clip)[None]).mean for clip in islice(rows, STATISTICS_CLIPS)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""`jobs.dataset` and `jobs.train` from clips to a model that renders; what is wrong is said before a cluster starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from jobs import dataset, train
+from pipeline.training.clips import clips
+from pyramid_flow import Checkpoint, PyramidFlowPipeline
+from pyramid_flow.toy.blank import write_blank_toy
+
+
+def run(module: str, *arguments: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def config(folder: Path, **values: object) -> list[str]:
+    path = folder / f"{values['task']}.yaml"
+    path.write_text(yaml.safe_dump({"fresh": True, "log_steps": 2, "checkpoint_steps": 2, **values}))
+    return ["--config", str(path)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Return a folder with a blank model and a table of clips."""
+    folder = tmp_path_factory.mktemp("world")
+    write_blank_toy(folder / "blank")
+    table = str(folder / "clips.parquet")
+    assert dataset.main(["world", "--output", table, "--count", "40", "--num-frames", "9", "--sizes", "large"]) == 0
+    return folder
+
+
+def test_the_world_is_a_table_of_clips_that_repeats(world, tmp_path):
+    again = tmp_path / "again.parquet"
+    flags = ["--count", "40", "--num-frames", "9", "--sizes", "large"]
+    assert dataset.main(["world", "--output", str(again), *flags]) == 0
+    table = pq.read_table(world / "clips.parquet")
+    assert table.equals(pq.read_table(again))
+    assert {clip.shape for clip in clips(table)} == {(9, 64, 64, 3)}
+    assert all("a large " in prompt for prompt in table["prompt"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"phases": [{"steps": 1, "batch_size": 3}], "workers": 2}, "batch_size 3 is not a multiple of streams 2"),
+        ({"streams": 3, "workers": 2}, "streams 3 is not a multiple of workers 2"),
+        ({"data": ["nowhere.parquet"]}, "nowhere.parquet"),
+        ({"model": "nowhere"}, "no checkpoint folder"),
+        ({"streams": 4, "phases": [{"steps": 1, "batch_size": 4}]}, "too few for 4 streams"),
+        ({"learning_rate": 1}, "no setting 'learning_rate'"),
+        ({"task": "transformer", "phases": [{"steps": 1, "batch_size": 2}] * 2}, "in one phase"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(world, tmp_path, caplog, capsys, values, reason):
+    given = {
+        "task": "vae",
+        "data": [str(world / "clips.parquet")],
+        "model": str(world / "blank"),
+        "output": str(tmp_path / "out"),
+        "phases": [{"steps": 1, "batch_size": 2}],
+    }
+    try:
+        code = train.main(config(tmp_path, **given | values))
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert reason in caplog.text + capsys.readouterr().err
+
+
+def test_unknown_commands_are_refused(caplog):
+    assert dataset.main([]) == 2
+    assert dataset.main(["mend"]) == 2
+    assert "world, encode" in caplog.text
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_from_clips_to_a_model_that_renders(world, tmp_path):
+    vae, latents, transformer = (tmp_path / name for name in ("vae", "latents", "transformer"))
+    phases = [{"steps": 2, "batch_size": 4, "num_frames": 1, "crop": 32}, {"steps": 2, "batch_size": 2}]
+    data = {"data": [str(world / "clips.parquet")], "model": str(world / "blank"), "output": str(vae)}
+    run("jobs.train", *config(tmp_path, task="vae", phases=phases, **data))
+    statistics = Checkpoint.open(vae / "model").preset.statistics
+    assert statistics != Checkpoint.open(world / "blank").preset.statistics
+    encode = ["--input", str(world / "clips.parquet"), "--output", str(latents), "--model", str(vae / "model")]
+    run("jobs.dataset", "encode", *encode)
+    data = {"data": [str(latents)], "model": str(vae / "model"), "output": str(transformer)}
+    phases = [{"steps": 4, "batch_size": 6}]
+    run("jobs.train", *config(tmp_path, task="transformer", phases=phases, num_frames=9, ema_decay=0.9, **data))
+    pipe = PyramidFlowPipeline.from_pretrained(transformer / "model", torch_dtype=torch.float32)
+    assert pipe("a red circle", num_frames=9).frames.shape == (1, 9, 64, 64, 3)

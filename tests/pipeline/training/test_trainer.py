@@ -1,0 +1,155 @@
+"""Training on Ray Train: the same weights on any number of workers, and after a worker was killed."""
+
+import os
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.inputs import list_parts, read_blocks
+from pipeline.training.clips import ENCODED_SCHEMA, encoded_row
+from pipeline.training.optimiser import OptimiserSettings
+from pipeline.training.tasks import Phase, TransformerSource, TransformerTask
+from pipeline.training.trainer import Training, TrainJob, fit, restore, save, train_step, trained_weights
+from pyramid_flow.training import Objective
+from tests.pyramid_flow.goldens import TINY_MINIFLUX, tiny_text_encoder
+
+STEPS, KILLED_AT = 20, 14
+SOURCE = TransformerSource(str(TINY_MINIFLUX), None, True, 3, Objective(), seed=0)
+
+
+class Fatal(TransformerTask):
+    """Kills its process once, at a step."""
+
+    def forward(self, table, samples, step, phase):
+        mark = Path(os.environ["FATAL_MARK"]) if "FATAL_MARK" in os.environ else None
+        if mark and step == KILLED_AT and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(table, samples, step, phase)
+
+
+@dataclass(frozen=True)
+class FatalSource:
+    """Makes a task whose process is killed once; mark: a file that says that it was."""
+
+    mark: Path
+
+    def __call__(self):
+        os.environ["FATAL_MARK"] = str(self.mark)
+        task = SOURCE()
+        task.__class__ = Fatal
+        return task
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Return the row groups of a table of encoded clips."""
+    encoder, generator = tiny_text_encoder(), torch.Generator().manual_seed(0)
+    rows = [
+        encoded_row(f"clip {number}", torch.randn(16, 3, 8, 8, generator=generator), encoder([f"clip {number}"]))
+        for number in range(24)
+    ]
+    path = tmp_path_factory.mktemp("encoded") / "part.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, ENCODED_SCHEMA), path, row_group_size=4)
+    return tuple(list_parts([str(path)]))
+
+
+def job(parts, storage, **values) -> TrainJob:
+    return TrainJob(
+        **{
+            "name": "transformer",
+            "storage": str(storage),
+            "make_task": SOURCE,
+            "parts": parts,
+            "phases": (Phase(STEPS, 6),),
+            "optimiser": OptimiserSettings(lr=1e-2, warmup_steps=5, ema_decay=0.9, bfloat16=False),
+            "num_workers": 1,
+            "num_streams": 2,
+            "seed": 0,
+            "cpus_per_worker": 0.5,
+            "checkpoint_steps": 5,
+            "log_steps": 5,
+            **values,
+        }
+    )
+
+
+def weights(training_job) -> tuple[Tensor, dict[str, float]]:
+    result = fit(training_job)
+    with result.checkpoint.as_directory() as folder:
+        tensors = trained_weights(Path(folder))
+    return torch.cat([tensor.flatten() for tensor in tensors.values()]), result.metrics
+
+
+@pytest.fixture(scope="module")
+def alone(cluster, parts, tmp_path_factory):
+    """Return the weights that one worker trains, and its last numbers."""
+    return weights(job(parts, tmp_path_factory.mktemp("alone")))
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_workers_train_the_same_weights_as_one(alone, parts, tmp_path):
+    expected, metrics = alone
+    assert metrics["step"] == STEPS
+    found, _ = weights(job(parts, tmp_path, num_workers=2))
+    assert distance(found, expected) <= 1e-4
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_worker_goes_on_from_its_checkpoint(alone, parts, tmp_path):
+    expected, _ = alone
+    mark = tmp_path / "killed"
+    found, metrics = weights(job(parts, tmp_path, make_task=FatalSource(mark)))
+    assert mark.exists()
+    assert metrics["step"] == STEPS
+    assert distance(found, expected) <= 1e-6
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_finished_training_run_again_goes_on_where_it_ended(cluster, parts, tmp_path):
+    short = job(parts, tmp_path, phases=(Phase(5, 6),))
+    first, metrics = weights(short)
+    assert metrics["step"] == 5
+    longer, metrics = weights(replace(short, phases=(Phase(10, 6),)))
+    assert metrics["step"] == 10
+    assert 0 < distance(longer, first) < 1
+
+
+def test_a_restored_training_goes_on_as_if_nothing_had_happened(parts, tmp_path):
+    own = job(parts, tmp_path)
+    table = pa.concat_tables([table for part in parts for _, table in read_blocks(part)])
+
+    def begun() -> Training:
+        torch.manual_seed(0)
+        task = SOURCE()
+        ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        return Training(task, task, torch.optim.AdamW(task.model.parameters()), ema)
+
+    def step(training: Training) -> None:
+        start = 6 * training.step
+        train_step(own, training, table.slice(start % 24, 6), range(6))
+
+    first, second = begun(), begun()
+    for _ in range(3):
+        step(first)
+    save(first, tmp_path)
+    restore(second, tmp_path)
+    assert second.step == 3
+    for training in (first, second):
+        step(training)
+    for name, tensor in first.ema.state_dict().items():
+        assert torch.equal(tensor, second.ema.state_dict()[name])
