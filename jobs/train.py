@@ -7,12 +7,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from jobs.settings import EXIT_WRONG_JOB, OWN_CLUSTER, TrainSettings, parse
 from pipeline import runner
@@ -22,7 +24,7 @@ from pipeline.storage import Storage
 from pipeline.training.clips import clips, pixels_of
 from pipeline.training.optimiser import OptimiserSettings
 from pipeline.training.tasks import Phase, Task, TransformerSource, VAESource
-from pipeline.training.trainer import TrainJob, check_streams, fit, trained_weights
+from pipeline.training.trainer import Metrics, TrainJob, check_streams, fit, trained_weights
 from pyramid_flow import CausalVideoVAE, Checkpoint
 from pyramid_flow.checkpoint import PRESET_FILE
 from pyramid_flow.errors import PyramidFlowError
@@ -53,8 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cpus = ceil(settings.workers * settings.cpus_per_worker) + 1  # one for what reads and controls
     resources = Resources(cpus, settings.workers if settings.use_gpu else 0)
     try:
-        with runner.session(None if own else settings.address, resources if own else None, log_to_driver=True):
-            trained = fit(job).checkpoint
+        with (
+            runner.session(None if own else settings.address, resources if own else None),
+            SummaryWriter(f"{job.storage}/tensorboard/{job.name}") as board,
+        ):
+            trained = fit(job, partial(_show, board)).checkpoint
             if trained is None:
                 raise TrainingError("no checkpoint was kept")
             with trained.as_directory() as folder:
@@ -66,6 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("the training broke: %s: %s; run it again to resume", type(error).__name__, error)
         return EXIT_BROKEN
     return 0
+
+
+def _show(board: SummaryWriter, metrics: Metrics) -> None:
+    """Log numbers, and draw them."""
+    step = int(metrics["step"])
+    numbers = {name: value for name, value in metrics.items() if name != "step"}
+    logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    for name, value in numbers.items():
+        board.add_scalar(name, value, step)
 
 
 def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:

@@ -195,15 +195,13 @@ def _batches(table: pa.Table) -> Iterator[Batch]:
 
 
 @contextmanager
-def session(
-    address: str | None, resources: Resources | None = None, *, log_to_driver: bool = False
-) -> Iterator[Resources]:
+def session(address: str | None, resources: Resources | None = None) -> Iterator[Resources]:
     """Connect to a Ray cluster, or start one on this machine, and yield what it offers; always disconnects.
 
-    address: one that is running, such as "auto"; None = a cluster of the job's own with the given resources;
-    log_to_driver: whether the output of workers is shown. Raises PlanError if there is no cluster at the address.
+    address: one that is running, such as "auto"; None = a cluster of the job's own with the given resources. Raises
+    PlanError if there is no cluster at the address.
     """
-    options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if resources is not None:
         # Logical CPUs only place tasks; with very few, the tasks around the stages could not be placed.
         cpus = max(resources.cpus, MIN_LOGICAL_CPUS)

@@ -1,21 +1,23 @@
 """Training on Ray Train: several workers with equal shares of every batch, checkpoints, and resume."""
 
 import json
-import logging
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray.data
 import ray.train
 import torch
-from ray.data import DataContext
+from ray.data import DataContext, TaskPoolStrategy
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
+from ray.util.queue import Queue
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -27,10 +29,11 @@ from pipeline.training.samples import Stream, Window, streams
 from pipeline.training.tasks import Phase, Task
 from pyramid_flow.training import optimizer_step
 
-logger = logging.getLogger(__name__)
-
 WEIGHTS, STATE = "training.safetensors", "state.json"
-READ_CPUS = 0.1
+Metrics = dict[str, float]
+"""Numbers to show, by name."""
+
+READ_TASKS, READ_CPUS = 1, 0.1  # per stream
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Means:
         for name, value in values.items():
             self.totals[name] += value
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> Metrics:
         """Return the means and begin anew."""
         means = {name: total / self.count for name, total in self.totals.items()}
         self.totals.clear()
@@ -111,11 +114,31 @@ def check_streams(job: TrainJob) -> None:
     streams(job.parts, job.num_streams, job.seed)
 
 
-def fit(job: TrainJob) -> ray.train.Result:
-    """Train on the connected Ray cluster; a run of the same name goes on from its last checkpoint."""
-    trainer = TorchTrainer(
+def fit(job: TrainJob, on_metrics: Callable[[Metrics], None] = lambda metrics: None) -> ray.train.Result:
+    """Train on the connected Ray cluster; a run of the same name goes on from its last checkpoint.
+
+    on_metrics is told means of the first worker's numbers, in a thread of its own.
+    """
+    told = Queue(actor_options={"num_cpus": 0})
+    listener = threading.Thread(target=_listen, args=(told, on_metrics), daemon=True)
+    listener.start()
+    try:
+        return _trainer(job, told).fit()
+    finally:
+        told.put(None)
+        listener.join()
+        told.shutdown()
+
+
+def _listen(told: Queue, on_metrics: Callable[[Metrics], None]) -> None:
+    while (metrics := told.get()) is not None:
+        on_metrics(metrics)
+
+
+def _trainer(job: TrainJob, told: Queue) -> TorchTrainer:
+    return TorchTrainer(
         _work,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "told": told},
         torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.num_workers, use_gpu=job.use_gpu, resources_per_worker={"CPU": job.cpus_per_worker}
@@ -127,12 +150,11 @@ def fit(job: TrainJob) -> ray.train.Result:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    return trainer.fit()
 
 
-def _work(config: dict[str, TrainJob]) -> None:
+def _work(config: dict[str, Any]) -> None:
     """Train as one of the workers."""
-    job = config["job"]
+    job, told = config["job"], config["told"]
     context = ray.train.get_context()
     training = begin(job, prepare=prepare_model)
     rank, means, started = context.get_world_rank(), Means(), time.monotonic()
@@ -140,6 +162,8 @@ def _work(config: dict[str, TrainJob]) -> None:
         means.add(**train_step(job, training, table, samples))
         if training.step % job.log_steps == 0 or training.step == job.num_steps:
             metrics = means.take() | {"step": training.step, "seconds": time.monotonic() - started}
+            if rank == 0:
+                told.put(metrics)
             _report(job, training, metrics, rank)
 
 
@@ -162,7 +186,7 @@ def begin(job: TrainJob, prepare: Callable[[nn.Module], nn.Module] = lambda modu
     return training
 
 
-def train_step(job: TrainJob, training: Training, table: pa.Table, samples: Sequence[int]) -> dict[str, float]:
+def train_step(job: TrainJob, training: Training, table: pa.Table, samples: Sequence[int]) -> Metrics:
     """Make one step; returns the numbers to show."""
     phase, settings = job.phase(training.step), job.optimiser
     for group in training.optimizer.param_groups:
@@ -223,6 +247,7 @@ def _tables(job: TrainJob, stream: Stream, columns: Sequence[str], first_step: i
         fn_args=(list(columns),),
         batch_size=1,
         batch_format="pyarrow",
+        compute=TaskPoolStrategy(size=READ_TASKS),
         num_cpus=READ_CPUS,
     )
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
@@ -234,16 +259,14 @@ def _read(table: pa.Table, columns: list[str]) -> Iterator[pa.Table]:
         yield Window(parts, tuple(record["order"])).read(columns)
 
 
-def _report(job: TrainJob, training: Training, metrics: dict[str, float], rank: int) -> None:
-    """Show the numbers of the first worker, and keep a checkpoint when it is time."""
+def _report(job: TrainJob, training: Training, metrics: Metrics, rank: int) -> None:
+    """Report to Ray Train, with a checkpoint when it is time."""
     is_due = training.step % job.checkpoint_steps == 0 or training.step == job.num_steps
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
-        if rank == 0:
-            logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-            if is_due:
-                save(training, Path(folder))
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
+        if rank == 0 and is_due:
+            save(training, Path(folder))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint)
 
 

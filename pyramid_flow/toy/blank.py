@@ -1,6 +1,10 @@
-"""The bundled model before its training: its architecture, in the published layout, with random weights."""
+"""The bundled model before its training: its architecture, in the published layout, with random weights.
+
+`python -m pyramid_flow.toy.blank FOLDER` writes it.
+"""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -64,3 +68,7 @@ def _vae() -> CausalVideoVAE:
         decoder_norm_num_groups=GROUPS,
     )
     return vae
+
+
+if __name__ == "__main__":
+    write_blank_toy(Path(sys.argv[1]))
