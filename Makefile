@@ -38,10 +38,15 @@ toy: $(TOY)/transformer/model/pyramid.json ## train the bundled model
 $(TOY)/blank/pyramid.json: | .venv/.test-installed
 	$(BIN)/python -m pyramid_flow.toy.blank $(@D)
 
-$(TOY)/clips.parquet: | .venv/.test-installed
-	$(BIN)/python -m jobs.dataset world --output $@ --count 3000 --side 64 --num-frames 33 --sizes medium --sizes large
+WORLD := $(BIN)/python -m jobs.dataset world --side 64 --sizes medium --sizes large
 
-$(TOY)/vae/model/pyramid.json: jobs/toy/vae.yaml $(TOY)/blank/pyramid.json $(TOY)/clips.parquet
+$(TOY)/images.parquet: | .venv/.test-installed
+	$(WORLD) --output $@ --count 20000 --num-frames 1 --seed 1
+
+$(TOY)/clips.parquet: | .venv/.test-installed
+	$(WORLD) --output $@ --count 3000 --num-frames 33 --seed 0
+
+$(TOY)/vae/model/pyramid.json: jobs/toy/vae.yaml $(TOY)/blank/pyramid.json $(addprefix $(TOY)/,images.parquet clips.parquet)
 	$(BIN)/python -m jobs.train --config $<
 
 $(TOY)/latents/part-000000.parquet: $(TOY)/vae/model/pyramid.json

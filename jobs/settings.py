@@ -220,6 +220,7 @@ class PhaseSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    data: list[str] = Field(min_length=1, description="tables (.parquet), files or folders")
     steps: Count
     batch_size: Count
     num_frames: Count | None = Field(None, description="frames of a clip that are used (default: all)")
@@ -239,12 +240,11 @@ class TrainSettings(JobSettings):
     model_config = SettingsConfigDict(cli_prog_name="python -m jobs.train")
 
     task: Literal["vae", "transformer"] = Field(description="what is trained")
-    data: list[str] = Field(min_length=1, description="tables (.parquet), files or folders; may be repeated")
     model: str = Field(min_length=1, description="checkpoint folder in the published layout")
     variant: str | None = Field(None, description="which transformer, if there are several")
     output: str = Field(min_length=1, description="folder for checkpoints, TensorBoard and the trained model")
     fresh: bool = Field(False, description="begin with new random weights instead of the checkpoint's")
-    phases: list[PhaseSettings] = Field(min_length=1, description="steps and batch sizes, one after another")
+    phases: list[PhaseSettings] = Field(min_length=1, description="data, steps and batch sizes, one after another")
     num_frames: Count | None = Field(None, description="frames of a clip that the transformer is trained on, 1 + 8k")
     levels: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], description="levels that samples train in turn")
     level_weights: list[float] = Field([1.0, 1.0, 1.0], description="weight of each level's loss")
@@ -296,8 +296,6 @@ class TrainSettings(JobSettings):
         for phase in self.phases:
             if phase.batch_size % streams:
                 raise ValueError(f"batch_size {phase.batch_size} is not a multiple of streams {streams}")
-        if self.task == "transformer" and len(self.phases) > 1:
-            raise ValueError("the transformer is trained in one phase")
         return self
 
 

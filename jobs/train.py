@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from jobs.settings import EXIT_WRONG_JOB, OWN_CLUSTER, TrainSettings, parse
+from jobs.settings import EXIT_WRONG_JOB, OWN_CLUSTER, PhaseSettings, TrainSettings, parse
 from pipeline import runner
 from pipeline.inputs import full_url, list_parts, read_blocks
 from pipeline.plan import Resources
@@ -91,8 +91,7 @@ def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
         name=settings.task,
         storage=full_url(settings.output).removeprefix("file://"),
         make_task=_source(settings, checkpoint),
-        parts=tuple(list_parts(settings.data)),
-        phases=tuple(Phase(**phase.model_dump()) for phase in settings.phases),
+        phases=tuple(_phase(phase) for phase in settings.phases),
         optimiser=OptimiserSettings(
             lr=settings.lr,
             betas=settings.betas,
@@ -115,6 +114,11 @@ def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
     check_streams(job)
     Storage(settings.output).probe()
     return checkpoint, job
+
+
+def _phase(settings: PhaseSettings) -> Phase:
+    parts = tuple(list_parts(settings.data))
+    return Phase(parts, settings.steps, settings.batch_size, settings.num_frames, settings.crop)
 
 
 def _source(settings: TrainSettings, checkpoint: Checkpoint) -> Callable[[], Task]:
@@ -158,8 +162,8 @@ def write_model(checkpoint: Checkpoint, job: TrainJob, weights: Mapping[str, Ten
 
 @torch.no_grad()
 def _latents(vae: CausalVideoVAE, job: TrainJob) -> list[Tensor]:
-    """Return the latents of the first clips that are trained on."""
-    rows = chain.from_iterable(clips(table) for part in job.parts for _, table in read_blocks(part))
+    """Return the latents of the first clips that are trained on last."""
+    rows = chain.from_iterable(clips(table) for part in job.phases[-1].parts for _, table in read_blocks(part))
     return [vae.encode_moments(pixels_of(clip)[None]).mean for clip in islice(rows, STATISTICS_CLIPS)]
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from pipeline.inputs import InputPart
 from pipeline.training.clips import CLIP_SCHEMA, ENCODED_SCHEMA, Frames, clips, encoded, pixels_of
 from pyramid_flow import (
     CausalVideoVAE,
@@ -32,8 +33,12 @@ class Loss:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a training: its steps and the samples of each; frames and crop (pixels) of a clip, None = all."""
+    """A part of a training: row groups of its table, its steps and the samples of each.
 
+    num_frames, crop: frames and side in pixels of what is cut out of a clip, None = all.
+    """
+
+    parts: tuple[InputPart, ...]
     steps: int
     batch_size: int
     num_frames: int | None = None

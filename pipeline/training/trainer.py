@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray.data
 import ray.train
 import torch
-from ray.data import DataContext, TaskPoolStrategy
+from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from safetensors.torch import load_file, save_file
@@ -33,21 +33,20 @@ WEIGHTS, STATE = "training.safetensors", "state.json"
 Metrics = dict[str, float]
 """Numbers to show, by name."""
 
-READ_TASKS, READ_CPUS = 1, 0.1  # per stream
+READ_TASKS, READ_CPUS, READ_AHEAD_BYTES = 1, 0.1, 2**29  # per stream
 
 
 @dataclass(frozen=True)
 class TrainJob:
     """A training that is checked.
 
-    make_task: builds the task in a worker; parts: row groups of the table; num_streams: divides the batch, and is
-    divided by the workers; seed: of data and draws.
+    make_task: builds the task in a worker; num_streams: divides every batch, and is divided by the workers; seed: of
+    data and draws.
     """
 
     name: str
     storage: str
     make_task: Callable[[], Task]
-    parts: tuple[InputPart, ...]
     phases: tuple[Phase, ...]
     optimiser: OptimiserSettings
     num_workers: int
@@ -63,18 +62,6 @@ class TrainJob:
     def num_steps(self) -> int:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
-
-    def phase(self, step: int) -> Phase:
-        """Return the phase of a step."""
-        for phase in self.phases:
-            if step < phase.steps:
-                return phase
-            step -= phase.steps
-        raise IndexError(step)
-
-    def num_samples(self, step: int) -> int:
-        """Return the samples of all steps before."""
-        return sum(self.phase(each).batch_size for each in range(step))
 
 
 @dataclass
@@ -110,8 +97,9 @@ class Means:
 
 
 def check_streams(job: TrainJob) -> None:
-    """Raise InputError if the table is too small for the streams."""
-    streams(job.parts, job.num_streams, job.seed)
+    """Raise InputError if a table is too small for the streams."""
+    for phase in job.phases:
+        streams(phase.parts, job.num_streams, job.seed)
 
 
 def fit(job: TrainJob, on_metrics: Callable[[Metrics], None] = lambda metrics: None) -> ray.train.Result:
@@ -158,8 +146,8 @@ def _work(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     training = begin(job, prepare=prepare_model)
     rank, means, started = context.get_world_rank(), Means(), time.monotonic()
-    for table, samples in batches(job, training.task.columns, training.step, rank, context.get_world_size()):
-        means.add(**train_step(job, training, table, samples))
+    for phase, table, samples in batches(job, training.task.columns, training.step, rank, context.get_world_size()):
+        means.add(**train_step(job, training, phase, table, samples))
         if training.step % job.log_steps == 0 or training.step == job.num_steps:
             metrics = means.take() | {"step": training.step, "seconds": time.monotonic() - started}
             if rank == 0:
@@ -186,9 +174,9 @@ def begin(job: TrainJob, prepare: Callable[[nn.Module], nn.Module] = lambda modu
     return training
 
 
-def train_step(job: TrainJob, training: Training, table: pa.Table, samples: Sequence[int]) -> Metrics:
+def train_step(job: TrainJob, training: Training, phase: Phase, table: pa.Table, samples: Sequence[int]) -> Metrics:
     """Make one step; returns the numbers to show."""
-    phase, settings = job.phase(training.step), job.optimiser
+    settings = job.optimiser
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(settings, training.step, job.num_steps)
     device = next(training.model.parameters()).device.type
@@ -203,18 +191,21 @@ def train_step(job: TrainJob, training: Training, table: pa.Table, samples: Sequ
 
 def batches(
     job: TrainJob, columns: Sequence[str], first_step: int, rank: int, num_workers: int
-) -> Iterator[tuple[pa.Table, list[int]]]:
-    """Yield a worker's share of every batch from a step on: rows, and their indices in the global batch.
+) -> Iterator[tuple[Phase, pa.Table, list[int]]]:
+    """Yield a worker's share of every batch from a step on: its phase, rows, and their indices in the global batch.
 
     Ray Data reads the windows of the worker's streams ahead.
     """
     numbers = range(rank, job.num_streams, num_workers)
-    dealt = streams(job.parts, job.num_streams, job.seed)
-    readers = [Reader(_tables(job, dealt[number], columns, first_step)) for number in numbers]
-    for step in range(first_step, job.num_steps):
-        size = job.phase(step).batch_size
-        tables = [reader.take(size // job.num_streams) for reader in readers]
-        yield pa.concat_tables(tables), [i for number in numbers for i in range(number, size, job.num_streams)]
+    for phase in job.phases:
+        skipped, first_step = min(first_step, phase.steps), max(0, first_step - phase.steps)
+        share = phase.batch_size // job.num_streams
+        dealt = streams(phase.parts, job.num_streams, job.seed)
+        first, count = share * skipped, share * (phase.steps - skipped)
+        readers = [Reader(_tables(dealt[number], columns, first, count)) for number in numbers]
+        samples = [index for number in numbers for index in range(number, phase.batch_size, job.num_streams)]
+        for _ in range(skipped, phase.steps):
+            yield phase, pa.concat_tables([reader.take(share) for reader in readers]), samples
 
 
 @dataclass
@@ -233,12 +224,11 @@ class Reader:
         return taken
 
 
-def _tables(job: TrainJob, stream: Stream, columns: Sequence[str], first_step: int) -> Iterator[pa.Table]:
-    """Yield a stream's rows from a step on, a window at a time."""
-    first = job.num_samples(first_step) // job.num_streams
-    count = job.num_samples(job.num_steps) // job.num_streams - first
+def _tables(stream: Stream, columns: Sequence[str], first: int, count: int) -> Iterator[pa.Table]:
+    """Yield so many rows of a stream from a row on, a window at a time."""
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=READ_AHEAD_BYTES)
     context.enable_progress_bars = False
     windows = [asdict(window) for window in stream.windows(first, count)]
     dataset: ray.data.Dataset = ray.data.from_items(windows, override_num_blocks=len(windows))

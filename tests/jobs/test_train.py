@@ -52,23 +52,17 @@ def test_the_world_is_a_table_of_clips_that_repeats(world, tmp_path):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"phases": [{"steps": 1, "batch_size": 3}], "workers": 2}, "batch_size 3 is not a multiple of streams 2"),
+        ({"workers": 4}, "batch_size 2 is not a multiple of streams 4"),
         ({"streams": 3, "workers": 2}, "streams 3 is not a multiple of workers 2"),
-        ({"data": ["nowhere.parquet"]}, "nowhere.parquet"),
+        ({"phases": [{"data": ["nowhere.parquet"], "steps": 1, "batch_size": 2}]}, "nowhere.parquet"),
         ({"model": "nowhere"}, "no checkpoint folder"),
-        ({"streams": 4, "phases": [{"steps": 1, "batch_size": 4}]}, "too few for 4 streams"),
+        ({"streams": 4, "batch_size": 4}, "too few for 4 streams"),
         ({"learning_rate": 1}, "no setting 'learning_rate'"),
-        ({"task": "transformer", "phases": [{"steps": 1, "batch_size": 2}] * 2}, "in one phase"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(world, tmp_path, caplog, capsys, values, reason):
-    given = {
-        "task": "vae",
-        "data": [str(world / "clips.parquet")],
-        "model": str(world / "blank"),
-        "output": str(tmp_path / "out"),
-        "phases": [{"steps": 1, "batch_size": 2}],
-    }
+    phase = {"data": [str(world / "clips.parquet")], "steps": 1, "batch_size": values.pop("batch_size", 2)}
+    given = {"task": "vae", "model": str(world / "blank"), "output": str(tmp_path / "out"), "phases": [phase]}
     try:
         code = train.main(config(tmp_path, **given | values))
     except SystemExit as error:
@@ -88,15 +82,16 @@ def test_unknown_commands_are_refused(caplog):
 @pytest.mark.timeout(900)
 def test_from_clips_to_a_model_that_renders(world, tmp_path):
     vae, latents, transformer = (tmp_path / name for name in ("vae", "latents", "transformer"))
-    phases = [{"steps": 2, "batch_size": 4, "num_frames": 1, "crop": 32}, {"steps": 2, "batch_size": 2}]
-    data = {"data": [str(world / "clips.parquet")], "model": str(world / "blank"), "output": str(vae)}
-    run("jobs.train", *config(tmp_path, task="vae", phases=phases, **data))
+    table = {"data": [str(world / "clips.parquet")], "steps": 2}
+    phases = [{**table, "batch_size": 4, "num_frames": 1, "crop": 32}, {**table, "batch_size": 2}]
+    places = {"model": str(world / "blank"), "output": str(vae)}
+    run("jobs.train", *config(tmp_path, task="vae", phases=phases, **places))
     statistics = Checkpoint.open(vae / "model").preset.statistics
     assert statistics != Checkpoint.open(world / "blank").preset.statistics
     encode = ["--input", str(world / "clips.parquet"), "--output", str(latents), "--model", str(vae / "model")]
     run("jobs.dataset", "encode", *encode)
-    data = {"data": [str(latents)], "model": str(vae / "model"), "output": str(transformer)}
-    phases = [{"steps": 4, "batch_size": 6}]
-    run("jobs.train", *config(tmp_path, task="transformer", phases=phases, num_frames=9, ema_decay=0.9, **data))
+    places = {"model": str(vae / "model"), "output": str(transformer)}
+    phases = [{"data": [str(latents)], "steps": 4, "batch_size": 6}]
+    run("jobs.train", *config(tmp_path, task="transformer", phases=phases, num_frames=9, ema_decay=0.9, **places))
     pipe = PyramidFlowPipeline.from_pretrained(transformer / "model", torch_dtype=torch.float32)
     assert pipe("a red circle", num_frames=9).frames.shape == (1, 9, 64, 64, 3)

@@ -67,8 +67,7 @@ def job(parts, storage, **values) -> TrainJob:
             "name": "transformer",
             "storage": str(storage),
             "make_task": SOURCE,
-            "parts": parts,
-            "phases": (Phase(STEPS, 6),),
+            "phases": (Phase(parts, STEPS, 6),),
             "optimiser": OptimiserSettings(lr=1e-2, warmup_steps=5, ema_decay=0.9, bfloat16=False),
             "num_workers": 1,
             "num_streams": 2,
@@ -121,10 +120,10 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(alone, parts, tmp_path):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_finished_training_run_again_goes_on_where_it_ended(cluster, parts, tmp_path):
-    short = job(parts, tmp_path, phases=(Phase(5, 6),))
+    short = job(parts, tmp_path, phases=(Phase(parts, 5, 6),))
     first, metrics = weights(short)
     assert metrics["step"] == 5
-    longer, metrics = weights(replace(short, phases=(Phase(10, 6),)))
+    longer, metrics = weights(replace(short, phases=(Phase(parts, 10, 6),)))
     assert metrics["step"] == 10
     assert 0 < distance(longer, first) < 1
 
@@ -141,7 +140,7 @@ def test_a_restored_training_goes_on_as_if_nothing_had_happened(parts, tmp_path)
 
     def step(training: Training) -> None:
         start = 6 * training.step
-        train_step(own, training, table.slice(start % 24, 6), range(6))
+        train_step(own, training, own.phases[0], table.slice(start % 24, 6), range(6))
 
     first, second = begun(), begun()
     for _ in range(3):
