@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain, islice
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from jobs.settings import EXIT_WRONG_JOB, OWN_CLUSTER, PhaseSettings, TrainSettings, parse
 from pipeline import runner
@@ -32,6 +33,9 @@ from pyramid_flow.sampling import TEMPORAL_FACTOR, check_num_frames
 from pyramid_flow.training import Objective
 from pyramid_flow.training.vae import VAEObjective, measure_statistics, whiten
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 EXIT_BROKEN, EXIT_INTERRUPTED = 1, 130
 STATISTICS_CLIPS = 128
 
@@ -39,7 +43,7 @@ logger = logging.getLogger("jobs.train")
 
 
 class TrainingError(PyramidFlowError):
-    """A training ended without a result."""
+    """A training cannot begin, or ended without a result."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PyramidFlowError as error:
         logger.error("jobs.train: %s", error)
         return EXIT_WRONG_JOB
+    from torch.utils.tensorboard import SummaryWriter  # an extra
+
     own = settings.address == OWN_CLUSTER
     cpus = ceil(settings.workers * settings.cpus_per_worker) + 1  # one for what reads and controls
     resources = Resources(cpus, settings.workers if settings.use_gpu else 0)
@@ -73,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show(board: SummaryWriter, metrics: Metrics) -> None:
+def _show(board: "SummaryWriter", metrics: Metrics) -> None:
     """Log numbers, and draw them."""
     step = int(metrics["step"])
     numbers = {name: value for name, value in metrics.items() if name != "step"}
@@ -84,6 +90,8 @@ def _show(board: SummaryWriter, metrics: Metrics) -> None:
 
 def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
     """Check what can be checked before a cluster is used; raises a PyramidFlowError if the job is wrong."""
+    if find_spec("tensorboard") is None:
+        raise TrainingError("training needs TensorBoard: pip install 'pyramid-render[train]'")
     checkpoint = Checkpoint.open(settings.model, settings.variant)
     checkpoint.check()
     streams = settings.streams or settings.workers
