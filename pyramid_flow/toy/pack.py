@@ -1,5 +1,6 @@
 """Put a trained model into the package: `python -m pyramid_flow.toy.pack FOLDER` copies it with weights in bfloat16."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,10 @@ def pack(folder: Path, target: Path = WEIGHTS) -> int:
         tensors = load_file(file)
         halved = {name: each.bfloat16() if each.is_floating_point() else each for name, each in tensors.items()}
         save_file(halved, file, metadata={"format": "pt"})
+    for file in target.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # a folder of the machine that trained it
+        file.write_text(json.dumps(config, indent=2) + "\n")
     return sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
 
 

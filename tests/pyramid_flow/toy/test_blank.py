@@ -1,5 +1,7 @@
 """The untrained model is a whole checkpoint of the published layout, and packing halves it."""
 
+import json
+
 import torch
 
 from pyramid_flow import Checkpoint
@@ -33,7 +35,10 @@ def test_its_text_encoder_knows_every_word_and_tells_captions_apart(tmp_path):
 
 def test_packing_keeps_the_model_in_half_the_bytes(tmp_path):
     write_blank_toy(tmp_path / "blank")
+    config = tmp_path / "blank" / "causal_video_vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": "/home/someone/model"}))
     size = pack(tmp_path / "blank", tmp_path / "packed")
+    assert "someone" not in (tmp_path / "packed" / "causal_video_vae" / "config.json").read_text()
     assert size < 25e6
     before, after = (Checkpoint.open(tmp_path / name).load_vae(torch.float32, "cpu") for name in ("blank", "packed"))
     for old, new in zip(before.parameters(), after.parameters(), strict=True):
