@@ -4,13 +4,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from jobs.settings import EXIT_WRONG_JOB, CompactSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, CompactSettings, parse
 from pipeline import compact, ledger
 from pipeline.rows import plain_text
 from pipeline.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
 
-EXIT_BROKEN, EXIT_INTERRUPTED = 1, 130
 SHOWN_ORPHANS = 20
 
 

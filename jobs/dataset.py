@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from jobs.settings import EXIT_WRONG_JOB, OWN_CLUSTER, EncodeSettings, WorldSettings, parse
+from jobs.settings import EXIT_WRONG_JOB, EncodeSettings, WorldSettings, parse
 from pipeline import runner
 from pipeline.inputs import list_parts
 from pipeline.plan import Resources
@@ -64,7 +64,7 @@ def encode_clips(argv: Sequence[str]) -> None:
     storage = Storage(settings.output)
     storage.probe()
     source = Source(settings.model, "cuda" if settings.use_gpu else "cpu", DTYPES[settings.dtype])
-    own = settings.address == OWN_CLUSTER
+    own = settings.own_cluster
     resources = Resources(settings.workers + 1, settings.workers if settings.use_gpu else 0)
     with (
         runner.session(None if own else settings.address, resources if own else None),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from jobs.progress import Progress
-from jobs.settings import EXIT_WRONG_JOB, RenderSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, RenderSettings, parse
 from jobs.summary import SUMMARY_COLUMNS, num_failed, plan_text, summary_text
 from pipeline import ledger, runner
 from pipeline.costs import Costs, expected_costs, flops_estimate, read_measured
@@ -28,7 +28,7 @@ from pipeline.worklist import RowRules, scan
 from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
 
-EXIT_BROKEN, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_SOME_FAILED = 3
 
 logger = logging.getLogger("pyramid-render")
 
@@ -82,22 +82,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     check_apart(settings.input, storage.uri)
     device = _device(settings, resources)
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
-    target = Job(
-        model_path=str(checkpoint.root),
-        variant=checkpoint.transformer_folder.name,
-        device=device,
-        dtype=dtype,
-        output=storage.uri,
-        image_root=full_url(settings.image_root) if settings.image_root else folder_of(settings.input[0]),
-        image_hosts=frozenset(settings.allow_image_host),
-        decode_window=settings.decode_window,
-        tile=settings.tile,
-        batch_size=settings.batch_size,
-        workers=settings.workers,
-        gpu_shares=settings.gpu_shares,
-        encoder_threads=settings.ffmpeg_threads,
-        layout=settings.layout,
-    )
+    target = _target(settings, checkpoint, storage, device, dtype)
     make_plan(target, resources)  # a plan that cannot fit is said before the input is read
     rules = RowRules(checkpoint.preset, settings.allow_untrained)
     worklist = scan(parts, rules)
@@ -135,6 +120,26 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         max_failures=settings.max_failures,
         grace_s=settings.grace_s,
         stall_s=settings.stall_s,
+    )
+
+
+def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, device: str, dtype: str) -> Job:
+    """Return what is to be planned."""
+    return Job(
+        model_path=str(checkpoint.root),
+        variant=checkpoint.transformer_folder.name,
+        device=device,
+        dtype=dtype,
+        output=storage.uri,
+        image_root=full_url(settings.image_root) if settings.image_root else folder_of(settings.input[0]),
+        image_hosts=frozenset(settings.allow_image_host),
+        decode_window=settings.decode_window,
+        tile=settings.tile,
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        gpu_shares=settings.gpu_shares,
+        encoder_threads=settings.ffmpeg_threads,
+        layout=settings.layout,
     )
 
 

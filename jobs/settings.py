@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, PydanticBa
 from pipeline.fetch import host_name
 from pipeline.plan import Layout
 
-EXIT_WRONG_JOB = 2
+EXIT_BROKEN, EXIT_WRONG_JOB, EXIT_INTERRUPTED = 1, 2, 130
 OWN_CLUSTER = "local"
 
 Count = Annotated[int, Field(ge=1)]
@@ -57,6 +57,21 @@ class JobSettings(BaseSettings):
         return (init_settings,)
 
 
+class ClusterSettings(JobSettings):
+    """Base of the settings of jobs that run on Ray."""
+
+    address: str = Field(
+        default_factory=lambda: os.environ.get("RAY_ADDRESS") or OWN_CLUSTER,
+        description='a running Ray cluster, such as "auto", or "local" for one of its own (default: RAY_ADDRESS, '
+        "which is set in a submitted job, else local)",
+    )
+
+    @property
+    def own_cluster(self) -> bool:
+        """Whether the job starts a Ray cluster of its own on this machine."""
+        return self.address == OWN_CLUSTER
+
+
 class DemoSettings(JobSettings):
     """Render the sample table with a tiny random model on this machine's CPU: the videos are coloured noise."""
 
@@ -88,7 +103,7 @@ class CompactSettings(JobSettings):
     delete_orphans: bool = Field(False, description="delete the orphans that are older than 24 hours")
 
 
-class RenderSettings(JobSettings):
+class RenderSettings(ClusterSettings):
     """Render a table of prompts to videos.
 
     The input's columns are the fields of a request: prompt (required), id, negative_prompt, image (bytes or a URI),
@@ -114,11 +129,6 @@ class RenderSettings(JobSettings):
     allow_untrained: bool = Field(False, description="accept sizes and lengths the model was not trained for")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is a GPU")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = float32 on cpu, else bfloat16")
-    address: str = Field(
-        default_factory=lambda: os.environ.get("RAY_ADDRESS") or OWN_CLUSTER,
-        description='a running Ray cluster, such as "auto", or "local" for one of its own (default: RAY_ADDRESS, '
-        "which is set in a submitted job, else local)",
-    )
     gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs to plan for (default: those there are)")
     layout: Layout = Field(
         "auto",
@@ -184,11 +194,6 @@ class RenderSettings(JobSettings):
         return value
 
     @property
-    def own_cluster(self) -> bool:
-        """Whether the job starts a Ray cluster of its own on this machine."""
-        return self.address == OWN_CLUSTER
-
-    @property
     def shard_of(self) -> tuple[int, int]:
         """The number of the part to render, from 1, and of how many."""
         number, count = (self.shard or "1/1").split("/")
@@ -227,7 +232,7 @@ class PhaseSettings(BaseModel):
     crop: Count | None = Field(None, description="side in pixels of what is cut out of a clip (default: all of it)")
 
 
-class TrainSettings(JobSettings):
+class TrainSettings(ClusterSettings):
     """Train the VAE or the transformer of a checkpoint, from new weights or from its own.
 
     The data are tables: clips with captions for the VAE (jobs/dataset.py world), encoded clips for the transformer
@@ -247,7 +252,9 @@ class TrainSettings(JobSettings):
     phases: list[PhaseSettings] = Field(min_length=1, description="data, steps and batch sizes, one after another")
     num_frames: Count | None = Field(None, description="frames of a clip that the transformer is trained on, 1 + 8k")
     levels: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], description="levels that samples train in turn")
-    level_weights: list[float] = Field([1.0, 1.0, 1.0], description="weight of each level's loss")
+    level_weights: list[float] = Field(
+        [1.0, 1.0, 1.0], min_length=3, max_length=3, description="weight of each level's loss"
+    )
     text_dropout: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="share of prompts left empty")
     first_frame_share: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="share of samples that train the first frame (default: as any other)"
@@ -276,10 +283,6 @@ class TrainSettings(JobSettings):
     checkpoint_steps: Count = Field(500, description="keep a checkpoint every so many steps")
     log_steps: Count = Field(50, description="show means every so many steps")
     max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="restarts after lost workers before it gives up")
-    address: str = Field(
-        default_factory=lambda: os.environ.get("RAY_ADDRESS") or OWN_CLUSTER,
-        description='a running Ray cluster, or "local" for one of its own (default: RAY_ADDRESS, else local)',
-    )
 
     @field_validator("levels")
     @classmethod
@@ -296,6 +299,8 @@ class TrainSettings(JobSettings):
         for phase in self.phases:
             if phase.batch_size % streams:
                 raise ValueError(f"batch_size {phase.batch_size} is not a multiple of streams {streams}")
+            if self.task == "transformer" and (phase.num_frames or phase.crop):
+                raise ValueError("num_frames and crop of a phase cut clips for the VAE only")
         return self
 
 
@@ -314,7 +319,7 @@ class WorldSettings(JobSettings):
     seed: int = Field(0, description="of what is drawn")
 
 
-class EncodeSettings(JobSettings):
+class EncodeSettings(ClusterSettings):
     """Turn a table of clips into latents and text embeddings, with the VAE and text encoders of a checkpoint.
 
     Parts that are there already are left alone, so the same command goes on where it stopped.
@@ -328,10 +333,6 @@ class EncodeSettings(JobSettings):
     workers: Count = Field(1, description="workers that encode")
     use_gpu: bool = Field(False, description="one GPU per worker")
     dtype: Literal["bfloat16", "float32"] = Field("float32", description="of the VAE's and the encoders' weights")
-    address: str = Field(
-        default_factory=lambda: os.environ.get("RAY_ADDRESS") or OWN_CLUSTER,
-        description='a running Ray cluster, or "local" for one of its own (default: RAY_ADDRESS, else local)',
-    )
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

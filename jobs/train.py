@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jobs.settings import EXIT_WRONG_JOB, OWN_CLUSTER, PhaseSettings, TrainSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, PhaseSettings, TrainSettings, parse
 from pipeline import runner
 from pipeline.inputs import full_url, list_parts, read_blocks
 from pipeline.plan import Resources
 from pipeline.storage import Storage
 from pipeline.training.clips import clips, pixels_of
-from pipeline.training.optimiser import OptimiserSettings
+from pipeline.training.optimizer import OptimizerSettings
 from pipeline.training.tasks import Phase, Task, TransformerSource, VAESource
 from pipeline.training.trainer import Metrics, TrainJob, check_streams, fit, trained_weights
 from pyramid_flow import CausalVideoVAE, Checkpoint
@@ -36,7 +36,6 @@ from pyramid_flow.training.vae import VAEObjective, measure_statistics, whiten
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-EXIT_BROKEN, EXIT_INTERRUPTED = 1, 130
 STATISTICS_CLIPS = 128
 
 logger = logging.getLogger("jobs.train")
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_WRONG_JOB
     from torch.utils.tensorboard import SummaryWriter  # an extra
 
-    own = settings.address == OWN_CLUSTER
+    own = settings.own_cluster
     cpus = ceil(settings.workers * settings.cpus_per_worker) + 1  # one for what reads and controls
     resources = Resources(cpus, settings.workers if settings.use_gpu else 0)
     try:
@@ -100,7 +99,7 @@ def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
         storage=full_url(settings.output).removeprefix("file://"),
         make_task=_source(settings, checkpoint),
         phases=tuple(_phase(phase) for phase in settings.phases),
-        optimiser=OptimiserSettings(
+        optimizer=OptimizerSettings(
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.training.optimiser import OptimiserSettings, learning_rate, parameter_groups
+from pipeline.training.optimizer import OptimizerSettings, learning_rate, parameter_groups
 from pipeline.training.samples import Stream, Window, streams
 from pipeline.training.tasks import Phase, Task
 from pyramid_flow.training import optimizer_step
@@ -46,7 +46,7 @@ class TrainJob:
     storage: str
     make_task: Callable[[], Task]
     phases: tuple[Phase, ...]
-    optimiser: OptimiserSettings
+    optimizer: OptimizerSettings
     num_workers: int
     num_streams: int
     seed: int
@@ -142,27 +142,29 @@ def _work(config: dict[str, Any]) -> None:
     """Train as one of the workers."""
     job, told = config["job"], config["told"]
     context = ray.train.get_context()
-    training = begin(job, prepare=prepare_model)
+    training = begin(job)
     rank, means, started = context.get_world_rank(), Means(), time.monotonic()
     for phase, table, samples in batches(job, training.task.columns, training.step, rank, context.get_world_size()):
         means.add(**train_step(job, training, phase, table, samples))
-        if training.step % job.log_steps == 0 or training.step == job.num_steps:
+        is_last = training.step == job.num_steps
+        keep = is_last or training.step % job.checkpoint_steps == 0
+        if keep or training.step % job.log_steps == 0:
             metrics = means.take() | {"step": training.step, "seconds": time.monotonic() - started}
             if rank == 0:
                 told.put(metrics)
-            _report(job, training, metrics, rank)
+            _report(training if keep and rank == 0 else None, metrics)
 
 
-def begin(job: TrainJob, prepare: Callable[[nn.Module], nn.Module] = lambda module: module) -> Training:
+def begin(job: TrainJob) -> Training:
     """Build what is trained, and go on from the last checkpoint if there is one."""
     torch.manual_seed(job.seed)
     task = job.make_task()
     model = task.model
-    decay = job.optimiser.ema_decay
+    decay = job.optimizer.ema_decay
     training = Training(
         task=task,
-        model=prepare(task.to(get_device() if job.use_gpu else "cpu")),
-        optimizer=AdamW(parameter_groups(model, job.optimiser), lr=job.optimiser.lr, betas=job.optimiser.betas),
+        model=prepare_model(task.to(get_device() if job.use_gpu else "cpu")),
+        optimizer=AdamW(parameter_groups(model, job.optimizer), lr=job.optimizer.lr, betas=job.optimizer.betas),
         ema=AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None,
     )
     checkpoint = ray.train.get_checkpoint()
@@ -174,7 +176,7 @@ def begin(job: TrainJob, prepare: Callable[[nn.Module], nn.Module] = lambda modu
 
 def train_step(job: TrainJob, training: Training, phase: Phase, table: pa.Table, samples: Sequence[int]) -> Metrics:
     """Make one step; returns the numbers to show."""
-    settings = job.optimiser
+    settings = job.optimizer
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(settings, training.step, job.num_steps)
     device = next(training.model.parameters()).device.type
@@ -234,13 +236,12 @@ def _tables(stream: Stream, columns: Sequence[str], first: int, count: int) -> I
         yield ray.get(ahead.popleft())
 
 
-def _report(job: TrainJob, training: Training, metrics: Metrics, rank: int) -> None:
-    """Report to Ray Train, with a checkpoint when it is time."""
-    is_due = training.step % job.checkpoint_steps == 0 or training.step == job.num_steps
+def _report(kept: Training | None, metrics: Metrics) -> None:
+    """Report to Ray Train, with a checkpoint of what is to be kept."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
-        if rank == 0 and is_due:
-            save(training, Path(folder))
+        if kept is not None:
+            save(kept, Path(folder))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint)
 

@@ -1,4 +1,4 @@
-"""One training step of the transformer, on any device: losses of a batch, and the optimiser's step on their mean."""
+"""One training step of the transformer, on any device: losses of a batch, and the optimizer's step on their mean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

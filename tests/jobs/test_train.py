@@ -57,11 +57,15 @@ def test_the_world_is_a_table_of_clips_that_repeats(world, tmp_path):
         ({"phases": [{"data": ["nowhere.parquet"], "steps": 1, "batch_size": 2}]}, "nowhere.parquet"),
         ({"model": "nowhere"}, "no checkpoint folder"),
         ({"streams": 4, "batch_size": 4}, "too few for 4 streams"),
+        ({"level_weights": [1.0]}, "at least 3 items"),
+        ({"task": "transformer", "crop": 32}, "for the VAE only"),
         ({"learning_rate": 1}, "no setting 'learning_rate'"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(world, tmp_path, caplog, capsys, values, reason):
-    phase = {"data": [str(world / "clips.parquet")], "steps": 1, "batch_size": values.pop("batch_size", 2)}
+    phase = {"data": [str(world / "clips.parquet")], "steps": 1, "batch_size": 2}
+    values = dict(values)
+    phase |= {name: values.pop(name) for name in ("batch_size", "crop") if name in values}
     given = {"task": "vae", "model": str(world / "blank"), "output": str(tmp_path / "out"), "phases": [phase]}
     try:
         code = train.main(config(tmp_path, **given | values))

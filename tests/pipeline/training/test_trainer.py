@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.inputs import list_parts, read_blocks
 from pipeline.training.clips import ENCODED_SCHEMA, encoded_row
-from pipeline.training.optimiser import OptimiserSettings
+from pipeline.training.optimizer import OptimizerSettings
 from pipeline.training.tasks import Phase, TransformerSource, TransformerTask
 from pipeline.training.trainer import Training, TrainJob, fit, restore, save, train_step, trained_weights
 from pyramid_flow.training import Objective
@@ -68,7 +68,7 @@ def job(parts, storage, **values) -> TrainJob:
             "storage": str(storage),
             "make_task": SOURCE,
             "phases": (Phase(parts, STEPS, 6),),
-            "optimiser": OptimiserSettings(lr=1e-2, warmup_steps=5, ema_decay=0.9, bfloat16=False),
+            "optimizer": OptimizerSettings(lr=1e-2, warmup_steps=5, ema_decay=0.9, bfloat16=False),
             "num_workers": 1,
             "num_streams": 2,
             "seed": 0,

@@ -8,7 +8,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class OptimiserSettings:
+class OptimizerSettings:
     """AdamW with a linear warm-up to `lr`, then constant or a half cosine to a fiftieth of it.
 
     ema_decay: of the running mean of the weights, which is what a training gives in the end; None = no mean. bfloat16:
@@ -28,14 +28,14 @@ class OptimiserSettings:
 LEAST_SHARE = 0.02
 
 
-def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> float:
+def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> float:
     """Return the learning rate of a step, counted from 0."""
     warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
     share = 0.5 * (1 + cos(pi * step / num_steps)) if settings.decay == "cosine" else 1.0
     return settings.lr * warmup * max(LEAST_SHARE, share)
 
 
-def parameter_groups(model: nn.Module, settings: OptimiserSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Return the weights that are trained in two groups: matrices and kernels decay, scales and biases do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decaying = [parameter for parameter in trained if parameter.ndim >= 2]
