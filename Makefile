@@ -49,8 +49,12 @@ $(TOY)/clips.parquet: | .venv/.test-installed
 $(TOY)/vae/model/pyramid.json: jobs/toy/vae.yaml $(TOY)/blank/pyramid.json $(addprefix $(TOY)/,images.parquet clips.parquet)
 	$(BIN)/python -m jobs.train --config $<
 
-$(TOY)/latents/part-000000.parquet: $(TOY)/vae/model/pyramid.json
-	$(BIN)/python -m jobs.dataset encode --input $(TOY)/clips.parquet --output $(@D) --model $(<D)
+$(TOY)/scenes.parquet: | .venv/.test-installed
+	$(WORLD) --output $@ --count 8000 --num-frames 33 --seed 2
+
+$(TOY)/latents/part-000000.parquet: $(TOY)/vae/model/pyramid.json $(TOY)/scenes.parquet
+	$(BIN)/python -m jobs.dataset encode --input $(TOY)/scenes.parquet --output $(@D) --model $(<D) \
+		--dtype bfloat16 --workers 2
 
 $(TOY)/transformer/model/pyramid.json: jobs/toy/transformer.yaml $(TOY)/latents/part-000000.parquet
 	$(BIN)/python -m jobs.train --config $<

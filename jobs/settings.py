@@ -272,6 +272,7 @@ class TrainSettings(ClusterSettings):
         None, description="of a running mean of the weights, which is then the result (default: no mean)"
     )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the arithmetic; weights are float32")
+    compile: bool = Field(False, description="compile the transformer's blocks: minutes at first, faster steps after")
     workers: Count = Field(1, description="workers that share every batch")
     streams: Count | None = Field(
         None,
@@ -301,6 +302,8 @@ class TrainSettings(ClusterSettings):
                 raise ValueError(f"batch_size {phase.batch_size} is not a multiple of streams {streams}")
             if self.task == "transformer" and (phase.num_frames or phase.crop):
                 raise ValueError("num_frames and crop of a phase cut clips for the VAE only")
+        if self.task == "vae" and self.compile:
+            raise ValueError("compile is for the transformer only")
         return self
 
 

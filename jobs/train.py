@@ -113,6 +113,7 @@ def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
         num_streams=streams,
         seed=settings.seed,
         use_gpu=settings.use_gpu,
+        compile=settings.compile,
         cpus_per_worker=settings.cpus_per_worker,
         checkpoint_steps=settings.checkpoint_steps,
         log_steps=settings.log_steps,

@@ -1,4 +1,4 @@
-"""Rotary position embedding and the one attention function of both transformers."""
+"""Rotary position embedding and the attention of both transformers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from torch import Tensor
 from pyramid_flow.tokens import PrefixLayout
 
 ROPE_BASE = 10000.0
+SHORT = 128
+"""Keys up to which `MaskedAttention` is faster on a CPU; it also has one graph for all layouts when compiled."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,76 @@ def rotary_table(ids: Tensor, axes_dims: Sequence[int], device: torch.device) ->
     return RotaryTable(table.cos().float().to(device), table.sin().float().to(device))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, key_mask: Tensor | None) -> Tensor:
-    """Softmax attention in which every segment of queries sees a prefix of the keys.
+@dataclass(frozen=True)
+class PrefixAttention:
+    """Softmax attention in which every segment of queries sees a prefix of the keys, segment by segment.
 
-    q [B,H,Q,D] with Q = layout.num_queries; k, v [B,H,S,D]; key_mask bool [B,1,1,S], False for padding, or None when
-    no key is padding, so that the fused kernels run without a mask. Returns [B,Q,H*D].
+    key_mask: bool [B,1,1,S], False for padding, or None when no key is padding, so that the fused kernels run without a
+    mask.
     """
-    outputs = []
-    for queries, end in zip(q.split(layout.query_lengths, dim=2), layout.key_ends, strict=True):
-        mask = None if key_mask is None else key_mask[..., :end]
-        outputs.append(F.scaled_dot_product_attention(queries, k[:, :, :end], v[:, :, :end], attn_mask=mask))
-    return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
+
+    layout: PrefixLayout
+    key_mask: Tensor | None
+
+    @property
+    def num_queries(self) -> int:
+        """Number of tokens that ask, counted from the end of the sequence."""
+        return self.layout.num_queries
+
+    def last(self, num_tokens: int) -> "PrefixAttention":
+        """Return the attention in which only the last tokens ask; they see the whole sequence."""
+        return PrefixAttention(self.layout.current_only(num_tokens), self.key_mask)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B,H,Q,D] with Q = num_queries; k, v [B,H,S,D] -> [B,Q,H*D]."""
+        outputs = []
+        for queries, end in zip(q.split(self.layout.query_lengths, dim=2), self.layout.key_ends, strict=True):
+            mask = None if self.key_mask is None else self.key_mask[..., :end]
+            outputs.append(F.scaled_dot_product_attention(queries, k[:, :, :end], v[:, :, :end], attn_mask=mask))
+        return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class MaskedAttention:
+    """The same as two matrix products and a mask: seen, bool [B,1,Q,S], is False where a query must not look."""
+
+    seen: Tensor
+
+    @property
+    def num_queries(self) -> int:
+        """Number of tokens that ask, counted from the end of the sequence."""
+        return self.seen.shape[2]
+
+    def last(self, num_tokens: int) -> "MaskedAttention":
+        """Return the attention in which only the last tokens ask."""
+        return MaskedAttention(self.seen[:, :, -num_tokens:])
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B,H,Q,D] with Q = num_queries; k, v [B,H,S,D] -> [B,Q,H*D]."""
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        mixed: Tensor = scores.masked_fill(~self.seen, -torch.inf).softmax(dim=-1) @ v
+        return mixed.transpose(1, 2).flatten(2)
+
+
+Attention = PrefixAttention | MaskedAttention
+
+
+def attention(layout: PrefixLayout, key_mask: Tensor | None, batch: int, device: torch.device) -> Attention:
+    """Return the fastest attention for a layout: one mask for short sequences on a CPU, else prefixes.
+
+    key_mask: bool [B,S], False for padding, or None when no key is padding.
+    """
+    if device.type != "cpu" or layout.key_ends[-1] > SHORT:
+        return PrefixAttention(layout, None if key_mask is None else key_mask[:, None, None])
+    keys = torch.arange(layout.key_ends[-1])
+    ends = torch.tensor(layout.key_ends).repeat_interleave(torch.tensor(layout.query_lengths))
+    seen = (keys < ends[:, None]).expand(batch, 1, -1, -1)
+    return MaskedAttention(seen if key_mask is None else seen & key_mask[:, None, None])
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What every block's attention needs beside its tokens."""
+
+    rotary: RotaryTable
+    attention: Attention

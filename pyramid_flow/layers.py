@@ -1,27 +1,16 @@
 """Layers shared by both transformers: modulation, feed-forward, conditioning embedding and the joint block."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pyramid_flow.attention import RotaryTable, attention
-from pyramid_flow.tokens import PrefixLayout
+from pyramid_flow.attention import AttentionContext
 
 LAYER_NORM_EPS = 1e-6
 TIMESTEP_CHANNELS = 256
-
-
-@dataclass(frozen=True)
-class AttentionContext:
-    """What every block's attention needs beside its tokens; see `attention.attention`."""
-
-    rotary: RotaryTable
-    layout: PrefixLayout
-    key_mask: Tensor | None
 
 
 def timestep_embedding(timestep: Tensor) -> Tensor:
@@ -146,7 +135,7 @@ class JointAttention(nn.Module):
         q = context.rotary.rotate(torch.cat([q_text, q_image], dim=2))
         k = context.rotary.rotate(torch.cat([k_text, k_image], dim=2))
         v = torch.cat([v_text, v_image], dim=2)
-        mixed = attention(q, k, v, context.layout, context.key_mask)
+        mixed = context.attention(q, k, v)
         text_out, image_out = mixed.split([text.shape[1], image.shape[1]], dim=1)
         return self.to_out[0](image_out), self.to_add_out(text_out)
 

@@ -11,10 +11,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyramid_flow.attention import RotaryTable, attention, rotary_table
+from pyramid_flow.attention import AttentionContext, RotaryTable, attention, rotary_table
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.layers import (
-    AttentionContext,
     ConditioningEmbedding,
     JointBlock,
     Modulation,
@@ -63,7 +62,7 @@ class SingleAttention(nn.Module):
         k = self.norm_k(split_heads(self.to_k(tokens), self.num_heads))
         v = split_heads(self.to_v(tokens), self.num_heads)
         rotate = context.rotary.rotate
-        return attention(rotate(q), rotate(k), v, context.layout, context.key_mask)
+        return context.attention(rotate(q), rotate(k), v)
 
 
 class SingleBlock(nn.Module):
@@ -77,10 +76,10 @@ class SingleBlock(nn.Module):
         self.proj_out = nn.Linear(5 * dim, dim)
 
     def forward(self, z: Tensor, activated: Tensor, context: AttentionContext) -> Tensor:
-        """z [B,S,D] -> the last `layout.num_queries` tokens [B,Q,D]."""
+        """z [B,S,D] -> the last `attention.num_queries` tokens [B,Q,D]."""
         shift, scale, gate = self.norm(activated)
         tokens = modulate(z, shift, scale)
-        asking = tokens[:, -context.layout.num_queries :]
+        asking = tokens[:, -context.attention.num_queries :]
         mlp = F.gelu(self.proj_mlp(asking), approximate="tanh")
         features = torch.cat([self.attn(asking, tokens, context), mlp], dim=-1)
         out: Tensor = z[:, -asking.shape[1] :] + gate * self.proj_out(features)
@@ -94,6 +93,7 @@ class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     and level, `forward` at every step. `in_channels` counts a patch: 16 latent channels x 2 x 2.
     """
 
+    _repeated_blocks = ("JointBlock", "SingleBlock")  # type: ignore[assignment]
     _no_split_modules = ("JointBlock", "SingleBlock")  # type: ignore[assignment]
     _supports_gradient_checkpointing = True
 
@@ -187,8 +187,9 @@ class PyramidFluxTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         height, width = latents.shape[-2:]
         current = self.x_embedder(patchify(latents.to(self.dtype)))
         activated = F.silu(self.time_text_embed(timestep, text.pooled))
-        context = AttentionContext(history.rotary, history.layout, key_mask(text, history.layout))
-        last = AttentionContext(context.rotary, context.layout.current_only(current.shape[1]), context.key_mask)
+        everything = attention(history.layout, key_mask(text, history.layout), len(latents), latents.device)
+        context = AttentionContext(history.rotary, everything)
+        last = AttentionContext(history.rotary, everything.last(current.shape[1]))
 
         x, y = torch.cat([history.tokens, current], dim=1), text.tokens
         for block in self.transformer_blocks:
@@ -219,8 +220,8 @@ def _check_clip(name: str, shape: Sequence[int], batch: int, channels: int, num_
 
 
 def key_mask(text: TextState, layout: PrefixLayout) -> Tensor | None:
-    """Return [B,1,1,S], False for text pads, or None when there are none."""
+    """Return bool [B,S], False for text pads, or None when there are none."""
     if text.mask is None:
         return None
     tokens = layout.key_ends[-1] - text.mask.shape[1]
-    return F.pad(text.mask, (0, tokens), value=True)[:, None, None]
+    return F.pad(text.mask, (0, tokens), value=True)

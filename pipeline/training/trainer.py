@@ -31,6 +31,9 @@ WEIGHTS, STATE = "training.safetensors", "state.json"
 Metrics = dict[str, float]
 """Numbers to show, by name."""
 
+COMPILED_GRAPHS = 64
+"""Graphs of a block at most: sizes of 1 are compiled apart from others, and so is each width of the last queries."""
+
 READ_CPUS, READ_AHEAD = 0.1, 2  # of a task; windows per stream
 
 
@@ -51,6 +54,7 @@ class TrainJob:
     num_streams: int
     seed: int
     use_gpu: bool = False
+    compile: bool = False
     cpus_per_worker: float = 1.0
     checkpoint_steps: int = 500
     log_steps: int = 50
@@ -160,11 +164,15 @@ def begin(job: TrainJob) -> Training:
     torch.manual_seed(job.seed)
     task = job.make_task()
     model = task.model
-    decay = job.optimizer.ema_decay
+    if job.compile:
+        torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
+        model.compile_repeated_blocks(dynamic=True)
+    groups, settings = parameter_groups(model, job.optimizer), job.optimizer
+    decay = settings.ema_decay
     training = Training(
         task=task,
         model=prepare_model(task.to(get_device() if job.use_gpu else "cpu")),
-        optimizer=AdamW(parameter_groups(model, job.optimizer), lr=job.optimizer.lr, betas=job.optimizer.betas),
+        optimizer=AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True),
         ema=AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None,
     )
     checkpoint = ray.train.get_checkpoint()

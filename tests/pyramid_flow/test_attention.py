@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyramid_flow.attention import attention, rotary_table
+from pyramid_flow import attention as attention_module
+from pyramid_flow.attention import MaskedAttention, PrefixAttention, attention, rotary_table
 from pyramid_flow.pyramid import history_level
 from pyramid_flow.tokens import prefix_layout
 from tests.pyramid_flow.goldens import randn
@@ -44,11 +45,18 @@ def inputs(tokens: int, batch: int, seed: int) -> list[Tensor]:
 
 def key_mask(valid: list[int], text_length: int, tokens: int) -> Tensor:
     positions = torch.arange(tokens)
-    return ((positions < torch.tensor(valid)[:, None]) | (positions >= text_length))[:, None, None]
+    return (positions < torch.tensor(valid)[:, None]) | (positions >= text_length)
+
+
+@pytest.fixture(params=[PrefixAttention, MaskedAttention])
+def kind(request, monkeypatch):
+    """Whether sequences count as short."""
+    monkeypatch.setattr(attention_module, "SHORT", 0 if request.param is PrefixAttention else 10**6)
+    return request.param
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_prefixes_equal_the_dense_mask(seed):
+def test_attention_equals_the_dense_mask(seed, kind):
     shapes, valid = random_case(seed)
     text_length = max(valid)
     layout = prefix_layout(shapes, text_length)
@@ -57,22 +65,24 @@ def test_prefixes_equal_the_dense_mask(seed):
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
     keys = key_mask(valid, text_length, layout.num_queries)
-    actual = attention(q, k, v, layout, keys)
-    real = keys[:, 0, 0]  # nothing ever reads what comes out at a pad
-    torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=1e-5)
+    everything = attention(layout, keys, len(valid), q.device)
+    assert isinstance(everything, kind)
+    # nothing ever reads what comes out at a pad
+    torch.testing.assert_close(everything(q, k, v)[keys], expected[keys], rtol=0, atol=1e-5)
 
     current = shapes[-1][1] // 2 * (shapes[-1][2] // 2)
-    last = attention(q[:, :, -current:], k, v, layout.current_only(current), keys)
-    torch.testing.assert_close(last, expected[:, -current:], rtol=0, atol=1e-5)
+    last = everything.last(current)
+    assert (everything.num_queries, last.num_queries) == (layout.num_queries, current)
+    torch.testing.assert_close(last(q[:, :, -current:], k, v), expected[:, -current:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_without_pads_no_mask_is_needed(seed):
+def test_without_pads_no_mask_is_needed(seed, kind):
     shapes, _ = random_case(seed)
     layout = prefix_layout(shapes, 9)
     q, k, v = inputs(layout.num_queries, 2, seed)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(shapes, [9, 9], 9))
-    actual = attention(q, k, v, layout, None)
+    actual = attention(layout, None, 2, q.device)(q, k, v)
     torch.testing.assert_close(actual, expected.transpose(1, 2).flatten(2), rtol=0, atol=1e-5)
 
 
