@@ -16,9 +16,11 @@ from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, PydanticBa
 
 from pipeline.fetch import host_name
 from pipeline.plan import Layout
+from pyramid_flow.training.lora import ATTENTION
 
 EXIT_BROKEN, EXIT_WRONG_JOB, EXIT_INTERRUPTED = 1, 2, 130
 OWN_CLUSTER = "local"
+MODEL = 'checkpoint folder in the published layout, or "toy" for the bundled model'
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -73,11 +75,11 @@ class ClusterSettings(JobSettings):
 
 
 class DemoSettings(JobSettings):
-    """Render the sample table with a tiny random model on this machine's CPU: the videos are coloured noise."""
+    """Render the sample table with the bundled model on this machine's CPU: shapes that move as the prompt says."""
 
     model_config = SettingsConfigDict(cli_prog_name="pyramid-render demo")
 
-    output: str = Field("outputs/demo", min_length=1, description="folder for the model, videos, ledger and gallery")
+    output: str = Field("outputs/demo", min_length=1, description="folder for videos, ledger and gallery")
 
 
 class StatusSettings(JobSettings):
@@ -121,7 +123,7 @@ class RenderSettings(ClusterSettings):
         min_length=1, description=".parquet, .csv, .jsonl files or folders, local or URLs; may be repeated"
     )
     output: str = Field(min_length=1, description="folder or URL (s3://, gs://, ...) for videos, ledger and gallery")
-    model: str = Field(min_length=1, description="checkpoint folder in the published layout")
+    model: str = Field(min_length=1, description=MODEL)
     variant: str | None = Field(None, description='"384p", "768p", "image" or a folder name, if there are several')
     image_root: str | None = Field(None, description="image URIs must lie below it (default: the input's folder)")
     allow_image_host: list[str] = Field([], description="fetch http(s) images from this host; may be repeated")
@@ -245,7 +247,7 @@ class TrainSettings(ClusterSettings):
     model_config = SettingsConfigDict(cli_prog_name="python -m jobs.train")
 
     task: Literal["vae", "transformer"] = Field(description="what is trained")
-    model: str = Field(min_length=1, description="checkpoint folder in the published layout")
+    model: str = Field(min_length=1, description=MODEL)
     variant: str | None = Field(None, description="which transformer, if there are several")
     output: str = Field(min_length=1, description="folder for checkpoints, TensorBoard and the trained model")
     fresh: bool = Field(False, description="begin with new random weights instead of the checkpoint's")
@@ -273,16 +275,27 @@ class TrainSettings(ClusterSettings):
     )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the arithmetic; weights are float32")
     compile: bool = Field(False, description="compile the transformer's blocks: minutes at first, faster steps after")
+    gradient_checkpointing: bool = Field(False, description="compute blocks twice rather than keep what they computed")
+    lora_rank: Count | None = Field(None, description="train adapters of this rank, and nothing else (default: all)")
+    lora_alpha: Count | None = Field(None, description="adapters are scaled by alpha / rank (default: the rank)")
+    lora_targets: list[str] = Field(
+        list(ATTENTION), min_length=1, description="ends of the names of the linear maps that get an adapter"
+    )
     workers: Count = Field(1, description="workers that share every batch")
     streams: Count | None = Field(
         None,
         description="streams of rows that a batch is taken from; keep it when workers change (default: workers)",
     )
     use_gpu: bool = Field(False, description="one GPU per worker")
+    shard: bool = Field(False, description="split weights and AdamW's state between the workers (FSDP2)")
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1.0, description="logical CPUs that a worker takes")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, order and noise")
     checkpoint_steps: Count = Field(500, description="keep a checkpoint every so many steps")
     log_steps: Count = Field(50, description="show means every so many steps")
+    example_steps: Count | None = Field(
+        None, description="write videos to OUTPUT/examples every so many steps (default: never)"
+    )
+    example_count: Count = Field(4, description="videos that are written then, of a batch's first rows")
     max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="restarts after lost workers before it gives up")
 
     @field_validator("levels")
@@ -302,8 +315,12 @@ class TrainSettings(ClusterSettings):
                 raise ValueError(f"batch_size {phase.batch_size} is not a multiple of streams {streams}")
             if self.task == "transformer" and (phase.num_frames or phase.crop):
                 raise ValueError("num_frames and crop of a phase cut clips for the VAE only")
-        if self.task == "vae" and self.compile:
-            raise ValueError("compile is for the transformer only")
+        if self.task == "vae":
+            for name in ("compile", "gradient_checkpointing", "lora_rank"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is for the transformer only")
+        if self.fresh and self.lora_rank:
+            raise ValueError("lora_rank trains adapters of a checkpoint's own weights, not of fresh ones")
         return self
 
 
@@ -332,7 +349,7 @@ class EncodeSettings(ClusterSettings):
 
     input: list[str] = Field(min_length=1, description="tables of clips, files or folders; may be repeated")
     output: str = Field(min_length=1, description="folder or URL for the encoded parts")
-    model: str = Field(min_length=1, description="checkpoint folder in the published layout")
+    model: str = Field(min_length=1, description=MODEL)
     workers: Count = Field(1, description="workers that encode")
     use_gpu: bool = Field(False, description="one GPU per worker")
     dtype: Literal["bfloat16", "float32"] = Field("float32", description="of the VAE's and the encoders' weights")

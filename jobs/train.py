@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, PhaseSettings, TrainSettings, parse
@@ -31,6 +32,7 @@ from pyramid_flow.checkpoint import PRESET_FILE
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.sampling import TEMPORAL_FACTOR, check_num_frames
 from pyramid_flow.training import Objective
+from pyramid_flow.training.lora import LoRA, merge_lora
 from pyramid_flow.training.vae import VAEObjective, measure_statistics, whiten
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if trained is None:
                 raise TrainingError("no checkpoint was kept")
             with trained.as_directory() as folder:
-                write_model(checkpoint, job, trained_weights(Path(folder)), Storage(settings.output))
+                write_model(checkpoint, job, trained_weights(Path(folder)), Storage(settings.output), _lora(settings))
     except KeyboardInterrupt:
         logger.error("interrupted: run the same command again to go on from the last checkpoint")
         return EXIT_INTERRUPTED
@@ -114,9 +116,12 @@ def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
         seed=settings.seed,
         use_gpu=settings.use_gpu,
         compile=settings.compile,
+        shard=settings.shard,
         cpus_per_worker=settings.cpus_per_worker,
         checkpoint_steps=settings.checkpoint_steps,
         log_steps=settings.log_steps,
+        example_steps=settings.example_steps,
+        example_count=settings.example_count,
         max_restarts=settings.max_restarts,
     )
     check_streams(job)
@@ -140,31 +145,53 @@ def _source(settings: TrainSettings, checkpoint: Checkpoint) -> Callable[[], Tas
         tuple(settings.levels), tuple(settings.level_weights), settings.text_dropout, settings.first_frame_share
     )
     num_units = 1 + (num_frames - 1) // TEMPORAL_FACTOR
-    return TransformerSource(path, checkpoint.variant, settings.fresh, num_units, objective, settings.seed)
+    return TransformerSource(
+        path,
+        checkpoint.variant,
+        settings.fresh,
+        num_units,
+        objective,
+        settings.seed,
+        _lora(settings),
+        settings.gradient_checkpointing,
+    )
 
 
-def write_model(checkpoint: Checkpoint, job: TrainJob, weights: Mapping[str, Tensor], storage: Storage) -> None:
-    """Write the checkpoint with the trained part in its place to OUTPUT/model.
+def _lora(settings: TrainSettings) -> LoRA | None:
+    if settings.lora_rank is None:
+        return None
+    return LoRA(settings.lora_rank, settings.lora_alpha or settings.lora_rank, tuple(settings.lora_targets))
+
+
+def write_model(
+    checkpoint: Checkpoint, job: TrainJob, weights: Mapping[str, Tensor], storage: Storage, lora: LoRA | None = None
+) -> None:
+    """Write the checkpoint with the trained part in its place to OUTPUT/model, and adapters to OUTPUT/lora as well.
 
     A VAE's latents get even scale, and their statistics go into pyramid.json.
     """
-    model = job.make_task().model
-    model.load_state_dict(dict(weights))
     part = checkpoint.transformer_folder.name
     values: dict[str, object] = {}
-    if isinstance(model, CausalVideoVAE):
-        part = "causal_video_vae"
-        whiten(model, _latents(model, job))
-        values["statistics"] = asdict(measure_statistics(_latents(model, job)))
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "model"
+        model: ModelMixin
+        if lora:
+            bare = checkpoint.load_transformer(torch.float32, "cpu")
+            model = merge_lora(bare, lora, weights, Path(folder) / "lora")
+        else:
+            model = job.make_task().model
+            model.load_state_dict(dict(weights))
+        if isinstance(model, CausalVideoVAE):
+            part = "causal_video_vae"
+            whiten(model, _latents(model, job))
+            values["statistics"] = asdict(measure_statistics(_latents(model, job)))
         shutil.copytree(checkpoint.root, whole, ignore=shutil.ignore_patterns(part))
         model.save_pretrained(whole / part)
         preset = whole / PRESET_FILE
         known = json.loads(preset.read_text()) if preset.exists() else {}
         preset.write_text(json.dumps(known | values, indent=2) + "\n")
-        for file in sorted(path for path in whole.rglob("*") if path.is_file()):
-            storage.put(f"model/{file.relative_to(whole).as_posix()}", file)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            storage.put(file.relative_to(folder).as_posix(), file)
     logger.info("wrote %s", storage.url("model"))
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -14,12 +15,17 @@ from pipeline.training.clips import CLIP_SCHEMA, ENCODED_SCHEMA, Frames, clips, 
 from pyramid_flow import (
     CausalVideoVAE,
     Checkpoint,
-    LatentStatistics,
     PyramidFluxTransformer,
     PyramidSchedule,
+    SamplingParams,
+    SeededNoise,
     TextEmbedding,
+    generate_latents,
 )
+from pyramid_flow.pixels import as_uint8, decode_frames
+from pyramid_flow.sampling import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from pyramid_flow.training import KeyedDraws, Objective, TrainingDraws, initialise_transformer, transformer_losses
+from pyramid_flow.training.lora import LoRA, add_lora
 from pyramid_flow.training.vae import VAEObjective, initialise_vae, vae_losses
 
 
@@ -59,6 +65,10 @@ class Task(nn.Module, ABC):
     def forward(self, table: pa.Table, samples: Sequence[int], step: int, phase: Phase) -> Loss:
         """Return the loss of rows; samples: their indices in the global batch."""
 
+    @abstractmethod
+    def examples(self, table: pa.Table) -> Frames:
+        """Return videos that show what the model has learned, one per row: uint8 [B,N,H,W,3]."""
+
 
 class VAETask(Task):
     """Trains a VAE on crops of clips; where they lie is drawn."""
@@ -83,9 +93,17 @@ class VAETask(Task):
         parts = {"l1": losses.l1, "mse": losses.mse, "kl": losses.kl}
         return Loss(losses.total, {name: float(value.detach()) for name, value in parts.items()})
 
+    @torch.no_grad()
+    def examples(self, table: pa.Table) -> Frames:
+        """Return the clips, each beside what becomes of it."""
+        whole = np.stack(clips(table))
+        pixels = torch.stack([pixels_of(clip) for clip in whole]).to(self.model.device)
+        made = as_uint8(self.vae.decode(self.vae.encode_moments(pixels).mean)).cpu().numpy()
+        return np.concatenate([whole, made], axis=3)
+
 
 class TransformerTask(Task):
-    """Trains a transformer on encoded clips.
+    """Trains a transformer of a checkpoint on encoded clips.
 
     empty: the encoded empty prompt; num_units: latent frames of a clip that are used, at most.
     """
@@ -94,15 +112,15 @@ class TransformerTask(Task):
 
     def __init__(
         self,
+        checkpoint: Checkpoint,
         transformer: PyramidFluxTransformer,
-        statistics: LatentStatistics,
         empty: TextEmbedding,
         num_units: int,
         objective: Objective,
         seed: int,
     ) -> None:
         super().__init__()
-        self.transformer, self.statistics, self.empty = transformer, statistics, empty
+        self.checkpoint, self.transformer, self.empty = checkpoint, transformer, empty
         self.num_units, self.objective, self.seed = num_units, objective, seed
         self.schedule = PyramidSchedule()
 
@@ -120,7 +138,7 @@ class TransformerTask(Task):
         losses = transformer_losses(
             self.transformer,
             self.schedule,
-            self.statistics.normalize(rows.latents).to(device),
+            self.checkpoint.preset.statistics.normalize(rows.latents).to(device),
             rows.text,
             self.empty,
             samples,
@@ -129,6 +147,25 @@ class TransformerTask(Task):
             self.objective,
         )
         return Loss(losses.total, {f"level{level}": value for level, value in losses.by_level().items()})
+
+    @torch.no_grad()
+    def examples(self, table: pa.Table) -> Frames:
+        """Render the rows' prompts as the checkpoint's preset says."""
+        rows, preset, device = encoded(table, self.num_units), self.checkpoint.preset, self.model.device
+        params = SamplingParams(
+            height=SPATIAL_FACTOR * rows.latents.shape[3],
+            width=SPATIAL_FACTOR * rows.latents.shape[4],
+            num_frames=1 + TEMPORAL_FACTOR * (self.num_units - 1),
+            num_inference_steps=preset.num_inference_steps,
+            video_num_inference_steps=preset.video_num_inference_steps,
+            guidance_scale=preset.guidance_scale,
+            video_guidance_scale=preset.video_guidance_scale,
+        )
+        noise = SeededNoise(range(len(table)), self.schedule.gamma)
+        latents = generate_latents(self.transformer, self.schedule, rows.text, self.empty, params, noise)
+        vae = self.checkpoint.load_vae(torch.float32, device)
+        frames: Frames = torch.cat(list(decode_frames(vae, latents, preset.statistics)), dim=1).numpy()
+        return frames
 
 
 @dataclass(frozen=True)
@@ -150,7 +187,11 @@ class VAESource:
 
 @dataclass(frozen=True)
 class TransformerSource:
-    """Makes the task that trains a checkpoint's transformer; fresh: with first weights instead of its own."""
+    """Makes the task that trains a checkpoint's transformer.
+
+    fresh: with first weights instead of its own; lora: train adapters alone; gradient_checkpointing: compute blocks
+    again for the gradient rather than keep what they computed.
+    """
 
     path: str
     variant: str | None
@@ -158,6 +199,8 @@ class TransformerSource:
     num_units: int
     objective: Objective
     seed: int
+    lora: LoRA | None = None
+    gradient_checkpointing: bool = False
 
     def __call__(self) -> TransformerTask:
         """Load the transformer, and encode the empty prompt."""
@@ -165,9 +208,12 @@ class TransformerSource:
         transformer = checkpoint.load_transformer(torch.float32, "cpu").train().requires_grad_(True)
         if self.fresh:
             initialise_transformer(transformer)
+        if self.lora:
+            add_lora(transformer, self.lora)
+        if self.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
         empty = checkpoint.load_text_encoder(torch.float32, "cpu")([""]).trimmed()
-        statistics = checkpoint.preset.statistics
-        return TransformerTask(transformer, statistics, empty, self.num_units, self.objective, self.seed)
+        return TransformerTask(checkpoint, transformer, empty, self.num_units, self.objective, self.seed)
 
 
 def crops(whole: Sequence[Frames], phase: Phase, draws: TrainingDraws) -> list[Frames]:

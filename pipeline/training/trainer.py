@@ -5,7 +5,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,21 +15,29 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pipeline.storage import Storage
 from pipeline.training.optimizer import OptimizerSettings, learning_rate, parameter_groups
 from pipeline.training.samples import Stream, Window, streams
 from pipeline.training.tasks import Phase, Task
+from pipeline.video import VideoWriter
 from pyramid_flow.training import optimizer_step
 
 WEIGHTS, STATE = "training.safetensors", "state.json"
 Metrics = dict[str, float]
 """Numbers to show, by name."""
+
+EXAMPLE_FPS = 24
 
 COMPILED_GRAPHS = 64
 """Graphs of a block at most: sizes of 1 are compiled apart from others, and so is each width of the last queries."""
@@ -55,9 +63,12 @@ class TrainJob:
     seed: int
     use_gpu: bool = False
     compile: bool = False
+    shard: bool = False
     cpus_per_worker: float = 1.0
     checkpoint_steps: int = 500
     log_steps: int = 50
+    example_steps: int | None = None
+    example_count: int = 4
     max_restarts: int = 3
 
     @property
@@ -152,34 +163,52 @@ def _work(config: dict[str, Any]) -> None:
         means.add(**train_step(job, training, phase, table, samples))
         is_last = training.step == job.num_steps
         keep = is_last or training.step % job.checkpoint_steps == 0
+        if job.example_steps and (is_last or training.step % job.example_steps == 0):
+            weights = dict(_kept(trained_state(training.ema.module if training.ema else training.task.model), rank))
+            if rank == 0:
+                write_examples(job, training.step, weights, table.slice(0, job.example_count))
         if keep or training.step % job.log_steps == 0:
             metrics = means.take() | {"step": training.step, "seconds": time.monotonic() - started}
             if rank == 0:
                 told.put(metrics)
-            _report(training if keep and rank == 0 else None, metrics)
+            _report(training if keep else None, metrics, rank)
 
 
 def begin(job: TrainJob) -> Training:
     """Build what is trained, and go on from the last checkpoint if there is one."""
     torch.manual_seed(job.seed)
-    task = job.make_task()
+    task, settings = job.make_task(), job.optimizer
     model = task.model
     if job.compile:
         torch._dynamo.config.recompile_limit = COMPILED_GRAPHS
         model.compile_repeated_blocks(dynamic=True)
-    groups, settings = parameter_groups(model, job.optimizer), job.optimizer
+    device = get_device() if job.use_gpu else torch.device("cpu")
+    task.to(device)
     decay = settings.ema_decay
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+    if job.shard:
+        mesh = init_device_mesh(device.type, (job.num_workers,))
+        for module in (task, *([ema] if ema else [])):
+            shard(module, mesh)
     training = Training(
         task=task,
-        model=prepare_model(task.to(get_device() if job.use_gpu else "cpu")),
-        optimizer=AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True),
-        ema=AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None,
+        model=task if job.shard else prepare_model(task, move_to_device=False),
+        optimizer=AdamW(parameter_groups(model, settings), lr=settings.lr, betas=settings.betas, fused=True),
+        ema=ema,
     )
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as folder:
             restore(training, Path(folder))
     return training
+
+
+def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Split the weights below a module between the workers (FSDP2): each repeated block for itself, then the rest."""
+    for model in [each for each in module.modules() if isinstance(each, ModelMixin)]:
+        for block in [each for each in model.modules() if type(each).__name__ in (model._repeated_blocks or ())]:
+            fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
 
 
 def train_step(job: TrainJob, training: Training, phase: Phase, table: pa.Table, samples: Sequence[int]) -> Metrics:
@@ -244,43 +273,100 @@ def _tables(stream: Stream, columns: Sequence[str], first: int, count: int) -> I
         yield ray.get(ahead.popleft())
 
 
-def _report(kept: Training | None, metrics: Metrics) -> None:
+def write_examples(job: TrainJob, step: int, weights: Mapping[str, Tensor], table: pa.Table) -> None:
+    """Write videos that show what weights have learned to STORAGE/examples; they are made by a model of its own."""
+    task = job.make_task().to(get_device() if job.use_gpu else "cpu").eval()
+    task.model.load_state_dict(weights, strict=False)
+    storage = Storage(job.storage)
+    for number, (frames, prompt) in enumerate(zip(task.examples(table), table["prompt"].to_pylist(), strict=True)):
+        _, height, width, _ = frames.shape
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "example.mp4"
+            with VideoWriter(path, width=width, height=height, fps=EXAMPLE_FPS, tags={"prompt": prompt}) as writer:
+                writer.write(frames)
+            storage.put(f"examples/{job.name}-{step:06d}/{number}.mp4", path)
+
+
+def _report(kept: Training | None, metrics: Metrics, rank: int) -> None:
     """Report to Ray Train, with a checkpoint of what is to be kept."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if kept is not None:
-            save(kept, Path(folder))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            save(kept, Path(folder), rank)
+            if rank == 0:
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint)
 
 
-def save(training: Training, folder: Path) -> None:
-    """Write everything that a training goes on from, as safetensors and JSON."""
-    tensors = {f"model.{name}": tensor for name, tensor in training.task.model.state_dict().items()}
+def trained_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that are trained, whole. If they are sharded, every worker must go through all of them."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, _whole(parameter.detach())
+
+
+def state(training: Training) -> Iterator[tuple[str, Tensor]]:
+    """Yield everything that a training goes on from, as `trained_state` does."""
+    for name, tensor in trained_state(training.task.model):
+        yield f"model.{name}", tensor
     if training.ema is not None:
-        tensors |= {f"ema.{name}": tensor for name, tensor in training.ema.state_dict().items()}
+        yield "ema.n_averaged", training.ema.n_averaged
+        for name, tensor in trained_state(training.ema.module):
+            yield f"ema.module.{name}", tensor
     for name, parameter in training.task.model.named_parameters():
         for key, value in training.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    (folder / STATE).write_text(json.dumps({"step": training.step}))
+            yield f"optimizer.{key}.{name}", _whole(value)
 
 
+def save(training: Training, folder: Path, rank: int = 0) -> None:
+    """Write everything that a training goes on from, as safetensors and JSON; the first worker does."""
+    tensors = dict(_kept(state(training), rank))
+    if rank == 0:
+        save_file(tensors, folder / WEIGHTS)
+        (folder / STATE).write_text(json.dumps({"step": training.step}))
+
+
+@torch.no_grad()
 def restore(training: Training, folder: Path) -> None:
     """Go on from what `save` wrote."""
     tensors = load_file(folder / WEIGHTS)
-    training.task.model.load_state_dict(_under("model.", tensors))
+    models: dict[str, nn.Module] = {"model.": training.task.model}
     if training.ema is not None:
-        training.ema.load_state_dict(_under("ema.", tensors))
+        training.ema.n_averaged.copy_(tensors["ema.n_averaged"])
+        models["ema.module."] = training.ema.module
+    for prefix, each in models.items():
+        for name, parameter in each.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(_placed_as(parameter, tensors[prefix + name]))
     for name, parameter in training.task.model.named_parameters():
         keys = ("step", "exp_avg", "exp_avg_sq")
         found = {key: tensors.get(f"optimizer.{key}.{name}") for key in keys}
         training.optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device)
+            key: value if key == "step" else _placed_as(parameter, value)
             for key, value in found.items()
             if value is not None
         }
     training.step = json.loads((folder / STATE).read_text())["step"]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole
+
+
+def _placed_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a whole tensor where a parameter lies, and sharded if that is."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+def _kept(named: Iterator[tuple[str, Tensor]], rank: int) -> Iterator[tuple[str, Tensor]]:
+    """Go through all, and yield them on the first worker, on the CPU."""
+    for name, tensor in named:
+        if rank == 0:
+            yield name, tensor.detach().cpu().contiguous()
 
 
 def trained_weights(folder: Path) -> dict[str, Tensor]:

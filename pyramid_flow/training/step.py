@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
@@ -132,5 +133,7 @@ def optimizer_step(model: nn.Module, optimizer: Optimizer, loss: Tensor, max_gra
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if isinstance(norm, DTensor):  # the model's weights are sharded
+        norm = norm.full_tensor()
     optimizer.step()
     return float(norm)

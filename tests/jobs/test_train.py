@@ -9,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 
 from jobs import dataset, train
 from pipeline.training.clips import clips
 from pyramid_flow import Checkpoint, PyramidFlowPipeline
 from pyramid_flow.toy.blank import write_blank_toy
+from tests.pyramid_flow.goldens import TINY_MINIFLUX
 
 
 def run(module: str, *arguments: str) -> None:
@@ -59,6 +61,8 @@ def test_the_world_is_a_table_of_clips_that_repeats(world, tmp_path):
         ({"streams": 4, "batch_size": 4}, "too few for 4 streams"),
         ({"level_weights": [1.0]}, "at least 3 items"),
         ({"task": "transformer", "crop": 32}, "for the VAE only"),
+        ({"lora_rank": 4}, "lora_rank is for the transformer only"),
+        ({"task": "transformer", "lora_rank": 4}, "not of fresh ones"),
         ({"learning_rate": 1}, "no setting 'learning_rate'"),
     ],
 )
@@ -99,3 +103,32 @@ def test_from_clips_to_a_model_that_renders(world, tmp_path):
     run("jobs.train", *config(tmp_path, task="transformer", phases=phases, num_frames=9, ema_decay=0.9, **places))
     pipe = PyramidFlowPipeline.from_pretrained(transformer / "model", torch_dtype=torch.float32)
     assert pipe("a red circle", num_frames=9).frames.shape == (1, 9, 64, 64, 3)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_published_checkpoint_is_fine_tuned_with_adapters(world, tmp_path):
+    model, latents, out = str(TINY_MINIFLUX), tmp_path / "latents", tmp_path / "out"
+    encode = ["--input", str(world / "clips.parquet"), "--output", str(latents), "--model", model]
+    run("jobs.dataset", "encode", *encode)
+    phases = [{"data": [str(latents)], "steps": 4, "batch_size": 6}]
+    values = {"num_frames": 9, "lora_rank": 2, "lr": 1e-2, "warmup_steps": 1, "example_steps": 4, "example_count": 2}
+    places = {"model": model, "output": str(out), "fresh": False}
+    run("jobs.train", *config(tmp_path, task="transformer", phases=phases, **values, **places))
+    assert len(list((out / "examples" / "transformer-000004").glob("*.mp4"))) == 2
+    before, after = (Checkpoint.open(path).load_transformer(torch.float32, "cpu") for path in (model, out / "model"))
+    bare = PeftModel.from_pretrained(before, out / "lora").merge_and_unload()
+    for (name, merged), (_, own) in zip(bare.named_parameters(), after.named_parameters(), strict=True):
+        torch.testing.assert_close(merged, own, msg=name)
+    changed = [
+        name
+        for (name, tensor), (_, old) in zip(
+            after.named_parameters(),
+            Checkpoint.open(model).load_transformer(torch.float32, "cpu").named_parameters(),
+            strict=True,
+        )
+        if not torch.equal(tensor, old)
+    ]
+    assert changed
+    assert all(".attn." in name for name in changed)

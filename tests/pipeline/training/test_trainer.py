@@ -16,8 +16,20 @@ from pipeline.inputs import list_parts, read_blocks
 from pipeline.training.clips import ENCODED_SCHEMA, encoded_row
 from pipeline.training.optimizer import OptimizerSettings
 from pipeline.training.tasks import Phase, TransformerSource, TransformerTask
-from pipeline.training.trainer import Training, TrainJob, fit, restore, save, train_step, trained_weights
+from pipeline.training.trainer import (
+    Training,
+    TrainJob,
+    fit,
+    restore,
+    save,
+    train_step,
+    trained_state,
+    trained_weights,
+    write_examples,
+)
 from pyramid_flow.training import Objective
+from pyramid_flow.training.lora import LoRA, merge_lora
+from tests.pipeline.mp4 import probe, read_tags
 from tests.pyramid_flow.goldens import TINY_MINIFLUX, tiny_text_encoder
 
 STEPS, KILLED_AT = 20, 14
@@ -108,6 +120,17 @@ def test_two_workers_train_the_same_weights_as_one(alone, parts, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_sharded_weights_train_and_resume_to_the_same_weights(alone, parts, tmp_path):
+    expected, _ = alone
+    sharded = job(parts, tmp_path, num_workers=2, shard=True, phases=(Phase(parts, STEPS // 2, 6),))
+    weights(sharded)
+    found, metrics = weights(replace(sharded, phases=(Phase(parts, STEPS, 6),)))
+    assert metrics["step"] == STEPS
+    assert distance(found, expected) <= 1e-4
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_worker_goes_on_from_its_checkpoint(alone, parts, tmp_path):
     expected, _ = alone
     mark = tmp_path / "killed"
@@ -128,13 +151,21 @@ def test_a_finished_training_run_again_goes_on_where_it_ended(cluster, parts, tm
     assert 0 < distance(longer, first) < 1
 
 
-def test_a_restored_training_goes_on_as_if_nothing_had_happened(parts, tmp_path):
+@pytest.fixture
+def table(parts):
+    return pa.concat_tables([table for part in parts for _, table in read_blocks(part)])
+
+
+ADAPTERS = replace(SOURCE, fresh=False, lora=LoRA(rank=2, alpha=4))
+
+
+@pytest.mark.parametrize("source", [SOURCE, ADAPTERS, replace(SOURCE, gradient_checkpointing=True)])
+def test_a_restored_training_goes_on_as_if_nothing_had_happened(parts, table, tmp_path, source):
     own = job(parts, tmp_path)
-    table = pa.concat_tables([table for part in parts for _, table in read_blocks(part)])
 
     def begun() -> Training:
         torch.manual_seed(0)
-        task = SOURCE()
+        task = source()
         ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
         return Training(task, task, torch.optim.AdamW(task.model.parameters()), ema)
 
@@ -151,4 +182,38 @@ def test_a_restored_training_goes_on_as_if_nothing_had_happened(parts, tmp_path)
     for training in (first, second):
         step(training)
     for name, tensor in first.ema.state_dict().items():
-        assert torch.equal(tensor, second.ema.state_dict()[name])
+        assert torch.equal(tensor, second.ema.state_dict()[name]), name
+
+
+def test_adapters_alone_are_trained_kept_and_merged(parts, table, tmp_path):
+    task = ADAPTERS()
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    own = job(parts, tmp_path)
+    trainable = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    training = Training(task, task, torch.optim.AdamW(trainable, lr=1e-2), None)
+    for _ in range(2):
+        train_step(own, training, own.phases[0], table.slice(0, 6), range(6))
+    changed = {name for name, tensor in task.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    weights = dict(trained_state(task.model))
+    assert changed == set(weights)
+    assert all("lora_" in name for name in weights)
+
+    bare = replace(ADAPTERS, lora=None)().model
+    names = bare.state_dict().keys()
+    merged = merge_lora(bare, ADAPTERS.lora, weights, tmp_path / "lora")
+    assert merged.state_dict().keys() == names
+    assert {path.name for path in (tmp_path / "lora").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    phase, rows = own.phases[0], table.slice(0, 6)
+    expected = task(rows, range(6), 0, phase).total
+    task.transformer = merged
+    torch.testing.assert_close(task(rows, range(6), 0, phase).total, expected)
+
+
+def test_examples_are_videos_of_the_rows_prompts(parts, table, tmp_path):
+    model = SOURCE().model
+    write_examples(job(parts, tmp_path), 7, dict(trained_state(model)), table.slice(0, 2))
+    folder = tmp_path / "examples" / "transformer-000007"
+    assert sorted(path.name for path in folder.iterdir()) == ["0.mp4", "1.mp4"]
+    info = probe(folder / "1.mp4")
+    assert (info.width, info.height, info.frames) == (64, 64, 17)
+    assert read_tags(folder / "1.mp4")["prompt"] == table["prompt"][1].as_py()

@@ -1,0 +1,47 @@
+"""Low-rank adapters (Hu et al. 2021) on a transformer's linear maps, in the format of `peft`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import Tensor
+
+from pyramid_flow.transformer_flux import PyramidFluxTransformer
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Rank and scale (alpha / rank) of the adapters; targets: ends of the names of the linear maps that get one."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...] = ATTENTION
+
+    @property
+    def config(self) -> LoraConfig:
+        """The same for peft."""
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))
+
+
+def add_lora(transformer: PyramidFluxTransformer, lora: LoRA) -> None:
+    """Give a transformer adapters that change nothing yet; they alone are trained from then on."""
+    transformer.requires_grad_(False)
+    inject_adapter_in_model(lora.config, transformer)
+
+
+def merge_lora(
+    transformer: PyramidFluxTransformer, lora: LoRA, weights: Mapping[str, Tensor], folder: Path
+) -> PyramidFluxTransformer:
+    """Write trained adapters to a folder as peft does, and return the transformer with them added to its weights.
+
+    transformer: without adapters; weights: of the adapters, by their names in a transformer that has them.
+    """
+    adapted = get_peft_model(transformer, lora.config)
+    inner = cast(PyramidFluxTransformer, adapted.get_base_model())
+    inner.load_state_dict(dict(weights), strict=False)
+    adapted.save_pretrained(str(folder))
+    return cast(PyramidFluxTransformer, adapted.merge_and_unload())
