@@ -12,14 +12,16 @@ from tqdm import tqdm
 
 from jobs.settings import EXIT_WRONG_JOB, EncodeSettings, WorldSettings, parse
 from pipeline import runner
-from pipeline.inputs import list_parts
+from pipeline.inputs import folder_of, full_url, list_parts
 from pipeline.plan import Resources
 from pipeline.storage import Storage
 from pipeline.training.clips import CLIP_SCHEMA, clip_row
 from pipeline.training.encode import Source, encode
-from pyramid_flow import Checkpoint
+from pipeline.training.videos import ClipFormat, VideoRoot
+from pyramid_flow import Checkpoint, Preset
 from pyramid_flow.checkpoint import DTYPES
 from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.sampling import check_num_frames
 from pyramid_flow.toy.world import draw_scene
 
 ROWS_PER_GROUP = 32
@@ -59,19 +61,35 @@ def world(argv: Sequence[str]) -> None:
 def encode_clips(argv: Sequence[str]) -> None:
     """Encode clips with a checkpoint's VAE and text encoders."""
     settings = parse(EncodeSettings, argv)
-    Checkpoint.open(settings.model).check()
+    checkpoint = Checkpoint.open(settings.model)
+    checkpoint.check()
     parts = list_parts(settings.input)
     storage = Storage(settings.output)
     storage.probe()
-    source = Source(settings.model, "cuda" if settings.use_gpu else "cpu", DTYPES[settings.dtype])
+    source = Source(
+        path=str(checkpoint.root),
+        device="cuda" if settings.use_gpu else "cpu",
+        dtype=DTYPES[settings.dtype],
+        videos=VideoRoot(full_url(settings.video_root) if settings.video_root else folder_of(settings.input[0])),
+        format=_clip_format(settings, checkpoint.preset),
+    )
     own = settings.own_cluster
     resources = Resources(settings.workers + 1, settings.workers if settings.use_gpu else 0)
     with (
         runner.session(None if own else settings.address, resources if own else None),
         tqdm(total=sum(part.num_rows for part in parts), unit=" clips") as bar,
     ):
-        for rows in encode(parts, source, storage.uri, settings.workers):
-            bar.update(rows)
+        for done in encode(parts, source, storage.uri, settings.workers):
+            bar.update(done.rows)
+            for reason in done.left_out:
+                logger.warning("left out: %s", reason)
+
+
+def _clip_format(settings: EncodeSettings, preset: Preset) -> ClipFormat:
+    height, width = preset.sizes[0]
+    num_frames = settings.num_frames or preset.max_num_frames
+    check_num_frames(num_frames)
+    return ClipFormat(settings.height or height, settings.width or width, num_frames, settings.fps or preset.fps)
 
 
 if __name__ == "__main__":

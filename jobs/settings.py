@@ -342,7 +342,9 @@ class WorldSettings(JobSettings):
 class EncodeSettings(ClusterSettings):
     """Turn a table of clips into latents and text embeddings, with the VAE and text encoders of a checkpoint.
 
-    Parts that are there already are left alone, so the same command goes on where it stopped.
+    A table has captions in a column `prompt`, and the clips' pixels (jobs/dataset.py world) or URIs of video files in a
+    column `video`. A video that does not decode or is too short is left out, and the reason is said. Parts that are
+    there already are left alone, so the same command goes on where it stopped.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m jobs.dataset encode")
@@ -350,6 +352,11 @@ class EncodeSettings(ClusterSettings):
     input: list[str] = Field(min_length=1, description="tables of clips, files or folders; may be repeated")
     output: str = Field(min_length=1, description="folder or URL for the encoded parts")
     model: str = Field(min_length=1, description=MODEL)
+    video_root: str | None = Field(None, description="video URIs must lie below it (default: the input's folder)")
+    height: Count | None = Field(None, description="of clips cut out of videos (default: the trained size)")
+    width: Count | None = Field(None, description="of clips cut out of videos (default: the trained size)")
+    num_frames: Count | None = Field(None, description="frames of such clips, 1 + 8k (default: the trained length)")
+    fps: Annotated[float, Field(gt=0)] | None = Field(None, description="of such clips (default: the trained rate)")
     workers: Count = Field(1, description="workers that encode")
     use_gpu: bool = Field(False, description="one GPU per worker")
     dtype: Literal["bfloat16", "float32"] = Field("float32", description="of the VAE's and the encoders' weights")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -22,6 +23,9 @@ class ImageRoot:
     is_public: whether a web server at an IP address may be asked.
     """
 
+    kind: ClassVar[str] = "image"
+    max_bytes: ClassVar[int] = MAX_IMAGE_BYTES
+
     url: str
     allowed_hosts: frozenset[str] = frozenset()
     is_public: Callable[[str], bool] = is_public_address
@@ -37,7 +41,7 @@ class ImageRoot:
             StorageError: A web server cannot be reached, or fails.
         """
         if is_web(uri) or is_web(self.url):
-            fetcher = Fetcher(self.allowed_hosts, Limits(MAX_IMAGE_BYTES), self.is_public)
+            fetcher = Fetcher(self.allowed_hosts, Limits(self.max_bytes), self.is_public)
             return fetcher.read(uri, self.url if is_web(self.url) else None)
         return self._read_file(uri)
 
@@ -46,16 +50,16 @@ class ImageRoot:
         try:
             path = _local(uri, root) if isinstance(fs, LocalFileSystem) else _remote(uri, root, fs)
             if path is None:
-                raise RequestError(f"image {name!r} lies outside the image root {redacted(self.url)}")
+                raise RequestError(f"{self.kind} {name!r} lies outside the {self.kind} root {redacted(self.url)}")
             if fs.info(path)["type"] != "file":  # reading a pipe would never end
-                raise ImageError(f"image {name!r} is no file")
-            data: bytes = fs.cat_file(path, end=MAX_IMAGE_BYTES + 1)
+                raise ImageError(f"{self.kind} {name!r} is no file")
+            data: bytes = fs.cat_file(path, end=self.max_bytes + 1)
         except RequestError:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL byte
-            raise ImageError(f"image {name!r} cannot be read: {redacted(str(error))}") from presentable(error)
-        if len(data) > MAX_IMAGE_BYTES:
-            raise RequestError(f"image {name!r} is larger than {MAX_IMAGE_BYTES} bytes")
+            raise ImageError(f"{self.kind} {name!r} cannot be read: {redacted(str(error))}") from presentable(error)
+        if len(data) > self.max_bytes:
+            raise RequestError(f"{self.kind} {name!r} is larger than {self.max_bytes} bytes")
         return data
 
 

@@ -8,7 +8,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import fsspec
 import pytest
 
-from pipeline import images
 from pipeline.fetch import ImageError
 from pipeline.images import ImageRoot
 from pipeline.request import RequestError
@@ -149,7 +148,7 @@ def test_what_is_no_readable_file_is_an_image_error(folder, uri):
 
 
 def test_huge_files_are_refused_before_they_fill_the_memory(folder, monkeypatch):
-    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(ImageRoot, "max_bytes", 10)
     (folder / "fits").write_bytes(b"x" * 10)
     (folder / "huge").write_bytes(b"x" * 11)
     assert len(ImageRoot(str(folder)).read("fits")) == 10
@@ -250,7 +249,7 @@ def test_what_a_web_server_does_not_have_is_an_image_error(web):
 
 
 def test_huge_files_of_web_servers_are_refused(folder, web, monkeypatch):
-    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(ImageRoot, "max_bytes", 10)
     (folder / "huge").write_bytes(b"x" * 11)
     with pytest.raises(RequestError, match="larger than 10 bytes"):
         ImageRoot(f"{web}/root", is_public=everything).read("huge")

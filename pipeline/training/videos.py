@@ -1,0 +1,53 @@
+"""Clips out of video files: of one size, rate and length, as a model is trained on."""
+
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from typing import ClassVar
+
+import imageio_ffmpeg
+import numpy as np
+
+from pipeline.images import ImageRoot
+from pipeline.training.clips import Frames, SampleError
+
+MAX_VIDEO_BYTES = 2**30
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+"""What ffmpeg may take a file for: no playlist, which could name other files."""
+
+
+@dataclass(frozen=True)
+class VideoRoot(ImageRoot):
+    """The folder or URL below which a video's URI must lie."""
+
+    kind: ClassVar[str] = "video"
+    max_bytes: ClassVar[int] = MAX_VIDEO_BYTES
+
+
+@dataclass(frozen=True)
+class ClipFormat:
+    """What is cut out of a video: its first `num_frames` at `fps`, scaled to cover the size, then its centre."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+
+    def cut(self, data: bytes) -> Frames:
+        """Decode a video file: uint8 [num_frames,height,width,3]; SampleError if it is none, or too short."""
+        size = f"{self.width}:{self.height}"
+        filters = f"fps={self.fps:g},scale={size}:force_original_aspect_ratio=increase,crop={size}"
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            source = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-i", f"file:{file.name}"]
+            target = ["-map", "0:v:0", "-frames:v", str(self.num_frames), "-vf", filters]
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, *target]
+            raw = ["-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+            done = subprocess.run([*command, *raw], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode:
+            raise SampleError(f"the video does not decode: {done.stderr.decode(errors='replace').strip()[-200:]}")
+        frames: Frames = np.frombuffer(done.stdout, np.uint8).reshape(-1, self.height, self.width, 3)
+        if len(frames) < self.num_frames:
+            raise SampleError(f"the video has {len(frames)} frames at {self.fps:g} fps, {self.num_frames} are needed")
+        return frames

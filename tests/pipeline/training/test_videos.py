@@ -1,0 +1,71 @@
+"""Clips out of video files: what is cut, what is refused, and that a bad row is left out with its reason."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.inputs import list_parts
+from pipeline.request import RequestError
+from pipeline.training.clips import SampleError, encoded
+from pipeline.training.encode import ClipEncoder, Source
+from pipeline.training.videos import ClipFormat, VideoRoot
+from pipeline.video import VideoWriter
+from tests.pyramid_flow.goldens import TINY_MINIFLUX
+
+FORMAT = ClipFormat(height=64, width=64, num_frames=9, fps=12)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder with a wide video of 24 frames at 24 fps: left half red, right half blue, middle green."""
+    frames = np.zeros((24, 64, 256, 3), np.uint8)
+    frames[:, :, :128, 0] = frames[:, :, 128:, 2] = 200
+    frames[:, :, 96:160] = (0, 200, 0)
+    with VideoWriter(tmp_path / "wide.mp4", width=256, height=64, fps=24) as writer:
+        writer.write(frames)
+    (tmp_path / "none.mp4").write_bytes(b"no video")
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/wide.mp4\n#EXT-X-ENDLIST\n")
+    return tmp_path
+
+
+def test_the_middle_of_the_first_frames_is_cut_out(folder):
+    clip = FORMAT.cut((folder / "wide.mp4").read_bytes())
+    assert clip.shape == (9, 64, 64, 3)
+    assert np.abs(clip.astype(int) - (0, 200, 0)).max() < 30
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("wide.mp4", "has 12 frames at 12 fps, 17 are needed"), ("none.mp4", "decode"), ("list.m3u8", "decode")],
+)
+def test_what_is_too_short_or_no_video_is_refused(folder, name, reason):
+    with pytest.raises(SampleError, match=reason):
+        ClipFormat(64, 64, 17, 12).cut((folder / name).read_bytes())
+
+
+def test_videos_outside_the_root_are_refused(folder):
+    (folder / "below").mkdir()
+    root = VideoRoot(str(folder / "below"))
+    with pytest.raises(RequestError, match="lies outside the video root"):
+        root.read("../wide.mp4")
+    assert VideoRoot(str(folder)).read("wide.mp4")
+
+
+def test_bad_rows_are_left_out_with_their_reason(folder):
+    rows = [
+        {"prompt": "green", "video": "wide.mp4"},
+        {"prompt": "broken", "video": "none.mp4"},
+        {"prompt": None, "video": "wide.mp4"},
+        {"prompt": "gone", "video": "absent.mp4"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
+    source = Source(str(TINY_MINIFLUX), "cpu", torch.float32, VideoRoot(str(folder)), FORMAT)
+    [part] = list_parts([str(folder / "in.parquet")])
+    done = ClipEncoder(source, str(folder / "out")).encode(0, part)
+    assert done.rows == 4
+    assert [reason.partition(": ")[0].rpartition(":")[2] for reason in done.left_out] == ["1", "2", "3"]
+    table = pq.read_table(folder / "out" / "part-000000.parquet")
+    assert table["prompt"].to_pylist() == ["green"]
+    assert encoded(table, 2).latents.shape == (1, 16, 2, 8, 8)
