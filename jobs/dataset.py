@@ -61,13 +61,14 @@ def world(argv: Sequence[str]) -> None:
 def encode_clips(argv: Sequence[str]) -> None:
     """Encode clips with a checkpoint's VAE and text encoders."""
     settings = parse(EncodeSettings, argv)
-    checkpoint = Checkpoint.open(settings.model)
+    checkpoint = Checkpoint.open(settings.model, settings.variant)
     checkpoint.check()
     parts = list_parts(settings.input)
     storage = Storage(settings.output)
     storage.probe()
     source = Source(
         path=str(checkpoint.root),
+        variant=checkpoint.variant,
         device="cuda" if settings.use_gpu else "cpu",
         dtype=DTYPES[settings.dtype],
         videos=VideoRoot(full_url(settings.video_root) if settings.video_root else folder_of(settings.input[0])),

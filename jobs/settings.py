@@ -352,6 +352,7 @@ class EncodeSettings(ClusterSettings):
     input: list[str] = Field(min_length=1, description="tables of clips, files or folders; may be repeated")
     output: str = Field(min_length=1, description="folder or URL for the encoded parts")
     model: str = Field(min_length=1, description=MODEL)
+    variant: str | None = Field(None, description="which transformer's sizes and lengths, if there are several")
     video_root: str | None = Field(None, description="video URIs must lie below it (default: the input's folder)")
     height: Count | None = Field(None, description="of clips cut out of videos (default: the trained size)")
     width: Count | None = Field(None, description="of clips cut out of videos (default: the trained size)")

@@ -33,12 +33,13 @@ DONE_SCHEMA = pa.schema([("rows", pa.int64()), ("left_out", pa.list_(pa.string()
 
 @dataclass(frozen=True)
 class Source:
-    """What encodes: a checkpoint folder, a device and a dtype of its parts.
+    """What encodes: a checkpoint folder and its variant, a device and a dtype of its parts.
 
     videos, format: where the video files of tables without pixels lie, and what is cut out of them.
     """
 
     path: str
+    variant: str | None
     device: str
     dtype: torch.dtype
     videos: VideoRoot
@@ -57,7 +58,7 @@ class ClipEncoder:
     """Writes one part per row group of clips; a part that is there already is left alone."""
 
     def __init__(self, source: Source, output: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        checkpoint = Checkpoint.open(source.path)
+        checkpoint = Checkpoint.open(source.path, source.variant)
         self.vae = checkpoint.load_vae(source.dtype, source.device)
         self.text = checkpoint.load_text_encoder(source.dtype, source.device)
         self.source, self.storage, self.dtype = source, Storage(output), dtype

@@ -61,7 +61,7 @@ def test_bad_rows_are_left_out_with_their_reason(folder):
         {"prompt": "gone", "video": "absent.mp4"},
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
-    source = Source(str(TINY_MINIFLUX), "cpu", torch.float32, VideoRoot(str(folder)), FORMAT)
+    source = Source(str(TINY_MINIFLUX), None, "cpu", torch.float32, VideoRoot(str(folder)), FORMAT)
     [part] = list_parts([str(folder / "in.parquet")])
     done = ClipEncoder(source, str(folder / "out")).encode(0, part)
     assert done.rows == 4
