@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterable
 
 PROGRAMS = {
+    "compiler": ("g++", "apt-get install g++"),
     "browser": ("chromium", "apt-get install chromium"),
     "database": ("pg_ctlcluster", "apt-get install postgresql"),
 }

@@ -92,8 +92,8 @@ def job(parts, storage, **values) -> TrainJob:
     )
 
 
-def weights(training_job) -> tuple[Tensor, dict[str, float]]:
-    result = fit(training_job)
+def weights(training_job, on_metrics=lambda metrics: None) -> tuple[Tensor, dict[str, float]]:
+    result = fit(training_job, on_metrics)
     with result.checkpoint.as_directory() as folder:
         tensors = trained_weights(Path(folder))
     return torch.cat([tensor.flatten() for tensor in tensors.values()]), result.metrics
@@ -114,8 +114,11 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def test_two_workers_train_the_same_weights_as_one(alone, parts, tmp_path):
     expected, metrics = alone
     assert metrics["step"] == STEPS
-    found, _ = weights(job(parts, tmp_path, num_workers=2))
+    told = []
+    found, _ = weights(job(parts, tmp_path, num_workers=2), told.append)
     assert distance(found, expected) <= 1e-4
+    assert [each["step"] for each in told] == [5, 10, 15, 20]
+    assert told[-1]["loss"] < 0.9 * told[0]["loss"]
 
 
 @pytest.mark.ray
@@ -217,3 +220,19 @@ def test_examples_are_videos_of_the_rows_prompts(parts, table, tmp_path):
     info = probe(folder / "1.mp4")
     assert (info.width, info.height, info.frames) == (64, 64, 17)
     assert read_tags(folder / "1.mp4")["prompt"] == table["prompt"][1].as_py()
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+@pytest.mark.timeout(900)
+def test_compiled_blocks_train_the_same_weights(parts, table, tmp_path):
+    tasks = [SOURCE(), SOURCE()]
+    tasks[1].model.load_state_dict(tasks[0].model.state_dict())
+    tasks[1].model.compile_repeated_blocks(dynamic=True)
+    own = job(parts, tmp_path)
+    for task in tasks:
+        training = Training(task, task, torch.optim.AdamW(task.model.parameters(), lr=1e-2), None)
+        for _ in range(3):
+            train_step(own, training, own.phases[0], table.slice(0, 6), range(6))
+    one, other = (torch.cat([weight.detach().flatten() for weight in task.model.parameters()]) for task in tasks)
+    assert distance(other, one) <= 1e-3
