@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor
 
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -22,13 +24,17 @@ class LoRA:
     targets: tuple[str, ...] = ATTENTION
 
     @property
-    def config(self) -> LoraConfig:
-        """The same for peft."""
+    def config(self) -> "LoraConfig":
+        """The same for peft, which takes a second to import."""
+        from peft import LoraConfig
+
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))
 
 
 def add_lora(transformer: PyramidFluxTransformer, lora: LoRA) -> None:
     """Give a transformer adapters that change nothing yet; they alone are trained from then on."""
+    from peft import inject_adapter_in_model
+
     transformer.requires_grad_(False)
     inject_adapter_in_model(lora.config, transformer)
 
@@ -40,6 +46,8 @@ def merge_lora(
 
     transformer: without adapters; weights: of the adapters, by their names in a transformer that has them.
     """
+    from peft import get_peft_model
+
     adapted = get_peft_model(transformer, lora.config)
     inner = cast(PyramidFluxTransformer, adapted.get_base_model())
     inner.load_state_dict(dict(weights), strict=False)
