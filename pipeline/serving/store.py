@@ -1,0 +1,322 @@
+"""The table of videos that were asked for: where a job waits, who works on it, and what came of it.
+
+A job that waits is claimed by a dispatcher for a while (its lease), and each claim raises the job's fence. Whoever
+writes about a claimed job names the fence it was given: nobody who has lost a job can change it any more.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    Engine,
+    Index,
+    Select,
+    create_engine,
+    delete,
+    event,
+    func,
+    select,
+    update,
+)
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+from pyramid_flow.errors import PyramidFlowError
+
+BUSY_TIMEOUT_S = 30
+
+
+class StoreError(PyramidFlowError):
+    """The table cannot be used as it was asked for."""
+
+
+class QueueFullError(PyramidFlowError):
+    """No further job is taken now."""
+
+
+class Status(StrEnum):
+    """How far a job is; the last three are ends."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_end(self) -> bool:
+        """Whether nothing happens to the job any more."""
+        return self not in (Status.QUEUED, Status.IN_PROGRESS)
+
+
+class Priority:
+    """Of what waits, the least number is taken first."""
+
+    INTERACTIVE = 0
+    BATCH = 1
+
+
+class Base(DeclarativeBase):
+    """What SQLAlchemy knows of the tables."""
+
+
+class Job(Base):
+    """One video.
+
+    owner: name of the API key that asked; replay: marks a request that may come twice, unique per owner; request: the
+    resolved request, and given: the one as it was asked for, both without image bytes; image: where those lie in the
+    storage. Times in seconds since 1970. progress: percent; result: what the metadata say of a finished video.
+    """
+
+    __tablename__ = "videos"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    replay: Mapped[str | None] = mapped_column(default=None)
+    model: Mapped[str]
+    priority: Mapped[int] = mapped_column(default=Priority.INTERACTIVE)
+    given: Mapped[dict[str, Any]] = mapped_column(JSON)
+    request: Mapped[dict[str, Any]] = mapped_column(JSON)
+    image: Mapped[str | None] = mapped_column(default=None)
+    remixed_from: Mapped[str | None] = mapped_column(default=None)
+    status: Mapped[str] = mapped_column(default=Status.QUEUED)
+    fence: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    lease_until: Mapped[float | None] = mapped_column(default=None)
+    progress: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[float]
+    completed_at: Mapped[float | None] = mapped_column(default=None)
+    expires_at: Mapped[float | None] = mapped_column(default=None)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    error_code: Mapped[str | None] = mapped_column(default=None)
+    error_message: Mapped[str | None] = mapped_column(default=None)
+
+    __table_args__ = (
+        Index("videos_replay", "owner", "replay", unique=True),
+        Index("videos_queue", "status", "priority", "created_at", "id"),
+        Index("videos_owner", "owner", "created_at", "id"),
+    )
+
+    @property
+    def claim(self) -> "Claim":
+        """The right to write about the job, as it stands."""
+        return Claim(self.id, self.fence)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to write about a job, until someone else claims it."""
+
+    id: str
+    fence: int
+
+
+@dataclass(frozen=True)
+class Page:
+    """Jobs of a list, and whether more follow."""
+
+    jobs: tuple[Job, ...]
+    has_more: bool
+
+
+class Store:
+    """The table in a database: SQLite (one machine) or PostgreSQL. Safe to use from several threads and processes.
+
+    url: as SQLAlchemy has it; max_queued: jobs that may wait; retention_s: how long an ended job is kept; clock: gives
+    the time. Raises StoreError for a database that cannot be used.
+    """
+
+    def __init__(
+        self, url: str, *, max_queued: int = 1000, retention_s: float = 86400.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.max_queued, self.retention_s, self.clock = max_queued, retention_s, clock
+        self.engine = _engine(url)
+        self.writer = sessionmaker(self.engine, expire_on_commit=False)
+        self.reader = sessionmaker(self.engine.execution_options(reads=True), expire_on_commit=False)
+        Base.metadata.create_all(self.engine)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+    def add(self, job: Job) -> Job:
+        """Let a job wait; returns it, or the one that the same owner has asked for with the same replay mark before.
+
+        Raises QueueFullError if too many wait.
+        """
+        try:
+            with self.writer.begin() as session:
+                if session.scalar(_count(Status.QUEUED)) >= self.max_queued:
+                    raise QueueFullError(f"{self.max_queued} videos wait already")
+                session.add(job)
+        except IntegrityError:
+            known = self._one(Job.owner == job.owner, Job.replay == job.replay)
+            if known is None:
+                raise
+            return known
+        return job
+
+    def get(self, job_id: str, owner: str) -> Job | None:
+        """Return a job of an owner, or None."""
+        return self._one(Job.id == job_id, Job.owner == owner)
+
+    def list(self, owner: str, *, after: str | None = None, limit: int = 20, newest_first: bool = True) -> Page:
+        """Return a page of an owner's jobs, from the one after job `after`."""
+        keys = (Job.created_at, Job.id)
+        query = select(Job).where(Job.owner == owner).limit(limit + 1)
+        query = query.order_by(*(key.desc() if newest_first else key for key in keys))
+        cursor = self.get(after, owner) if after is not None else None
+        if cursor is not None:
+            query = query.where(_beyond(cursor, newest_first=newest_first))
+        with self.reader() as session:
+            jobs = session.scalars(query).all()
+        return Page(tuple(jobs[:limit]), len(jobs) > limit)
+
+    def position(self, job: Job) -> int:
+        """Return how many jobs are taken before this one."""
+        ahead = (Job.priority < job.priority) | ((Job.priority == job.priority) & _beyond(job, newest_first=True))
+        with self.reader() as session:
+            return session.scalar(_count(Status.QUEUED).where(ahead)) or 0
+
+    def counts(self) -> dict[Status, int]:
+        """Return how many jobs there are of each status."""
+        with self.reader() as session:
+            rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).all()
+        found = {Status(status): int(count) for status, count in rows}
+        return {status: found.get(status, 0) for status in Status}
+
+    def claim(self, limit: int, lease_s: float) -> Sequence[Job]:
+        """Take jobs that wait, by priority and then age; they are this caller's until the lease ends."""
+        first = select(Job.id).where(Job.status == Status.QUEUED).order_by(Job.priority, Job.created_at, Job.id)
+        taken = first.limit(limit).with_for_update(skip_locked=True)
+        statement = (
+            update(Job)
+            .where(Job.id.in_(taken))
+            .values(
+                status=Status.IN_PROGRESS,
+                fence=Job.fence + 1,
+                attempts=Job.attempts + 1,
+                progress=0,
+                lease_until=self.clock() + lease_s,
+            )
+        )
+        with self.writer.begin() as session:
+            jobs = session.scalars(statement.returning(Job)).all()
+        return sorted(jobs, key=lambda job: (job.priority, job.created_at, job.id))
+
+    def renew(self, claim: Claim, lease_s: float) -> bool:
+        """Keep a claimed job for longer; False if it is lost."""
+        return self._write(claim, lease_until=self.clock() + lease_s)
+
+    def report(self, claim: Claim, progress: int) -> bool:
+        """Say how far a claimed job is, in percent; False if it is lost."""
+        return self._write(claim, progress=progress)
+
+    def complete(self, claim: Claim, result: dict[str, Any]) -> bool:
+        """End a claimed job with its video; False if it is lost, and then the video counts for nothing."""
+        return self._write(claim, **self._end(Status.COMPLETED), progress=100, result=result)
+
+    def fail(self, claim: Claim, code: str, message: str) -> bool:
+        """End a claimed job with an error; False if it is lost."""
+        return self._write(claim, **self._end(Status.FAILED), error_code=code, error_message=message)
+
+    def release(self, claim: Claim) -> bool:
+        """Let a claimed job wait again, as if it had not been claimed; False if it is lost."""
+        return self._write(claim, status=Status.QUEUED, lease_until=None, progress=0, attempts=Job.attempts - 1)
+
+    def cancel(self, job_id: str, owner: str) -> Job | None:
+        """End a job of an owner that has not ended; returns it as it is then, or None if there is none."""
+        going_on = Job.status.in_((Status.QUEUED, Status.IN_PROGRESS))
+        with self.writer.begin() as session:
+            session.execute(
+                update(Job)
+                .where(Job.id == job_id, Job.owner == owner, going_on)
+                .values(**self._end(Status.CANCELLED), fence=Job.fence + 1)
+            )
+        return self.get(job_id, owner)
+
+    def delete(self, job_id: str, owner: str) -> Job | None:
+        """Forget a job of an owner, whatever it does; returns what it was, or None if there was none."""
+        with self.writer.begin() as session:
+            return session.scalar(delete(Job).where(Job.id == job_id, Job.owner == owner).returning(Job))
+
+    def expire(self) -> Sequence[Job]:
+        """Forget the jobs whose time is over; returns what they were."""
+        with self.writer.begin() as session:
+            return session.scalars(delete(Job).where(Job.expires_at <= self.clock()).returning(Job)).all()
+
+    def recover(self, max_attempts: int) -> int:
+        """Let jobs wait again whose lease has ended, or end them after too many attempts; returns their number."""
+        lost = (Job.status == Status.IN_PROGRESS) & (Job.lease_until <= self.clock())
+        message = f"its worker was lost {max_attempts} times"
+        with self.writer.begin() as session:
+            given_up = session.execute(
+                update(Job)
+                .where(lost, Job.attempts >= max_attempts)
+                .values(**self._end(Status.FAILED), error_code="worker_lost", error_message=message)
+            )
+            again = session.execute(
+                update(Job).where(lost).values(status=Status.QUEUED, lease_until=None, progress=0, fence=Job.fence + 1)
+            )
+        return int(given_up.rowcount + again.rowcount)  # type: ignore[attr-defined]
+
+    def _write(self, claim: Claim, **values: Any) -> bool:  # noqa: ANN401 - columns
+        own = (Job.id == claim.id, Job.fence == claim.fence, Job.status == Status.IN_PROGRESS)
+        with self.writer.begin() as session:
+            done = session.execute(update(Job).where(*own).values(**values))
+        return bool(done.rowcount)  # type: ignore[attr-defined]
+
+    def _end(self, status: Status) -> dict[str, Any]:
+        now = self.clock()
+        return {"status": status, "completed_at": now, "expires_at": now + self.retention_s, "lease_until": None}
+
+    def _one(self, *conditions: ColumnElement[bool]) -> Job | None:
+        with self.reader() as session:
+            return session.scalar(select(Job).where(*conditions))
+
+
+def _count(status: Status) -> Select[Any]:
+    return select(func.count()).select_from(Job).where(Job.status == status)
+
+
+def _beyond(job: Job, *, newest_first: bool) -> ColumnElement[bool]:
+    """Return the condition that a job comes after this one in a list: is older, or newer."""
+    if newest_first:
+        return (Job.created_at < job.created_at) | ((Job.created_at == job.created_at) & (Job.id < job.id))
+    return (Job.created_at > job.created_at) | ((Job.created_at == job.created_at) & (Job.id > job.id))
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise StoreError(f"{url!r} is no database URL") from error
+    if parsed.get_backend_name() == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise StoreError("an SQLite database must be a file: sqlite:///videos.db")
+        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
+        event.listen(engine, "connect", _write_ahead)
+        event.listen(engine, "begin", _begin)
+        return engine
+    if parsed.get_backend_name() == "postgresql":
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    raise StoreError(f"a database is sqlite:///FILE or postgresql://..., not {parsed.drivername}")
+
+
+def _write_ahead(connection: Any, _record: object) -> None:  # noqa: ANN401 - of sqlite3
+    connection.isolation_level = None  # this module says when a transaction begins
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _begin(connection: Connection) -> None:
+    """Take the lock at once for what writes: a transaction that reads first could not get it later."""
+    reads = connection.get_execution_options().get("reads")
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -1,0 +1,192 @@
+"""The table of videos: who gets a job, who may write about it, and what a crash leaves; on both databases."""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import pytest
+
+from pipeline.serving.store import Claim, Job, Priority, QueueFullError, Status, Store, StoreError
+
+
+def job(number: int, **values: object) -> Job:
+    given = {"prompt": f"prompt {number}"}
+    defaults = {"owner": "me", "model": "toy", "given": given, "request": given, "created_at": float(number)}
+    return Job(id=f"video_{number:03d}", **{**defaults, **values})
+
+
+def ids(jobs) -> list[int]:
+    return [int(each.id[-3:]) for each in jobs]
+
+
+def test_what_was_added_can_be_read_by_its_owner_only(store):
+    store.add(job(1, image="uploads/a"))
+    found = store.get("video_001", "me")
+    assert (found.given, found.image, found.status, found.progress) == (
+        {"prompt": "prompt 1"},
+        "uploads/a",
+        "queued",
+        0,
+    )
+    assert store.get("video_001", "you") is None
+    assert store.get("video_002", "me") is None
+
+
+def test_a_request_that_comes_twice_is_one_job(store):
+    first = store.add(job(1, replay="key"))
+    assert store.add(job(2, replay="key")).id == first.id
+    assert store.add(job(3, replay="key", owner="you")).id == "video_003"
+    assert store.add(job(4)).id == "video_004"
+    assert store.add(job(5)).id == "video_005"
+
+
+def test_the_queue_is_bounded(store):
+    for number in range(20):
+        store.add(job(number))
+    with pytest.raises(QueueFullError, match="20 videos wait"):
+        store.add(job(20))
+    store.claim(1, 10)
+    store.add(job(20))
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+def test_lists_come_in_pages_without_gaps(store, newest_first):
+    for number in (3, 1, 2, 5, 4):
+        store.add(job(number, created_at=float(number // 2)))
+    store.add(job(9, owner="you"))
+    seen, after, more = [], None, True
+    while more:
+        page = store.list("me", after=after, limit=2, newest_first=newest_first)
+        seen += ids(page.jobs)
+        after, more = page.jobs[-1].id, page.has_more
+    assert seen == ([5, 4, 3, 2, 1] if newest_first else [1, 2, 3, 4, 5])
+
+
+def test_claims_go_by_priority_and_then_age(store):
+    for number, priority in (
+        (1, Priority.BATCH),
+        (2, Priority.INTERACTIVE),
+        (3, Priority.BATCH),
+        (4, Priority.INTERACTIVE),
+    ):
+        store.add(job(number, priority=priority))
+    assert [store.position(store.get(f"video_{number:03d}", "me")) for number in (2, 4, 1, 3)] == [0, 1, 2, 3]
+    assert ids(store.claim(3, 10)) == [2, 4, 1]
+    assert store.position(store.get("video_003", "me")) == 0
+    assert ids(store.claim(3, 10)) == [3]
+    assert store.claim(3, 10) == []
+
+
+def test_two_dispatchers_never_get_the_same_job(database, store):
+    for number in range(20):
+        store.add(job(number))
+    other = Store(database)
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda one: ids(one.claim(3, 10)), [store, other] * 5))
+    other.close()
+    assert sorted(chain.from_iterable(taken)) == list(range(20))
+
+
+def test_a_finished_job_keeps_its_result_until_it_expires(store, clock):
+    store.add(job(1))
+    [taken] = store.claim(1, 10)
+    assert store.report(taken.claim, 40)
+    assert store.get("video_001", "me").progress == 40
+    assert store.complete(taken.claim, {"uri": "videos/a.mp4"})
+    done = store.get("video_001", "me")
+    assert (done.status, done.progress, done.result) == ("completed", 100, {"uri": "videos/a.mp4"})
+    assert (done.completed_at, done.expires_at) == (1000, 1100)
+    assert store.expire() == []
+    clock.now = 1100
+    assert ids(store.expire()) == [1]
+    assert store.get("video_001", "me") is None
+
+
+def test_who_lost_a_job_cannot_write_about_it(store, clock):
+    store.add(job(1))
+    [first] = store.claim(1, 10)
+    clock.now += 11
+    assert store.recover(3) == 1
+    assert store.get("video_001", "me").status == Status.QUEUED
+    assert not store.renew(first.claim, 10)
+    [second] = store.claim(1, 10)
+    for write in (lambda claim: store.complete(claim, {}), lambda claim: store.fail(claim, "a", "b"), store.release):
+        assert not write(first.claim)
+    assert store.renew(second.claim, 100)
+    clock.now += 50
+    assert store.recover(3) == 0
+    assert store.complete(second.claim, {})
+    assert not store.complete(second.claim, {})
+
+
+def test_a_job_whose_workers_are_lost_again_and_again_fails(store, clock):
+    store.add(job(1))
+    for _ in range(3):
+        assert len(store.claim(1, 10)) == 1
+        clock.now += 11
+        assert store.recover(3) == 1
+    failed = store.get("video_001", "me")
+    assert (failed.status, failed.error_code) == (Status.FAILED, "worker_lost")
+    assert "3 times" in failed.error_message
+
+
+def test_a_released_job_waits_as_if_nothing_had_happened(store):
+    store.add(job(1))
+    for _ in range(5):
+        [taken] = store.claim(1, 10)
+        assert (taken.attempts, taken.status) == (1, Status.IN_PROGRESS)
+        assert store.release(taken.claim)
+
+
+def test_cancelling_ends_a_job_and_stops_its_worker(store):
+    store.add(job(1))
+    store.add(job(2))
+    [taken] = store.claim(1, 10)
+    assert store.cancel("video_001", "you") is None
+    assert store.cancel("video_001", "me").status == Status.CANCELLED
+    assert store.cancel("video_002", "me").status == Status.CANCELLED
+    assert not store.report(taken.claim, 50)
+    assert store.claim(1, 10) == []
+    assert store.cancel("video_003", "me") is None
+
+
+def test_an_end_is_not_cancelled(store):
+    store.add(job(1))
+    [taken] = store.claim(1, 10)
+    store.complete(taken.claim, {})
+    assert store.cancel("video_001", "me").status == Status.COMPLETED
+
+
+def test_deleting_forgets_a_job_whatever_it_does(store):
+    store.add(job(1))
+    [taken] = store.claim(1, 10)
+    assert store.delete("video_001", "you") is None
+    assert store.delete("video_001", "me").id == "video_001"
+    assert store.get("video_001", "me") is None
+    assert not store.renew(taken.claim, 10)
+
+
+def test_what_is_there_is_counted(store):
+    for number in range(3):
+        store.add(job(number))
+    store.claim(1, 10)
+    assert store.counts() == {"queued": 2, "in_progress": 1, "completed": 0, "failed": 0, "cancelled": 0}
+
+
+def test_a_new_process_finds_what_an_old_one_left(database, store):
+    store.add(job(1))
+    store.close()
+    again = Store(database)
+    assert again.get("video_001", "me").given == {"prompt": "prompt 1"}
+    again.close()
+
+
+def test_a_claim_is_of_one_fence(store):
+    store.add(job(1))
+    [taken] = store.claim(1, 10)
+    assert taken.claim == Claim("video_001", 1)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "sqlite://", "sqlite:///:memory:", "mysql://a/b"])
+def test_databases_that_will_not_do(url):
+    with pytest.raises(StoreError):
+        Store(url)
