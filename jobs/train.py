@@ -2,10 +2,9 @@
 
 import json
 import logging
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -23,16 +22,17 @@ from pipeline import runner
 from pipeline.inputs import full_url, list_parts, read_blocks
 from pipeline.plan import Resources
 from pipeline.storage import Storage
-from pipeline.training.clips import clips, pixels_of
+from pipeline.training.clips import clips, encoded, pixels_of
 from pipeline.training.optimizer import OptimizerSettings
+from pipeline.training.record import check_record
 from pipeline.training.tasks import Phase, Task, TransformerSource, VAESource
 from pipeline.training.trainer import Metrics, TrainJob, check_streams, fit, trained_weights
-from pyramid_flow import CausalVideoVAE, Checkpoint
+from pyramid_flow import CausalVideoVAE, Checkpoint, PyramidFluxTransformer
 from pyramid_flow.checkpoint import PRESET_FILE
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.sampling import TEMPORAL_FACTOR, check_num_frames
 from pyramid_flow.training import Objective
-from pyramid_flow.training.lora import LoRA, merge_lora
+from pyramid_flow.training.lora import LoRA, check_lora, merge_lora
 from pyramid_flow.training.vae import VAEObjective, measure_statistics, whiten
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ logger = logging.getLogger("jobs.train")
 
 
 class TrainingError(PyramidFlowError):
-    """A training cannot begin, or ended without a result."""
+    """A training cannot begin."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,14 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     resources = Resources(cpus, settings.workers if settings.use_gpu else 0)
     try:
         with (
-            runner.session(None if own else settings.address, resources if own else None),
+            runner.session(None if own else settings.address, resources if own else None) as offered,
             SummaryWriter(f"{job.storage}/tensorboard/{job.name}") as board,
         ):
+            _check_gpus(job, offered, own=own)
             trained = fit(job, partial(_show, board)).checkpoint
-            if trained is None:
-                raise TrainingError("no checkpoint was kept")
+            assert trained is not None, "the last step keeps a checkpoint"
             with trained.as_directory() as folder:
-                write_model(checkpoint, job, trained_weights(Path(folder)), Storage(settings.output), _lora(settings))
+                write_model(settings, checkpoint, job, trained_weights(Path(folder)))
+    except TrainingError as error:
+        logger.error("jobs.train: %s", error)
+        return EXIT_WRONG_JOB
     except KeyboardInterrupt:
         logger.error("interrupted: run the same command again to go on from the last checkpoint")
         return EXIT_INTERRUPTED
@@ -125,8 +128,36 @@ def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
         max_restarts=settings.max_restarts,
     )
     check_streams(job)
-    Storage(settings.output).probe()
+    _check_tables(settings, job, checkpoint)
+    lora = _lora(settings)
+    if lora:
+        check_lora(PyramidFluxTransformer.load_config(checkpoint.transformer_folder), lora)
+    storage = Storage(settings.output)
+    storage.probe()
+    values = {
+        "model_fingerprint": checkpoint.fingerprint,
+        "fresh": settings.fresh,
+        "lora": asdict(lora) if lora else None,
+        "running_mean": settings.ema_decay is not None,
+    }
+    check_record(storage, f"{job.name}.json", values)
     return checkpoint, job
+
+
+def _check_gpus(job: TrainJob, offered: Resources, *, own: bool) -> None:
+    gpus = torch.cuda.device_count() if own else offered.gpus
+    if job.use_gpu and gpus < job.num_workers:
+        raise TrainingError(f"{job.num_workers} workers need a GPU each, and there are {gpus}")
+
+
+def _check_tables(settings: TrainSettings, job: TrainJob, checkpoint: Checkpoint) -> None:
+    """Read the first row of each phase as the task does."""
+    for phase in job.phases:
+        table = next(table for part in phase.parts if part.num_rows for _, table in read_blocks(part)).slice(0, 1)
+        if settings.task == "vae":
+            clips(table)
+        else:
+            encoded(table, _num_units(settings, checkpoint))
 
 
 def _phase(settings: PhaseSettings) -> Phase:
@@ -139,22 +170,25 @@ def _source(settings: TrainSettings, checkpoint: Checkpoint) -> Callable[[], Tas
     if settings.task == "vae":
         terms = VAEObjective(settings.mse_weight, settings.kl_weight, settings.foreground_weight)
         return VAESource(path, settings.fresh, terms, settings.seed)
-    num_frames = settings.num_frames or checkpoint.preset.max_num_frames
-    check_num_frames(num_frames)
     objective = Objective(
         tuple(settings.levels), tuple(settings.level_weights), settings.text_dropout, settings.first_frame_share
     )
-    num_units = 1 + (num_frames - 1) // TEMPORAL_FACTOR
     return TransformerSource(
         path,
         checkpoint.variant,
         settings.fresh,
-        num_units,
+        _num_units(settings, checkpoint),
         objective,
         settings.seed,
         _lora(settings),
         settings.gradient_checkpointing,
     )
+
+
+def _num_units(settings: TrainSettings, checkpoint: Checkpoint) -> int:
+    num_frames = settings.num_frames or checkpoint.preset.max_num_frames
+    check_num_frames(num_frames)
+    return 1 + (num_frames - 1) // TEMPORAL_FACTOR
 
 
 def _lora(settings: TrainSettings) -> LoRA | None:
@@ -163,36 +197,42 @@ def _lora(settings: TrainSettings) -> LoRA | None:
     return LoRA(settings.lora_rank, settings.lora_alpha or settings.lora_rank, tuple(settings.lora_targets))
 
 
-def write_model(
-    checkpoint: Checkpoint, job: TrainJob, weights: Mapping[str, Tensor], storage: Storage, lora: LoRA | None = None
-) -> None:
+def write_model(settings: TrainSettings, checkpoint: Checkpoint, job: TrainJob, weights: Mapping[str, Tensor]) -> None:
     """Write the checkpoint with the trained part in its place to OUTPUT/model, and adapters to OUTPUT/lora as well.
 
-    A VAE's latents get even scale, and their statistics go into pyramid.json.
+    The latents of a VAE that was fresh get even scale, and their statistics go into pyramid.json.
     """
+    storage, lora = Storage(settings.output), _lora(settings)
     part = checkpoint.transformer_folder.name
-    values: dict[str, object] = {}
+    preset = checkpoint.root / PRESET_FILE
+    values = json.loads(preset.read_text()) if preset.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "model"
+        made = Path(folder)
         model: ModelMixin
         if lora:
-            bare = checkpoint.load_transformer(torch.float32, "cpu")
-            model = merge_lora(bare, lora, weights, Path(folder) / "lora")
+            model = merge_lora(checkpoint.load_transformer(torch.float32, "cpu"), lora, weights, made / "lora")
         else:
             model = job.make_task().model
             model.load_state_dict(dict(weights))
         if isinstance(model, CausalVideoVAE):
             part = "causal_video_vae"
-            whiten(model, _latents(model, job))
-            values["statistics"] = asdict(measure_statistics(_latents(model, job)))
-        shutil.copytree(checkpoint.root, whole, ignore=shutil.ignore_patterns(part))
-        model.save_pretrained(whole / part)
-        preset = whole / PRESET_FILE
-        known = json.loads(preset.read_text()) if preset.exists() else {}
-        preset.write_text(json.dumps(known | values, indent=2) + "\n")
-        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            storage.put(file.relative_to(folder).as_posix(), file)
+            if settings.fresh:  # a transformer that was trained on a VAE's latents needs them as they are
+                whiten(model, _latents(model, job))
+                values["statistics"] = asdict(measure_statistics(_latents(model, job)))
+        model.save_pretrained(made / "model" / part)
+        (made / "model" / PRESET_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        others = [path for path in checkpoint.root.iterdir() if path.name not in (part, PRESET_FILE)]
+        _put(storage, checkpoint.root, others, "model/")
+        _put(storage, made, made.iterdir(), "")
     logger.info("wrote %s", storage.url("model"))
+
+
+def _put(storage: Storage, root: Path, paths: Iterable[Path], prefix: str) -> None:
+    """Store files, and those below folders, by their names below `root`."""
+    for path in sorted(paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                storage.put(prefix + file.relative_to(root).as_posix(), file)
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ CLIP_SCHEMA = pa.schema(
 """A clip is its RGB bytes, frame by frame and row by row."""
 
 ENCODED_SCHEMA = pa.schema([("prompt", pa.string()), ("tensors", pa.binary())])
-"""An encoded clip is a safetensors file: latents [C,T,h,w], un-normalised, text.tokens [L,D] and text.pooled [P]."""
+"""An encoded clip is a safetensors file: latents [C,T,h,w], un-normalised, text.tokens [L,D] and text.pooled [P], and
+empty.tokens and empty.pooled of the empty prompt, so that no text encoder is needed any more."""
 
 
 class SampleError(PyramidFlowError):
@@ -40,10 +41,11 @@ class SampleError(PyramidFlowError):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded clips: latents [B,C,T,h,w], un-normalised, and their prompts."""
+    """Encoded clips: latents [B,C,T,h,w], un-normalised, their prompts, and the empty one (one row)."""
 
     latents: Tensor
     text: TextEmbedding
+    empty: TextEmbedding
 
 
 def clip_row(prompt: str, frames: Frames) -> dict[str, object]:
@@ -63,11 +65,17 @@ def pixels_of(clip: Frames) -> Tensor:
     return torch.from_numpy(np.array(clip)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def encoded_row(prompt: str, latents: Tensor, text: TextEmbedding) -> dict[str, object]:
-    """Return the row of latents [C,T,h,w] and one prompt."""
-    trimmed = text.trimmed()
-    tensors = {"latents": latents, "text.tokens": trimmed.tokens[0], "text.pooled": trimmed.pooled[0]}
-    return {"prompt": prompt, "tensors": save({name: tensor.contiguous() for name, tensor in tensors.items()})}
+def encoded_row(prompt: str, latents: Tensor, text: TextEmbedding, empty: TextEmbedding) -> dict[str, object]:
+    """Return the row of latents [C,T,h,w], one prompt and the empty one."""
+    tensors = {"latents": latents}
+    for name, embedding in (("text", text.trimmed()), ("empty", empty.trimmed())):
+        tensors |= {f"{name}.tokens": embedding.tokens[0], f"{name}.pooled": embedding.pooled[0]}
+    return {
+        "prompt": prompt,
+        "tensors": save(
+            {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        ),
+    }
 
 
 def encoded(table: pa.Table, num_frames: int) -> Encoded:
@@ -80,12 +88,16 @@ def encoded(table: pa.Table, num_frames: int) -> Encoded:
     shapes = {tuple(clip.shape[2:]) for clip in latents}
     if len(shapes) > 1:
         raise SampleError(f"clips of one batch have several sizes: {sorted(shapes)}")
-    return Encoded(torch.stack([clip[:, :num_frames] for clip in latents]), concatenate([_text(row) for row in rows]))
+    return Encoded(
+        latents=torch.stack([clip[:, :num_frames] for clip in latents]),
+        text=concatenate([_text(row, "text") for row in rows]),
+        empty=_text(rows[0], "empty"),
+    )
 
 
-def _text(row: Mapping[str, Tensor]) -> TextEmbedding:
-    tokens = row["text.tokens"][None].float()
-    return TextEmbedding(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), row["text.pooled"][None].float())
+def _text(row: Mapping[str, Tensor], name: str) -> TextEmbedding:
+    tokens, pooled = (row[f"{name}.{part}"][None].float() for part in ("tokens", "pooled"))
+    return TextEmbedding(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), pooled)
 
 
 def _rows(table: pa.Table, schema: pa.Schema) -> list[dict[str, Any]]:
@@ -98,6 +110,8 @@ def _rows(table: pa.Table, schema: pa.Schema) -> list[dict[str, Any]]:
 
 def _clip(row: Mapping[str, Any]) -> Frames:
     shape = (row["num_frames"], row["height"], row["width"], 3)
+    if None in shape or row["pixels"] is None:
+        raise SampleError("a clip has no pixels or no size")
     values: Frames = np.frombuffer(row["pixels"], np.uint8)
     if values.size != prod(shape):
         raise SampleError(f"a clip of {values.size} bytes cannot be {list(shape)}")

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.inputs import Columns, InputError, InputPart, read_blocks
 
-WINDOW_PARTS = 8
+WINDOW_PARTS = 16
 """Row groups whose rows are mixed with one another."""
 
 
@@ -67,6 +67,9 @@ def streams(parts: Sequence[InputPart], num_streams: int, seed: int) -> list[Str
     """
     filled = [part for part in parts if part.num_rows]
     if len(filled) < num_streams:
-        raise InputError(f"{len(filled)} row groups of Parquet files are too few for {num_streams} streams")
+        raise InputError(
+            f"{len(filled)} row groups of Parquet files are too few for {num_streams} streams: "
+            "write the table with smaller row groups, or use fewer streams"
+        )
     dealt = Random(f"{seed}").sample(filled, len(filled))
     return [Stream(tuple(dealt[number::num_streams]), seed, number) for number in range(num_streams)]

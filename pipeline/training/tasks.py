@@ -19,7 +19,6 @@ from pyramid_flow import (
     PyramidSchedule,
     SamplingParams,
     SeededNoise,
-    TextEmbedding,
     generate_latents,
 )
 from pyramid_flow.pixels import as_uint8, decode_frames
@@ -105,7 +104,7 @@ class VAETask(Task):
 class TransformerTask(Task):
     """Trains a transformer of a checkpoint on encoded clips.
 
-    empty: the encoded empty prompt; num_units: latent frames of a clip that are used, at most.
+    num_units: latent frames of a clip that are used, at most.
     """
 
     columns = tuple(ENCODED_SCHEMA.names)
@@ -114,13 +113,12 @@ class TransformerTask(Task):
         self,
         checkpoint: Checkpoint,
         transformer: PyramidFluxTransformer,
-        empty: TextEmbedding,
         num_units: int,
         objective: Objective,
         seed: int,
     ) -> None:
         super().__init__()
-        self.checkpoint, self.transformer, self.empty = checkpoint, transformer, empty
+        self.checkpoint, self.transformer = checkpoint, transformer
         self.num_units, self.objective, self.seed = num_units, objective, seed
         self.schedule = PyramidSchedule()
 
@@ -140,8 +138,8 @@ class TransformerTask(Task):
             self.schedule,
             self.checkpoint.preset.statistics.normalize(rows.latents).to(device),
             rows.text,
-            self.empty,
-            samples,
+            rows.empty,
+            [sample + step for sample in samples],  # so that every stream of rows trains every level
             self.objective.unit_lengths(self.num_units, common),
             KeyedDraws(self.seed, step, samples),
             self.objective,
@@ -162,7 +160,7 @@ class TransformerTask(Task):
             video_guidance_scale=preset.video_guidance_scale,
         )
         noise = SeededNoise(range(len(table)), self.schedule.gamma)
-        latents = generate_latents(self.transformer, self.schedule, rows.text, self.empty, params, noise)
+        latents = generate_latents(self.transformer, self.schedule, rows.text, rows.empty, params, noise)
         vae = self.checkpoint.load_vae(torch.float32, device)
         frames: Frames = torch.cat(list(decode_frames(vae, latents, preset.statistics)), dim=1).numpy()
         return frames
@@ -203,7 +201,7 @@ class TransformerSource:
     gradient_checkpointing: bool = False
 
     def __call__(self) -> TransformerTask:
-        """Load the transformer, and encode the empty prompt."""
+        """Load the transformer."""
         checkpoint = Checkpoint.open(self.path, self.variant)
         transformer = checkpoint.load_transformer(torch.float32, "cpu").train().requires_grad_(True)
         if self.fresh:
@@ -212,8 +210,7 @@ class TransformerSource:
             add_lora(transformer, self.lora)
         if self.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        empty = checkpoint.load_text_encoder(torch.float32, "cpu")([""]).trimmed()
-        return TransformerTask(checkpoint, transformer, empty, self.num_units, self.objective, self.seed)
+        return TransformerTask(checkpoint, transformer, self.num_units, self.objective, self.seed)
 
 
 def crops(whole: Sequence[Frames], phase: Phase, draws: TrainingDraws) -> list[Frames]:

@@ -1,13 +1,16 @@
 """Training on Ray Train: several workers with equal shares of every batch, checkpoints, and resume."""
 
 import json
+import logging
+import signal
 import tempfile
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,10 @@ from pipeline.training.optimizer import OptimizerSettings, learning_rate, parame
 from pipeline.training.samples import Stream, Window, streams
 from pipeline.training.tasks import Phase, Task
 from pipeline.video import VideoWriter
+from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.training import optimizer_step
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, STATE = "training.safetensors", "state.json"
 Metrics = dict[str, float]
@@ -42,7 +48,14 @@ EXAMPLE_FPS = 24
 COMPILED_GRAPHS = 64
 """Graphs of a block at most: sizes of 1 are compiled apart from others, and so is each width of the last queries."""
 
+MAX_FAILURES = 10
+COLLECTIVE_TIMEOUT_S = 7200  # one worker makes examples while the others wait
+
 READ_CPUS, READ_AHEAD = 0.1, 2  # of a task; windows per stream
+
+
+class TrainingDivergedError(PyramidFlowError):
+    """The training has come to numbers that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +92,17 @@ class TrainJob:
 
 @dataclass
 class Training:
-    """What a worker trains, and where it stands; ema: a running mean of the weights, or None."""
+    """What a worker trains, and where it stands.
+
+    ema: a running mean of the weights, or None; failures: steps in a row, up to now, whose gradient was not finite.
+    """
 
     task: Task
     model: nn.Module
     optimizer: Optimizer
     ema: AveragedModel | None
     step: int = 0
+    failures: int = 0
 
 
 @dataclass
@@ -123,9 +140,14 @@ def fit(job: TrainJob, on_metrics: Callable[[Metrics], None] = lambda metrics: N
     told = Queue(actor_options={"num_cpus": 0})
     listener = threading.Thread(target=_listen, args=(told, on_metrics), daemon=True)
     listener.start()
+    interrupted = signal.getsignal(signal.SIGINT)
     try:
         return _trainer(job, told).fit()
+    except SystemExit:  # how Ray Train ends after Ctrl-C, as if all were well
+        raise KeyboardInterrupt from None
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupted)
         told.put(None)
         listener.join()
         told.shutdown()
@@ -140,7 +162,7 @@ def _trainer(job: TrainJob, told: Queue) -> TorchTrainer:
     return TorchTrainer(
         _work,
         train_loop_config={"job": job, "told": told},
-        torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if job.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.num_workers, use_gpu=job.use_gpu, resources_per_worker={"CPU": job.cpus_per_worker}
         ),
@@ -166,7 +188,7 @@ def _work(config: dict[str, Any]) -> None:
         if job.example_steps and (is_last or training.step % job.example_steps == 0):
             weights = dict(_kept(trained_state(training.ema.module if training.ema else training.task.model), rank))
             if rank == 0:
-                write_examples(job, training.step, weights, table.slice(0, job.example_count))
+                _try_examples(job, training.step, weights, table.slice(0, job.example_count))
         if keep or training.step % job.log_steps == 0:
             metrics = means.take() | {"step": training.step, "seconds": time.monotonic() - started}
             if rank == 0:
@@ -217,13 +239,20 @@ def train_step(job: TrainJob, training: Training, phase: Phase, table: pa.Table,
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(settings, training.step, job.num_steps)
     device = next(training.model.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16) if settings.bfloat16 else nullcontext():
+    with _precision(settings, device):
         loss = training.model(table, samples, training.step, phase)
     norm = optimizer_step(training.task.model, training.optimizer, loss.total, settings.max_grad_norm)
-    if training.ema is not None:
-        training.ema.update_parameters(training.task.model)
     training.step += 1
+    training.failures = 0 if isfinite(norm) else training.failures + 1
+    if training.failures >= MAX_FAILURES:
+        raise TrainingDivergedError(f"the gradient is not finite, {MAX_FAILURES} steps in a row until {training.step}")
+    if training.ema is not None and isfinite(norm):
+        training.ema.update_parameters(training.task.model)
     return {"loss": float(loss.total.detach()), "grad_norm": norm, **loss.metrics}
+
+
+def _precision(settings: OptimizerSettings, device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, torch.bfloat16) if settings.bfloat16 else nullcontext()
 
 
 def batches(
@@ -273,12 +302,22 @@ def _tables(stream: Stream, columns: Sequence[str], first: int, count: int) -> I
         yield ray.get(ahead.popleft())
 
 
+def _try_examples(job: TrainJob, step: int, weights: Mapping[str, Tensor], table: pa.Table) -> None:
+    """Write examples; if that fails, the training goes on all the same."""
+    try:
+        write_examples(job, step, weights, table)
+    except Exception:
+        logger.exception("no examples were written at step %d", step)
+
+
 def write_examples(job: TrainJob, step: int, weights: Mapping[str, Tensor], table: pa.Table) -> None:
     """Write videos that show what weights have learned to STORAGE/examples; they are made by a model of its own."""
     task = job.make_task().to(get_device() if job.use_gpu else "cpu").eval()
     task.model.load_state_dict(weights, strict=False)
     storage = Storage(job.storage)
-    for number, (frames, prompt) in enumerate(zip(task.examples(table), table["prompt"].to_pylist(), strict=True)):
+    with _precision(job.optimizer, task.model.device.type):
+        videos = task.examples(table)
+    for number, (frames, prompt) in enumerate(zip(videos, table["prompt"].to_pylist(), strict=True)):
         _, height, width, _ = frames.shape
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "example.mp4"
@@ -342,7 +381,7 @@ def restore(training: Training, folder: Path) -> None:
         keys = ("step", "exp_avg", "exp_avg_sq")
         found = {key: tensors.get(f"optimizer.{key}.{name}") for key in keys}
         training.optimizer.state[parameter] = {
-            key: value if key == "step" else _placed_as(parameter, value)
+            key: value.to(parameter.device) if key == "step" else _placed_as(parameter, value)
             for key, value in found.items()
             if value is not None
         }

@@ -12,6 +12,8 @@ from pipeline.images import ImageRoot
 from pipeline.training.clips import Frames, SampleError
 
 MAX_VIDEO_BYTES = 2**30
+MAX_PIXELS = 2**25  # of a frame
+TIMEOUT_S = 600
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 """What ffmpeg may take a file for: no playlist, which could name other files."""
 
@@ -26,7 +28,7 @@ class VideoRoot(ImageRoot):
 
 @dataclass(frozen=True)
 class ClipFormat:
-    """What is cut out of a video: its first `num_frames` at `fps`, scaled to cover the size, then its centre."""
+    """What is cut out of a video: of its first `num_frames` at `fps`, the centre in the size's shape, scaled to it."""
 
     height: int
     width: int
@@ -35,16 +37,22 @@ class ClipFormat:
 
     def cut(self, data: bytes) -> Frames:
         """Decode a video file: uint8 [num_frames,height,width,3]; SampleError if it is none, or too short."""
-        size = f"{self.width}:{self.height}"
-        filters = f"fps={self.fps:g},scale={size}:force_original_aspect_ratio=increase,crop={size}"
+        shape = self.width / self.height
+        centre = f"crop=min(iw\\,ih*{shape:.6f}):min(ih\\,iw/{shape:.6f})"
+        filters = f"fps={self.fps:g},{centre},scale={self.width}:{self.height}"
         with tempfile.NamedTemporaryFile() as file:
             file.write(data)
             file.flush()
-            source = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-i", f"file:{file.name}"]
-            target = ["-map", "0:v:0", "-frames:v", str(self.num_frames), "-vf", filters]
+            source = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-max_pixels", str(MAX_PIXELS)]
+            target = ["-i", f"file:{file.name}", "-map", "0:v:0", "-frames:v", str(self.num_frames), "-vf", filters]
             command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, *target]
             raw = ["-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
-            done = subprocess.run([*command, *raw], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+            try:
+                done = subprocess.run(
+                    [*command, *raw], stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=TIMEOUT_S
+                )
+            except subprocess.TimeoutExpired as error:
+                raise SampleError(f"the video does not decode within {TIMEOUT_S} s") from error
         if done.returncode:
             raise SampleError(f"the video does not decode: {done.stderr.decode(errors='replace').strip()[-200:]}")
         frames: Frames = np.frombuffer(done.stdout, np.uint8).reshape(-1, self.height, self.width, 3)

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 
+from pyramid_flow.errors import InvalidValueError
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
 
 if TYPE_CHECKING:
@@ -37,6 +39,16 @@ def add_lora(transformer: PyramidFluxTransformer, lora: LoRA) -> None:
 
     transformer.requires_grad_(False)
     inject_adapter_in_model(lora.config, transformer)
+
+
+def check_lora(config: Mapping[str, Any], lora: LoRA) -> None:
+    """Raise InvalidValueError if a transformer of this config has no linear map for a target."""
+    with init_empty_weights():
+        transformer = cast(PyramidFluxTransformer, PyramidFluxTransformer.from_config(config))
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    for target in lora.targets:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise InvalidValueError("lora_targets", target, "is the end of no linear map's name")
 
 
 def merge_lora(

@@ -129,11 +129,15 @@ def initialise_transformer(transformer: PyramidFluxTransformer) -> None:
 
 
 def optimizer_step(model: nn.Module, optimizer: Optimizer, loss: Tensor, max_grad_norm: float) -> float:
-    """Backpropagate a loss, clip the gradient's norm, and step; returns the norm before clipping."""
+    """Backpropagate a loss, clip the gradient's norm, and step; returns the norm before clipping.
+
+    If that is not finite, nothing is changed.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     if isinstance(norm, DTensor):  # the model's weights are sharded
         norm = norm.full_tensor()
-    optimizer.step()
+    if norm.isfinite():
+        optimizer.step()
     return float(norm)

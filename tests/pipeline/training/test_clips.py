@@ -44,26 +44,31 @@ def test_pixels_are_what_the_vae_takes():
 
 def test_encoded_clips_come_back_padded_to_the_longest_prompt():
     encoder, prompts = tiny_text_encoder(), ["a cat", "a dog in the rain at night"]
-    rows = [encoded_row(prompt, latents(5), encoder([prompt])) for prompt in prompts]
+    rows = [encoded_row(prompt, latents(5), encoder([prompt]), encoder([""])) for prompt in prompts]
     back = encoded(pa.Table.from_pylist(rows, ENCODED_SCHEMA), num_frames=3)
     assert torch.equal(back.latents, torch.stack([latents(5)[:, :3]] * 2))
     expected = encoder(prompts).trimmed()
     assert torch.equal(back.text.mask, expected.mask)
     assert torch.equal(back.text.tokens[back.text.mask], expected.tokens[expected.mask])
     assert torch.equal(back.text.pooled, expected.pooled)
+    empty = encoder([""]).trimmed()
+    assert torch.equal(back.empty.tokens, empty.tokens)
+    assert torch.equal(back.empty.pooled, empty.pooled)
 
 
 def test_what_does_not_fit_is_refused():
     text = tiny_text_encoder()(["a"])
-    short = pa.Table.from_pylist([encoded_row("a", latents(2), text)], ENCODED_SCHEMA)
+    short = pa.Table.from_pylist([encoded_row("a", latents(2), text, text)], ENCODED_SCHEMA)
     with pytest.raises(SampleError, match="has 2 latent frames, which is less than 3"):
         encoded(short, num_frames=3)
-    wide = encoded_row("a", torch.zeros(16, 3, 4, 4), text)
-    mixed = pa.Table.from_pylist([encoded_row("a", latents(3), text), wide], ENCODED_SCHEMA)
+    wide = encoded_row("a", torch.zeros(16, 3, 4, 4), text, text)
+    mixed = pa.Table.from_pylist([encoded_row("a", latents(3), text, text), wide], ENCODED_SCHEMA)
     with pytest.raises(SampleError, match="several sizes"):
         encoded(mixed, num_frames=3)
     broken = pa.Table.from_pylist([clip_row("a", clip()) | {"height": 9}], CLIP_SCHEMA)
     with pytest.raises(SampleError, match="cannot be"):
         clips(broken)
+    with pytest.raises(SampleError, match="no pixels or no size"):
+        clips(pa.Table.from_pylist([clip_row("a", clip()) | {"height": None}], CLIP_SCHEMA))
     with pytest.raises(SampleError, match="no column 'pixels'"):
         clips(pa.table({"prompt": ["a"], "num_frames": [1], "height": [8], "width": [8]}))

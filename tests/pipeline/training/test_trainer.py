@@ -18,6 +18,7 @@ from pipeline.training.optimizer import OptimizerSettings
 from pipeline.training.tasks import Phase, TransformerSource, TransformerTask
 from pipeline.training.trainer import (
     Training,
+    TrainingDivergedError,
     TrainJob,
     fit,
     restore,
@@ -65,7 +66,12 @@ def parts(tmp_path_factory):
     """Return the row groups of a table of encoded clips."""
     encoder, generator = tiny_text_encoder(), torch.Generator().manual_seed(0)
     rows = [
-        encoded_row(f"clip {number}", torch.randn(16, 3, 8, 8, generator=generator), encoder([f"clip {number}"]))
+        encoded_row(
+            f"clip {number}",
+            torch.randn(16, 3, 8, 8, generator=generator),
+            encoder([f"clip {number}"]),
+            encoder([""]),
+        )
         for number in range(24)
     ]
     path = tmp_path_factory.mktemp("encoded") / "part.parquet"
@@ -129,6 +135,15 @@ def test_sharded_weights_train_and_resume_to_the_same_weights(alone, parts, tmp_
     weights(sharded)
     found, metrics = weights(replace(sharded, phases=(Phase(parts, STEPS, 6),)))
     assert metrics["step"] == STEPS
+    assert distance(found, expected) <= 1e-4
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_adapters_of_sharded_weights_train_as_alone(cluster, parts, tmp_path):
+    task = replace(SOURCE, fresh=False, lora=LoRA(rank=2, alpha=4), gradient_checkpointing=True)
+    expected, _ = weights(job(parts, tmp_path / "alone", make_task=task))
+    found, _ = weights(job(parts, tmp_path / "sharded", make_task=task, num_workers=2, shard=True))
     assert distance(found, expected) <= 1e-4
 
 
@@ -236,3 +251,21 @@ def test_compiled_blocks_train_the_same_weights(parts, table, tmp_path):
             train_step(own, training, own.phases[0], table.slice(0, 6), range(6))
     one, other = (torch.cat([weight.detach().flatten() for weight in task.model.parameters()]) for task in tasks)
     assert distance(other, one) <= 1e-3
+
+
+def test_every_row_of_a_batch_trains_every_level(table):
+    task = SOURCE()
+    seen = [task(table.slice(0, 2), range(2), step, Phase((), 1, 2)).metrics for step in range(3)]
+    assert [sorted(metrics) for metrics in seen] == [["level0", "level1"], ["level1", "level2"], ["level0", "level2"]]
+
+
+def test_a_training_that_diverges_ends(parts, table, tmp_path):
+    own = job(parts, tmp_path)
+    task = SOURCE()
+    torch.nn.init.constant_(task.model.proj_out.bias, torch.nan)
+    training = Training(task, task, torch.optim.AdamW(task.model.parameters()), None)
+    for _ in range(9):
+        train_step(own, training, own.phases[0], table.slice(0, 6), range(6))
+    with pytest.raises(TrainingDivergedError, match="10 steps in a row"):
+        train_step(own, training, own.phases[0], table.slice(0, 6), range(6))
+    assert training.step == 10

@@ -9,7 +9,7 @@ import torch
 from pipeline.inputs import list_parts
 from pipeline.request import RequestError
 from pipeline.training.clips import SampleError, encoded
-from pipeline.training.encode import ClipEncoder, Source
+from pipeline.training.encode import ClipEncoder, Source, units
 from pipeline.training.videos import ClipFormat, VideoRoot
 from pipeline.video import VideoWriter
 from tests.pyramid_flow.goldens import TINY_MINIFLUX
@@ -59,13 +59,29 @@ def test_bad_rows_are_left_out_with_their_reason(folder):
         {"prompt": "broken", "video": "none.mp4"},
         {"prompt": None, "video": "wide.mp4"},
         {"prompt": "gone", "video": "absent.mp4"},
+        {"prompt": "nothing", "video": None},
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
     source = Source(str(TINY_MINIFLUX), None, "cpu", torch.float32, VideoRoot(str(folder)), FORMAT)
     [part] = list_parts([str(folder / "in.parquet")])
-    done = ClipEncoder(source, str(folder / "out")).encode(0, part)
-    assert done.rows == 4
-    assert [reason.partition(": ")[0].rpartition(":")[2] for reason in done.left_out] == ["1", "2", "3"]
+    [unit] = units([part])
+    done = ClipEncoder(source, str(folder / "out")).encode(0, unit)
+    assert done.rows == 5
+    assert [reason.partition(": ")[0].rpartition(":")[2] for reason in done.left_out] == ["1", "2", "3", "4"]
     table = pq.read_table(folder / "out" / "part-000000.parquet")
     assert table["prompt"].to_pylist() == ["green"]
     assert encoded(table, 2).latents.shape == (1, 16, 2, 8, 8)
+
+
+def test_a_frame_of_any_shape_is_cut(tmp_path):
+    with VideoWriter(tmp_path / "tall.mp4", width=16, height=2048, fps=12) as writer:
+        writer.write(np.zeros((9, 2048, 16, 3), np.uint8))
+    assert FORMAT.cut((tmp_path / "tall.mp4").read_bytes()).shape == (9, 64, 64, 3)
+
+
+def test_tables_are_divided_into_units(tmp_path):
+    rows = [{"prompt": f"{number}", "video": "a.mp4"} for number in range(70)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=40)
+    (tmp_path / "b.csv").write_text("prompt,video\n" + "x,a.mp4\n" * 33)
+    found = units(list_parts([str(tmp_path)]))
+    assert [(unit.start, unit.stop) for unit in found] == [(0, 32), (32, 40), (0, 30), (0, 32), (32, 33)]

@@ -1,6 +1,7 @@
 """A training step: the same whatever the batch is split into, and it learns."""
 
 from copy import deepcopy
+from math import isfinite
 
 import pytest
 import torch
@@ -157,3 +158,13 @@ def test_autocast_keeps_weights_and_losses_in_float32():
     assert gradient(transformer).dtype == torch.float32
     exact = losses(trainable(), [0, 1, 2])
     assert (found.values - exact.values).abs().max() < 0.05 * exact.values.max()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    transformer = trainable()
+    before = [parameter.detach().clone() for parameter in transformer.parameters()]
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=1.0)
+    loss = losses(transformer, [0, 1, 2]).total
+    assert not isfinite(optimizer_step(transformer, optimizer, loss * torch.nan, max_grad_norm=1.0))
+    assert all(torch.equal(old, new) for old, new in zip(before, transformer.parameters(), strict=True))
+    assert isfinite(optimizer_step(transformer, optimizer, losses(transformer, [0, 1, 2]).total, max_grad_norm=1.0))
