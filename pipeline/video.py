@@ -32,6 +32,9 @@ Frames = npt.NDArray[np.uint8]
 MAX_TAG_BYTES = 16384
 """A container tag longer than this many UTF-8 bytes is cut to it, at a character."""
 
+THUMBNAIL_FRAMES = 4
+"""Frames in a thumbnail strip."""
+
 THUMBNAIL_WIDTH = 256
 """Greatest width of one frame in a thumbnail strip, in pixels."""
 
@@ -189,7 +192,7 @@ class ThumbnailStrip:
         InvalidValueError: `num_frames` or `count` is below 1.
     """
 
-    def __init__(self, num_frames: int, count: int = 4) -> None:
+    def __init__(self, num_frames: int, count: int = THUMBNAIL_FRAMES) -> None:
         for field, value in (("num_frames", num_frames), ("count", count)):
             if value < 1:
                 raise InvalidValueError(field, value, "is below 1")

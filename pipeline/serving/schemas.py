@@ -29,9 +29,12 @@ DATA_URL = "data:image/"
 class APIError(PyramidFlowError):
     """An answer that is an error: its HTTP status, a code for programs, a message for people, the field at fault."""
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.param = status, code, message, param
+        self.retry_after_s = retry_after_s
 
     @property
     def body(self) -> dict[str, object]:

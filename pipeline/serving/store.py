@@ -26,19 +26,33 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from pyramid_flow.errors import PyramidFlowError
 
 BUSY_TIMEOUT_S = 30
+MINUTE_S = 60.0
 
 
 class StoreError(PyramidFlowError):
     """The table cannot be used as it was asked for."""
 
 
-class QueueFullError(PyramidFlowError):
-    """No further job is taken now."""
+class BusyError(PyramidFlowError):
+    """No further job is taken now; retry_after_s: when it is worth asking again."""
+
+    def __init__(self, code: str, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.code, self.retry_after_s = code, retry_after_s
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many jobs may wait in all; how many of one owner may be unfinished, and begin within a minute."""
+
+    max_queued: int = 1000
+    max_unfinished: int = 100
+    max_per_minute: int = 60
 
 
 class Status(StrEnum):
@@ -70,9 +84,10 @@ class Base(DeclarativeBase):
 class Job(Base):
     """One video.
 
-    owner: name of the API key that asked; replay: marks a request that may come twice, unique per owner; request: the
-    resolved request, and given: the one as it was asked for, both without image bytes; image: where those lie in the
-    storage. Times in seconds since 1970. progress: percent; result: what the metadata say of a finished video.
+    owner: name of the API key that asked; replay: marks a request that may come twice, unique per owner; content: a
+    hash of all that was asked for; request: the resolved request, and given: the one as it was asked for, both without
+    image bytes; image: where those lie in the storage. Times in seconds since 1970. progress: percent; result: what the
+    metadata say of a finished video.
     """
 
     __tablename__ = "videos"
@@ -80,6 +95,7 @@ class Job(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str]
     replay: Mapped[str | None] = mapped_column(default=None)
+    content: Mapped[str] = mapped_column(default="")
     model: Mapped[str]
     priority: Mapped[int] = mapped_column(default=Priority.INTERACTIVE)
     given: Mapped[dict[str, Any]] = mapped_column(JSON)
@@ -129,14 +145,19 @@ class Page:
 class Store:
     """The table in a database: SQLite (one machine) or PostgreSQL. Safe to use from several threads and processes.
 
-    url: as SQLAlchemy has it; max_queued: jobs that may wait; retention_s: how long an ended job is kept; clock: gives
-    the time. Raises StoreError for a database that cannot be used.
+    url: as SQLAlchemy has it; retention_s: how long an ended job is kept; clock: gives the time. Raises StoreError for
+    a database that cannot be used.
     """
 
     def __init__(
-        self, url: str, *, max_queued: int = 1000, retention_s: float = 86400.0, clock: Callable[[], float] = time.time
+        self,
+        url: str,
+        *,
+        limits: Limits = Limits(),
+        retention_s: float = 86400.0,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self.max_queued, self.retention_s, self.clock = max_queued, retention_s, clock
+        self.limits, self.retention_s, self.clock = limits, retention_s, clock
         self.engine = _engine(url)
         self.writer = sessionmaker(self.engine, expire_on_commit=False)
         self.reader = sessionmaker(self.engine.execution_options(reads=True), expire_on_commit=False)
@@ -149,19 +170,27 @@ class Store:
     def add(self, job: Job) -> Job:
         """Let a job wait; returns it, or the one that the same owner has asked for with the same replay mark before.
 
-        Raises QueueFullError if too many wait.
+        Raises BusyError if that is one too many.
         """
         try:
             with self.writer.begin() as session:
-                if session.scalar(_count(Status.QUEUED)) >= self.max_queued:
-                    raise QueueFullError(f"{self.max_queued} videos wait already")
+                known: Job | None = session.scalar(_replayed(job))
+                if known is not None:
+                    return known
+                self._check_limits(session, job.owner)
                 session.add(job)
-        except IntegrityError:
-            known = self._one(Job.owner == job.owner, Job.replay == job.replay)
-            if known is None:
-                raise
-            return known
+        except IntegrityError:  # the same request came at the same moment
+            with self.reader() as session:
+                winner: Job = session.scalars(_replayed(job)).one()
+                return winner
         return job
+
+    def asked_before(self, owner: str, content: str, within_s: float) -> Job | None:
+        """Return the newest job of an owner with the same content that is no older than that, or None."""
+        recent = Job.created_at >= self.clock() - within_s
+        query = select(Job).where(Job.owner == owner, Job.content == content, recent).order_by(Job.created_at.desc())
+        with self.reader() as session:
+            return session.scalar(query.limit(1))
 
     def get(self, job_id: str, owner: str) -> Job | None:
         """Return a job of an owner, or None."""
@@ -183,7 +212,7 @@ class Store:
         """Return how many jobs are taken before this one."""
         ahead = (Job.priority < job.priority) | ((Job.priority == job.priority) & _beyond(job, newest_first=True))
         with self.reader() as session:
-            return session.scalar(_count(Status.QUEUED).where(ahead)) or 0
+            return session.scalar(_count(_WAITS).where(ahead)) or 0
 
     def counts(self) -> dict[Status, int]:
         """Return how many jobs there are of each status."""
@@ -194,7 +223,7 @@ class Store:
 
     def claim(self, limit: int, lease_s: float) -> Sequence[Job]:
         """Take jobs that wait, by priority and then age; they are this caller's until the lease ends."""
-        first = select(Job.id).where(Job.status == Status.QUEUED).order_by(Job.priority, Job.created_at, Job.id)
+        first = select(Job.id).where(_WAITS).order_by(Job.priority, Job.created_at, Job.id)
         taken = first.limit(limit).with_for_update(skip_locked=True)
         statement = (
             update(Job)
@@ -233,11 +262,10 @@ class Store:
 
     def cancel(self, job_id: str, owner: str) -> Job | None:
         """End a job of an owner that has not ended; returns it as it is then, or None if there is none."""
-        going_on = Job.status.in_((Status.QUEUED, Status.IN_PROGRESS))
         with self.writer.begin() as session:
             session.execute(
                 update(Job)
-                .where(Job.id == job_id, Job.owner == owner, going_on)
+                .where(Job.id == job_id, Job.owner == owner, _GOES_ON)
                 .values(**self._end(Status.CANCELLED), fence=Job.fence + 1)
             )
         return self.get(job_id, owner)
@@ -267,6 +295,17 @@ class Store:
             )
         return int(given_up.rowcount + again.rowcount)  # type: ignore[attr-defined]
 
+    def _check_limits(self, session: Session, owner: str) -> None:
+        own, limits = _count(Job.owner == owner), self.limits
+        since = self.clock() - MINUTE_S
+        for query, limit, code, message, retry_after_s in (
+            (_count(_WAITS), limits.max_queued, "queue_full", "videos wait already", 30),
+            (own.where(_GOES_ON), limits.max_unfinished, "quota_exceeded", "of your videos are not finished yet", 30),
+            (own.where(Job.created_at > since), limits.max_per_minute, "rate_limited", "videos within a minute", 60),
+        ):
+            if (session.scalar(query) or 0) >= limit:
+                raise BusyError(code, f"{limit} {message}", retry_after_s)
+
     def _write(self, claim: Claim, **values: Any) -> bool:  # noqa: ANN401 - columns
         own = (Job.id == claim.id, Job.fence == claim.fence, Job.status == Status.IN_PROGRESS)
         with self.writer.begin() as session:
@@ -282,8 +321,16 @@ class Store:
             return session.scalar(select(Job).where(*conditions))
 
 
-def _count(status: Status) -> Select[Any]:
-    return select(func.count()).select_from(Job).where(Job.status == status)
+_WAITS = Job.status == Status.QUEUED
+_GOES_ON = Job.status.in_((Status.QUEUED, Status.IN_PROGRESS))
+
+
+def _count(condition: ColumnElement[bool]) -> Select[Any]:
+    return select(func.count()).select_from(Job).where(condition)
+
+
+def _replayed(job: Job) -> Select[Any]:
+    return select(Job).where(Job.owner == job.owner, Job.replay == job.replay, Job.replay.is_not(None))
 
 
 def _beyond(job: Job, *, newest_first: bool) -> ColumnElement[bool]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from pipeline.serving.store import Store
+from pipeline.serving.store import Limits, Store
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +71,6 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(database: str, clock: Clock) -> Iterator[Store]:
-    store = Store(database, max_queued=20, retention_s=100, clock=clock)
+    store = Store(database, limits=Limits(20, 20, 20), retention_s=100, clock=clock)
     yield store
     store.close()

@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from pipeline.serving.store import Claim, Job, Priority, QueueFullError, Status, Store, StoreError
+from pipeline.serving.store import BusyError, Claim, Job, Limits, Priority, Status, Store, StoreError
 
 
 def job(number: int, **values: object) -> Job:
@@ -39,13 +39,34 @@ def test_a_request_that_comes_twice_is_one_job(store):
     assert store.add(job(5)).id == "video_005"
 
 
-def test_the_queue_is_bounded(store):
-    for number in range(20):
-        store.add(job(number))
-    with pytest.raises(QueueFullError, match="20 videos wait"):
-        store.add(job(20))
-    store.claim(1, 10)
-    store.add(job(20))
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [(Limits(3, 9, 9), "queue_full"), (Limits(9, 3, 9), "quota_exceeded"), (Limits(9, 9, 3), "rate_limited")],
+)
+def test_what_may_wait_is_limited(store, clock, limits, code):
+    store.limits = limits
+    for number in range(3):
+        store.add(job(number, replay=f"{number}", created_at=clock.now))
+    with pytest.raises(BusyError) as caught:
+        store.add(job(3, created_at=clock.now))
+    assert caught.value.code == code
+    assert caught.value.retry_after_s > 0
+    assert store.add(job(4, replay="2")).id == "video_002"
+    if code != "queue_full":
+        store.add(job(5, owner="you", created_at=clock.now))
+    for taken in store.claim(9, 10):
+        store.complete(taken.claim, {})
+    clock.now += 61
+    store.add(job(6, created_at=clock.now))
+
+
+def test_equal_content_is_known_for_a_while(store, clock):
+    store.add(job(1, content="fox", created_at=clock.now))
+    assert store.asked_before("me", "fox", 60).id == "video_001"
+    assert store.asked_before("you", "fox", 60) is None
+    assert store.asked_before("me", "wolf", 60) is None
+    clock.now += 61
+    assert store.asked_before("me", "fox", 60) is None
 
 
 @pytest.mark.parametrize("newest_first", [True, False])

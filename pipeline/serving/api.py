@@ -1,0 +1,394 @@
+"""The service's HTTP interface: the Videos API dialect over the table of videos. It renders nothing itself."""
+
+import asyncio
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from email.utils import formatdate
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from pipeline.request import hash_of
+from pipeline.serving.keys import Keys
+from pipeline.serving.limits import BodyLimit, SecurityHeaders
+from pipeline.serving.schemas import APIError, NewVideo, Video, new_video, remixed
+from pipeline.serving.store import BusyError, Job, Status, Store
+from pipeline.storage import Storage
+from pipeline.video import THUMBNAIL_FRAMES
+from pyramid_flow import Preset
+
+MAX_BODY_BYTES = 25 * 2**20
+MAX_FIELDS = 64
+REPLAY_S = 60.0
+POLL_S, POLL_MOST_S = 1.0, 10.0
+EVENT_POLL_S = 0.3
+LOCAL_OWNER = "local"
+"""Owner of all videos when no keys are asked for."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the interface stands on. keys: who may ask; None = everyone, which is for one's own machine only."""
+
+    store: Store
+    storage: Storage
+    preset: Preset
+    model: str
+    fingerprint: str
+    keys: Keys | None
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class Deleted(BaseModel):
+    """What is said of a video that is gone."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class Model(BaseModel):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "pyramid-render"
+    fingerprint: str
+
+
+class ModelList(BaseModel):
+    """The models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Remix(BaseModel):
+    """What a remix asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1)]
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the interface of a service."""
+    app = FastAPI(title="pyramid-render", docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.include_router(_health)
+    app.include_router(_videos)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    app.add_middleware(SecurityHeaders)
+    app.add_exception_handler(APIError, _api_error)
+    app.add_exception_handler(RequestValidationError, _not_valid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _broken)
+    return app
+
+
+async def _api_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def _not_valid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    [first, *_] = error.errors()
+    field = str(first["loc"][-1])
+    return await _api_error(request, APIError(400, "invalid_value", f"{field}: {first['msg']}", field))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    answer = await _api_error(request, APIError(error.status_code, "http_error", str(error.detail)))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _broken(request: Request, _error: Exception) -> Response:
+    return await _api_error(request, APIError(500, "internal_error", "the service failed; its log says why"))
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def _owner(
+    service: Annotated[Service, Depends(_service)],
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+) -> str:
+    """Return who asks."""
+    if service.keys is None:
+        return LOCAL_OWNER
+    owner = service.keys.owner(credentials.credentials) if credentials else None
+    if owner is None:
+        raise APIError(401, "invalid_api_key", "an API key is needed: Authorization: Bearer KEY")
+    return owner
+
+
+Served = Annotated[Service, Depends(_service)]
+Owner = Annotated[str, Depends(_owner)]
+
+
+def _own(video_id: str, service: Served, owner: Owner) -> Job:
+    """Return the video that a path names, if it is the asker's."""
+    return _found(service.store.get(video_id, owner), video_id)
+
+
+Own = Annotated[Job, Depends(_own)]
+
+_health = APIRouter()
+_videos = APIRouter(prefix="/v1", responses={401: {}, 404: {}, 429: {}})
+
+
+@_health.get("/health")
+async def health() -> dict[str, str]:
+    """Say that the interface answers."""
+    return {"status": "ok"}
+
+
+@_health.get("/ready")
+def ready(service: Served) -> dict[str, int]:
+    """Say that the table of videos answers, with the number of videos of each status."""
+    return {status.value: count for status, count in service.store.counts().items()}
+
+
+@_videos.get("/models")
+async def models(service: Served, _owner: Owner) -> ModelList:
+    """List the model."""
+    return ModelList(data=[Model(id=service.model, fingerprint=service.fingerprint)])
+
+
+@_videos.post("/videos")
+async def create(request: Request, response: Response, service: Served, owner: Owner) -> Video:
+    """Ask for a video."""
+    fields, upload = await _fields(request)
+    video = await run_in_threadpool(new_video, fields, upload, service.preset, service.model)
+    content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
+    job = await run_in_threadpool(_add, service, owner, video, content, request.headers)
+    return _shown(service, job, response)
+
+
+@_videos.get("/videos")
+def list_videos(
+    service: Served,
+    owner: Owner,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> VideoList:
+    """List one's own videos, page by page."""
+    if after is not None:
+        _found(service.store.get(after, owner), after)
+    page = service.store.list(owner, after=after, limit=limit, newest_first=order == "desc")
+    data = [_video(service, job) for job in page.jobs]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return VideoList(data=data, has_more=page.has_more, first_id=first, last_id=last)
+
+
+@_videos.get("/videos/{video_id}")
+def retrieve(job: Own, response: Response, service: Served) -> Video:
+    """Say how far a video is."""
+    return _shown(service, job, response)
+
+
+@_videos.post("/videos/{video_id}/cancel")
+def cancel(video_id: str, service: Served, owner: Owner) -> Video:
+    """End a video that is not finished; nothing happens to one that has ended."""
+    return _video(service, _found(service.store.cancel(video_id, owner), video_id))
+
+
+@_videos.delete("/videos/{video_id}")
+def delete(video_id: str, service: Served, owner: Owner) -> Deleted:
+    """Forget a video and remove its files; one that is being made is cancelled."""
+    remove_files(service.storage, _found(service.store.delete(video_id, owner), video_id))
+    return Deleted(id=video_id)
+
+
+@_videos.post("/videos/{video_id}/remix")
+def remix(job: Own, body: Annotated[Remix, Body()], request: Request, response: Response, service: Served) -> Video:
+    """Ask for a video with another prompt, the same seed and image."""
+    image = service.storage.get(job.image) if job.image else None
+    content = hash_of({"remix": job.id, "prompt": body.prompt})
+    again = _add(service, job.owner, remixed(job, body.prompt, image), content, request.headers, remixed_from=job.id)
+    return _shown(service, again, response)
+
+
+@_videos.get("/videos/{video_id}/content", response_class=FileResponse)
+def content(job: Own, service: Served, variant: Literal["video", "thumbnail", "spritesheet"] = "video") -> Response:
+    """Send a finished video, its first frame, or a strip of frames."""
+    if job.result is None:
+        raise APIError(409, "video_not_completed", f"the video is {job.status}")
+    if variant == "video":
+        data, media_type, name = service.storage.get(job.result["uri"]), "video/mp4", f"{job.id}.mp4"
+    else:
+        strip = service.storage.get(job.result["thumbnail_uri"])
+        data = _first_of_strip(strip) if variant == "thumbnail" else strip
+        media_type, name = "image/webp", f"{job.id}-{variant}.webp"
+    return _file(data, media_type, name, job)
+
+
+@_videos.get("/videos/{video_id}/events", response_class=EventSourceResponse)
+async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
+    """Tell each change of a video, as server-sent events, until it has ended or is deleted."""
+    told: Video | None = None
+    job: Job | None = first
+    while job is not None:
+        video = await run_in_threadpool(_video, service, job)
+        if video != told:
+            told = video
+            yield ServerSentEvent(event=f"video.{video.status}", data=video)
+        if video.status.is_end:
+            return
+        await asyncio.sleep(EVENT_POLL_S)
+        job = await run_in_threadpool(service.store.get, job.id, job.owner)
+
+
+async def _fields(request: Request) -> tuple[dict[str, Any], bytes | None]:
+    """Return the fields of a form or a JSON object, and the uploaded picture."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        async with request.form(max_files=1, max_fields=MAX_FIELDS) as form:
+            return await _form_fields(form)
+    try:
+        fields = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise APIError(400, "invalid_body", "the body is neither a form nor JSON") from error
+    if not isinstance(fields, dict):
+        raise APIError(400, "invalid_body", "the body is no JSON object")
+    return fields, None
+
+
+async def _form_fields(form: FormData) -> tuple[dict[str, Any], bytes | None]:
+    fields: dict[str, Any] = {}
+    upload = None
+    for name in form:
+        values = form.getlist(name)
+        if isinstance(values[0], UploadFile):
+            if name != "input_reference":
+                raise APIError(400, "unknown_parameter", f"there is no file {name!r}", name)
+            upload = await values[0].read()
+        elif name.endswith("[]"):
+            fields[name] = values
+        elif len(values) > 1:
+            raise APIError(400, "invalid_value", f"{name} is given {len(values)} times", name)
+        else:
+            fields[name] = values[0]
+    return fields, upload
+
+
+def _add(
+    service: Service,
+    owner: str,
+    video: NewVideo,
+    content: str,
+    headers: Mapping[str, str],
+    **values: Any,  # noqa: ANN401
+) -> Job:
+    """Let a video wait, unless it is a request that came before; its picture is stored first."""
+    key, retries = headers.get("idempotency-key"), headers.get("x-stainless-retry-count", "0")
+    if key is None and retries not in ("", "0"):
+        known = service.store.asked_before(owner, content, REPLAY_S)
+        if known is not None:
+            return known
+    job = video.job(
+        service.preset,
+        owner=owner,
+        model=service.model,
+        content=content,
+        replay=None if key is None else hashlib.sha256(key.encode()).hexdigest(),
+        created_at=service.store.clock(),
+        **values,
+    )
+    if isinstance(video.request.image, bytes):
+        job.image = f"uploads/{job.id}"
+        service.storage.put(job.image, video.request.image)
+    try:
+        added = service.store.add(job)
+    except BusyError as error:
+        remove_files(service.storage, job)
+        raise APIError(429, error.code, str(error), retry_after_s=error.retry_after_s) from error
+    if added is not job:
+        remove_files(service.storage, job)
+        if added.content != content:
+            raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
+    return added
+
+
+def remove_files(storage: Storage, job: Job) -> None:
+    """Remove everything that is stored of a job."""
+    result = job.result or {}
+    for path in (job.image, result.get("uri"), result.get("thumbnail_uri")):
+        if path:
+            storage.delete(path)
+
+
+def _found(job: Job | None, video_id: str) -> Job:
+    if job is None:
+        raise APIError(404, "video_not_found", f"there is no video {video_id!r}")
+    return job
+
+
+def _video(service: Service, job: Job) -> Video:
+    position = service.store.position(job) if job.status == Status.QUEUED else None
+    return Video.of(job, service.fingerprint, position)
+
+
+def _shown(service: Service, job: Job, response: Response) -> Video:
+    """Show a job, and say when to ask again: the later, the more wait before it."""
+    video = _video(service, job)
+    if not video.status.is_end:
+        wait = min(POLL_MOST_S, POLL_S * (1 + (video.position or 0)))
+        response.headers["openai-poll-after-ms"] = str(int(1000 * wait))
+    return video
+
+
+def _first_of_strip(strip: bytes) -> bytes:
+    with Image.open(io.BytesIO(strip)) as image:
+        frame = image.crop((0, 0, image.width // THUMBNAIL_FRAMES, image.height))
+    sink = io.BytesIO()
+    frame.save(sink, "WEBP")
+    return sink.getvalue()
+
+
+def _file(data: bytes, media_type: str, name: str, job: Job) -> Response:
+    """Send bytes as a file is sent, in ranges if they are asked for."""
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        file.write(data)
+    path = Path(file.name)
+    headers = {
+        "ETag": f'"{hashlib.sha256(data).hexdigest()[:32]}"',
+        "Last-Modified": formatdate(job.completed_at, usegmt=True),
+        "Cache-Control": "private, max-age=3600",
+    }
+    done = BackgroundTask(path.unlink, missing_ok=True)
+    return FileResponse(path, headers=headers, media_type=media_type, filename=name, background=done)

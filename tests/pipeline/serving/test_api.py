@@ -1,0 +1,294 @@
+"""The HTTP interface under the real `openai` client and under attack; a worker is played by hand on the table."""
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import httpx2 as httpx
+import openai
+import pytest
+import uvicorn
+from PIL import Image
+
+from pipeline.serving import api
+from pipeline.serving.api import Service, create_app
+from pipeline.serving.keys import Keys, hashed
+from pipeline.serving.store import Limits, Store
+from pipeline.storage import Storage
+from pyramid_flow import Preset
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # of the service the client is for
+
+PRESET = Preset(sizes=((64, 64),), max_num_frames=33)
+VIDEO, STRIP = bytes(range(256)) * 10, io.BytesIO()
+Image.new("RGB", (4 * 20, 10), (200, 0, 0)).save(STRIP, "WEBP")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that runs, and what it stands on."""
+
+    url: str
+    service: Service
+    clients: ExitStack
+
+    def client(self, key: str = "secret") -> openai.OpenAI:
+        return self.clients.enter_context(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0))
+
+    def http(self, key: str | None = "secret") -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return self.clients.enter_context(httpx.Client(base_url=self.url, headers=headers))
+
+    def work(self) -> None:
+        """Make what waits."""
+        store, storage = self.service.store, self.service.storage
+        for job in store.claim(10, 60):
+            storage.put(f"videos/{job.id}.mp4", VIDEO)
+            storage.put(f"thumbnails/{job.id}.webp", STRIP.getvalue())
+            uris = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
+            store.complete(job.claim, {**uris, "sha256": "ab" * 32, "seconds": {"sample": 1.5}})
+
+
+@pytest.fixture
+def running(tmp_path) -> Iterator[Running]:
+    store = Store(f"sqlite:///{tmp_path}/videos.db", limits=Limits(max_queued=50, max_per_minute=50))
+    keys = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}")
+    service = Service(store, Storage(str(tmp_path / "out")), PRESET, "toy", "f00d", keys)
+    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    with ExitStack() as clients:
+        yield Running(f"http://127.0.0.1:{port}", service, clients)
+    server.should_exit = True
+    thread.join()
+    store.close()
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (70, 90), (1, 2, 3)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_the_openai_client_makes_a_video(running):
+    client = running.client()
+    video = client.videos.create(prompt="a fox", model="toy", seconds="1", size="64x64", extra_body={"seed": 7})
+    assert (video.status, video.progress, video.seconds, video.size) == ("queued", 0, "1", "64x64")
+    assert (video.seed, video.position, video.num_frames) == (7, 0, 25)
+    running.work()
+    video = client.videos.retrieve(video.id)
+    assert (video.status, video.progress) == ("completed", 100)
+    assert video.video_sha256 == "ab" * 32
+    assert video.expires_at > video.completed_at >= video.created_at
+    assert client.videos.download_content(video.id).read() == VIDEO
+    strip = client.videos.download_content(video.id, variant="spritesheet").read()
+    assert Image.open(io.BytesIO(strip)).size == (80, 10)
+    thumbnail = client.videos.download_content(video.id, variant="thumbnail").read()
+    assert Image.open(io.BytesIO(thumbnail)).size == (20, 10)
+
+
+def test_the_openai_client_polls_until_the_end(running):
+    worker = threading.Timer(1, running.work)
+    worker.start()
+    video = running.client().videos.create_and_poll(prompt="a fox", model="toy")
+    worker.join()
+    assert video.status == "completed"
+
+
+def test_the_openai_client_uploads_remixes_lists_and_deletes(running):
+    client = running.client()
+    first = client.videos.create(
+        prompt="a fox", model="toy", input_reference=picture(), extra_body={"guidance_scale": 3}
+    )
+    remix = client.videos.remix(first.id, prompt="a wolf")
+    assert (remix.remixed_from_video_id, remix.prompt, remix.seed) == (first.id, "a wolf", first.seed)
+    assert remix.guidance_scale == 3
+    job = running.service.store.get(remix.id, "me")
+    assert running.service.storage.get(job.image) == picture()
+    others = [client.videos.create(prompt=f"{number}", model="toy").id for number in range(3)]
+    assert [video.id for video in client.videos.list(limit=2)] == [*reversed(others), remix.id, first.id]
+    assert client.videos.list(limit=2, order="asc").data[0].id == first.id
+    running.work()
+    assert client.videos.delete(first.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(first.id)
+    assert len(running.service.storage.list("uploads")) == 1
+    assert len(running.service.storage.list("videos")) == 4
+
+
+def test_json_works_as_forms_do(running):
+    url = "data:image/png;base64," + base64.b64encode(picture()).decode()
+    body = {"prompt": "a fox", "num_inference_steps": [3, 2, 1], "image_reference": url}
+    video = running.http().post("/v1/videos", json=body).json()
+    assert video["num_inference_steps"] == [3, 2, 1]
+    assert running.service.store.get(video["id"], "me").image
+
+
+def test_a_cancelled_video_is_not_made(running):
+    http = running.http()
+    video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
+    assert http.post(f"/v1/videos/{video['id']}/cancel").json()["status"] == "cancelled"
+    running.work()
+    answer = http.get(f"/v1/videos/{video['id']}/content")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "video_not_completed")
+
+
+def test_content_comes_in_ranges(running):
+    http = running.http()
+    video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
+    running.work()
+    url = f"/v1/videos/{video['id']}/content"
+    part = http.get(url, headers={"Range": "bytes=100-199"})
+    assert (part.status_code, part.content) == (206, VIDEO[100:200])
+    assert part.headers["content-range"] == f"bytes 100-199/{len(VIDEO)}"
+    again = http.get(url, headers={"Range": "bytes=-5", "If-Range": part.headers["etag"]})
+    assert (again.status_code, again.content) == (206, VIDEO[-5:])
+    assert http.get(url, headers={"Range": "bytes=99999-"}).status_code == 416
+    assert http.get(f"{url}?variant=audio").status_code == 400
+
+
+def test_events_tell_each_change(running):
+    http = running.http()
+    video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
+    threading.Timer(0.8, running.work).start()
+    events = []
+    with http.stream("GET", f"/v1/videos/{video['id']}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("data:"):
+                events.append(json.loads(line[5:]))
+    assert [event["status"] for event in events] == ["queued", "completed"]
+    assert http.get("/v1/videos/video_none/events").status_code == 404
+
+
+@pytest.mark.parametrize("key", [None, "wrong", ""])
+def test_without_a_key_nothing_is_told(running, key):
+    http = running.http(key)
+    for method, path in (
+        ("GET", "/v1/models"),
+        ("GET", "/v1/videos"),
+        ("POST", "/v1/videos"),
+        ("GET", "/v1/videos/x"),
+        ("GET", "/v1/videos/x/content"),
+        ("GET", "/v1/videos/x/events"),
+        ("DELETE", "/v1/videos/x"),
+        ("POST", "/v1/videos/x/cancel"),
+    ):
+        answer = http.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert http.get("/health").status_code == http.get("/ready").status_code == 200
+
+
+def test_one_key_does_not_see_anothers_videos(running):
+    mine, yours = running.http(), running.http("other")
+    video = mine.post("/v1/videos", json={"prompt": "a fox"}).json()
+    running.work()
+    path = f"/v1/videos/{video['id']}"
+    assert mine.get(path).status_code == 200
+    for method, suffix in (("GET", ""), ("GET", "/content"), ("GET", "/events"), ("POST", "/cancel"), ("DELETE", "")):
+        assert yours.request(method, path + suffix).status_code == 404
+    assert yours.post(f"{path}/remix", json={"prompt": "a"}).status_code == 404
+    assert yours.get("/v1/videos").json()["data"] == []
+    assert mine.get(path).status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_again(running):
+    running.service.store.limits = Limits(max_queued=1)
+    http = running.http()
+    assert http.post("/v1/videos", json={"prompt": "a fox"}).headers["openai-poll-after-ms"] == "1000"
+    answer = http.post("/v1/videos", files={"input_reference": picture()}, data={"prompt": "a fox"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+    assert int(answer.headers["retry-after"]) > 0
+    assert running.service.storage.list("uploads") == []
+    with pytest.raises(openai.RateLimitError):
+        running.client().videos.create(prompt="a fox", model="toy")
+
+
+def test_a_request_that_is_sent_again_makes_no_second_video(running):
+    http = running.http()
+    first = http.post("/v1/videos", json={"prompt": "a fox"}, headers={"Idempotency-Key": "k"}).json()
+    again = http.post("/v1/videos", json={"prompt": "a fox"}, headers={"Idempotency-Key": "k"}).json()
+    assert again["id"] == first["id"]
+    other = http.post("/v1/videos", json={"prompt": "a wolf"}, headers={"Idempotency-Key": "k"})
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+    plain = http.post("/v1/videos", json={"prompt": "a fox"}).json()
+    retried = http.post("/v1/videos", json={"prompt": "a fox"}, headers={"x-stainless-retry-count": "1"}).json()
+    assert plain["id"] != first["id"]
+    assert retried["id"] == plain["id"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"content": b"{", "headers": {"content-type": "application/json"}},
+        {"content": b"[1]", "headers": {"content-type": "application/json"}},
+        {"content": b"[" * 100_000, "headers": {"content-type": "application/json"}},
+        {"content": b"\xff\xfe", "headers": {"content-type": "text/plain"}},
+        {"content": b"garbage", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+        {"content": b"garbage", "headers": {"content-type": "multipart/form-data"}},
+        {"data": {"prompt": "a", "size": "1x1"}},
+        {"data": {"prompt": "a", "colour": "red"}},
+        {"data": {"prompt": ["a", "b"]}},
+        {"data": {"prompt": "a"}, "files": {"other": b"x"}},
+        {"data": {"prompt": "a"}, "files": {"input_reference": b"x"}},
+        {"data": {"prompt": "a"}, "files": [("input_reference", picture()), ("input_reference", picture())]},
+        {"json": {"prompt": "\ud800"}},
+        {"json": {"prompt": {"a": 1}}},
+        {"json": {"prompt": "a", "seed": 1e400}},
+        {"json": {}},
+    ],
+)
+def test_what_is_not_understood_is_a_clear_error(running, sent):
+    if "json" in sent and "seed" not in sent["json"]:
+        sent = {"content": json.dumps(sent["json"]), "headers": {"content-type": "application/json"}}
+    elif "json" in sent:
+        sent = {"content": '{"prompt": "a", "seed": 1e400}', "headers": {"content-type": "application/json"}}
+    answer = running.http().post("/v1/videos", **sent)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"]
+    assert answer.json()["error"]["message"]
+
+
+def test_large_bodies_are_refused_however_they_are_sent(running, monkeypatch):
+    size = api.MAX_BODY_BYTES + 1
+    http = running.http()
+    said = http.post("/v1/videos", content=b"x" * size, headers={"content-type": "application/json"})
+    chunks = (b"x" * 2**20 for _ in range(size // 2**20 + 1))
+    unsaid = http.post("/v1/videos", content=chunks, headers={"content-type": "application/json"})
+    assert [answer.status_code for answer in (said, unsaid)] == [413, 413]
+
+
+def test_unknown_paths_and_values_are_errors_of_the_dialect(running):
+    http = running.http()
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/videos/video_none", 404),
+        ("PUT", "/v1/videos", 405),
+        ("GET", "/v1/videos?limit=0", 400),
+        ("GET", "/v1/videos?order=up", 400),
+    ):
+        answer = http.request(method, path)
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+    assert http.get("/v1/videos?after=video_none").status_code == 404
+
+
+def test_answers_are_safe_in_a_browser(running):
+    headers = running.http(None).get("/health").headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "DENY"
+    assert "access-control-allow-origin" not in headers
+
+
+def test_the_model_is_listed(running):
+    [model] = running.client().models.list().data
+    assert (model.id, model.object) == ("toy", "model")
