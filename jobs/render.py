@@ -108,7 +108,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         plan=plan_for(costs),
         plan_for=plan_for,
         constants={
-            "model": f"{checkpoint.root.name}/{checkpoint.variant}",
+            "model": checkpoint.name,
             "model_fingerprint": checkpoint.fingerprint,
             "software_version": version("pyramid-render"),
         },

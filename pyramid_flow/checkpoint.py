@@ -17,6 +17,9 @@ from pyramid_flow.text import TextEncoder
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
 from pyramid_flow.vae import CausalVideoVAE
 
+BUNDLED = {"toy": Path(__file__).resolve().parent / "toy" / "weights"}
+"""Checkpoints that come with the package, by the name that stands for their path."""
+
 TRANSFORMER_PREFIX = "diffusion_transformer_"
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 PRESET_FILE = "pyramid.json"
@@ -45,9 +48,10 @@ class Checkpoint:
     def open(cls, path: str | Path, variant: str | None = None) -> "Checkpoint":
         """Find the transformer of a checkpoint; raises CheckpointError for a missing folder or an unclear variant.
 
+        path: a folder in the published layout, or "toy" for the bundled model (a folder of that name is "./toy").
         variant: "384p", "768p", "image" or a folder name; None = the only transformer folder there is.
         """
-        root = Path(path).expanduser().resolve()
+        root = BUNDLED.get(str(path), Path(path)).expanduser().resolve()
         if not root.is_dir():
             raise CheckpointError(f"there is no checkpoint folder {root}")
         folders = sorted(folder for folder in root.glob(TRANSFORMER_PREFIX + "*") if folder.is_dir())
@@ -65,6 +69,12 @@ class Checkpoint:
     def variant(self) -> str:
         """Name of the chosen transformer, such as "384p"."""
         return self.transformer_folder.name.removeprefix(TRANSFORMER_PREFIX)
+
+    @property
+    def name(self) -> str:
+        """What people call it: "toy", or folder and variant, such as "pyramid-flow-miniflux/384p"."""
+        bundled = {folder: name for name, folder in BUNDLED.items()}
+        return bundled.get(self.root, f"{self.root.name}/{self.variant}")
 
     @cached_property
     def preset(self) -> Preset:

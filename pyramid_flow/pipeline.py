@@ -59,7 +59,7 @@ class PyramidFlowPipeline:
         torch_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> "PyramidFlowPipeline":
-        """Load a checkpoint folder of the published layout.
+        """Load a checkpoint folder of the published layout, or the bundled model if path is "toy".
 
         variant: "384p", "768p", "image" or a folder name; None = the only transformer folder. Raises CheckpointError,
         or InvalidValueError for float16.

@@ -1,12 +1,10 @@
-"""What tests share: one tiny checkpoint and one local Ray cluster per session."""
+"""What tests share: one local Ray cluster per session."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from pipeline.plan import Resources
-from pyramid_flow.toy import write_random_checkpoint
 from tests.requirements import lacking
 
 
@@ -16,14 +14,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lines = lacking(marker.name for item in items for marker in item.iter_markers())
     if lines:
         raise pytest.UsageError("\n".join(lines))
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a random miniFLUX checkpoint of a few hundred thousand parameters."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_random_checkpoint(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

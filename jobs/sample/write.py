@@ -1,23 +1,27 @@
-"""Writes the sample table and its picture: nine prompts, one image-to-video row and one deliberately bad row."""
+"""Writes the sample table and its picture: ten prompts, one image-to-video row and one deliberately bad row."""
 
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from pyramid_flow.toy.world import Scene
 
 HERE = Path(__file__).parent
 PROMPTS = (
-    "a small red circle moves up and left on a dark background",
-    "a large blue square moves right on a light background",
-    "a green triangle drifts down over grey",
-    "a yellow cross moves up on a dark background",
-    "two minutes before the storm, waves on a northern shore",
-    "a paper boat on a rainy street",
-    "a fox runs through fresh snow",
-    "lanterns rise over a lake at night",
-    "a hot-air balloon passes a snowy mountain",
+    "a large red circle moves quickly up and left on a dark background",
+    "a medium blue square moves slowly right on a grey background",
+    "a large green triangle moves quickly down on a brown background",
+    "a large yellow cross moves slowly up on a dark background",
+    "a medium cyan circle moves quickly left on a grey background",
+    "a large purple square moves quickly down and right on a dark background",
+    "a large white triangle moves slowly up and right on a brown background",
+    "a medium orange cross moves quickly right on a dark background",
+    "a large cyan square moves slowly down and left on a brown background",
 )
+SHORT = {"prompt": "a large white circle moves quickly up on a grey background", "num_frames": 17}
+FIRST = Scene("orange", "circle", "large", "right", "quickly", "dark", start=(0.27, 0.6))
 SCHEMA = pa.schema(
     [
         ("prompt", pa.string()),
@@ -33,22 +37,18 @@ SCHEMA = pa.schema(
 
 def rows() -> list[dict[str, object]]:
     """Return the rows; null means the checkpoint's preset, and `topic` is a column of the user's own."""
-    small = {"height": 64, "width": 128, "num_frames": 25}
-    from_image = {"image": "first_frame.png", "seed": 7}
-    shapes: list[dict[str, object]] = [{"prompt": prompt, "topic": "shapes"} for prompt in PROMPTS[:4]]
+    whole: list[dict[str, object]] = [{"prompt": prompt, "topic": "whole"} for prompt in PROMPTS]
     return [
-        *shapes,
-        *({"prompt": prompt, **small, "topic": "scenes"} for prompt in PROMPTS[4:]),
-        {"prompt": "the orange disc rolls to the right", **from_image, "topic": "image"},
+        *whole,
+        SHORT | {"topic": "half as long"},
+        {"prompt": FIRST.caption, "image": "first_frame.png", "seed": 7, "topic": "from an image"},
         {"prompt": "a height that no model can render", "height": 700, "topic": "deliberately bad"},
     ]
 
 
 def main() -> None:
     """Write first_frame.png and prompts.parquet beside this file."""
-    picture = Image.new("RGB", (256, 256), (28, 34, 58))
-    ImageDraw.Draw(picture).ellipse((40, 100, 140, 200), fill=(240, 140, 40))
-    picture.save(HERE / "first_frame.png")
+    Image.fromarray(FIRST.render(num_frames=1, side=256)[0]).save(HERE / "first_frame.png")
     pq.write_table(pa.Table.from_pylist(rows(), SCHEMA), HERE / "prompts.parquet")
 
 

@@ -17,6 +17,7 @@ from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.pixels import open_image
 from pyramid_flow.sampling import TEMPORAL_FACTOR
 
+ID_PREFIX = "video_"
 ID_BYTES = 16
 """Random bytes of a video's id: 22 url-safe characters."""
 
@@ -129,6 +130,7 @@ class NewVideo:
             id=new_id(),
             given=self.request.model_dump(mode="json", exclude={"image"}, exclude_none=True),
             request=resolved.model_dump(mode="json"),
+            shape=str(resolved.shape),
             priority=self.priority,
             **values,
         )
@@ -136,7 +138,7 @@ class NewVideo:
 
 def new_id() -> str:
     """Draw the id of a video."""
-    return f"video_{secrets.token_urlsafe(ID_BYTES)}"
+    return f"{ID_PREFIX}{secrets.token_urlsafe(ID_BYTES)}"
 
 
 def invalid(message: str, param: str | None = None) -> APIError:

@@ -86,8 +86,8 @@ class Job(Base):
 
     owner: name of the API key that asked; replay: marks a request that may come twice, unique per owner; content: a
     hash of all that was asked for; request: the resolved request, and given: the one as it was asked for, both without
-    image bytes; image: where those lie in the storage. Times in seconds since 1970. progress: percent; result: what the
-    metadata say of a finished video.
+    image bytes; shape: what jobs of one sampling batch have in common; image: where its bytes lie in the storage. Times
+    in seconds since 1970. progress: percent; result: what the metadata say of a finished video.
     """
 
     __tablename__ = "videos"
@@ -100,6 +100,7 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(default=Priority.INTERACTIVE)
     given: Mapped[dict[str, Any]] = mapped_column(JSON)
     request: Mapped[dict[str, Any]] = mapped_column(JSON)
+    shape: Mapped[str] = mapped_column(default="")
     image: Mapped[str | None] = mapped_column(default=None)
     remixed_from: Mapped[str | None] = mapped_column(default=None)
     status: Mapped[str] = mapped_column(default=Status.QUEUED)
@@ -222,23 +223,23 @@ class Store:
         return {status: found.get(status, 0) for status in Status}
 
     def claim(self, limit: int, lease_s: float) -> Sequence[Job]:
-        """Take jobs that wait, by priority and then age; they are this caller's until the lease ends."""
-        first = select(Job.id).where(_WAITS).order_by(Job.priority, Job.created_at, Job.id)
-        taken = first.limit(limit).with_for_update(skip_locked=True)
-        statement = (
-            update(Job)
-            .where(Job.id.in_(taken))
-            .values(
-                status=Status.IN_PROGRESS,
-                fence=Job.fence + 1,
-                attempts=Job.attempts + 1,
-                progress=0,
-                lease_until=self.clock() + lease_s,
-            )
-        )
+        """Take the job that waits in front, by priority and then age, and others of its shape, as one batch.
+
+        They are this caller's until the lease ends. A job that was claimed before, and lost, is taken alone: it may be
+        what its worker died of.
+        """
+        order = (Job.priority, Job.created_at, Job.id)
+        queue = select(Job).where(_WAITS).order_by(*order).with_for_update(skip_locked=True)
         with self.writer.begin() as session:
-            jobs = session.scalars(statement.returning(Job)).all()
-        return sorted(jobs, key=lambda job: (job.priority, job.created_at, job.id))
+            jobs = list(session.scalars(queue.limit(1)))
+            if jobs and not jobs[0].attempts:
+                mates = queue.where(Job.shape == jobs[0].shape, Job.attempts == 0, Job.id != jobs[0].id)
+                jobs += session.scalars(mates.limit(limit - 1))
+            for job in jobs:
+                job.status, job.progress, job.lease_until = Status.IN_PROGRESS, 0, self.clock() + lease_s
+                job.fence += 1
+                job.attempts += 1
+        return jobs
 
     def renew(self, claim: Claim, lease_s: float) -> bool:
         """Keep a claimed job for longer; False if it is lost."""
@@ -280,20 +281,23 @@ class Store:
         with self.writer.begin() as session:
             return session.scalars(delete(Job).where(Job.expires_at <= self.clock()).returning(Job)).all()
 
+    def lose(self, claim: Claim, max_attempts: int) -> bool:
+        """Let a job whose worker died wait again, or end it after too many attempts; False if the claim is lost."""
+        return bool(self._give_back((Job.id == claim.id) & (Job.fence == claim.fence), max_attempts))
+
     def recover(self, max_attempts: int) -> int:
-        """Let jobs wait again whose lease has ended, or end them after too many attempts; returns their number."""
-        lost = (Job.status == Status.IN_PROGRESS) & (Job.lease_until <= self.clock())
+        """Do the same for all jobs whose lease has ended; returns how many there were."""
+        return self._give_back(Job.lease_until <= self.clock(), max_attempts)
+
+    def _give_back(self, condition: ColumnElement[bool], max_attempts: int) -> int:
+        lost = (Job.status == Status.IN_PROGRESS) & condition
         message = f"its worker was lost {max_attempts} times"
+        given_up = {**self._end(Status.FAILED), "error_code": "worker_lost", "error_message": message}
+        again = {"status": Status.QUEUED, "lease_until": None, "progress": 0, "fence": Job.fence + 1}
         with self.writer.begin() as session:
-            given_up = session.execute(
-                update(Job)
-                .where(lost, Job.attempts >= max_attempts)
-                .values(**self._end(Status.FAILED), error_code="worker_lost", error_message=message)
-            )
-            again = session.execute(
-                update(Job).where(lost).values(status=Status.QUEUED, lease_until=None, progress=0, fence=Job.fence + 1)
-            )
-        return int(given_up.rowcount + again.rowcount)  # type: ignore[attr-defined]
+            ended = session.execute(update(Job).where(lost, Job.attempts >= max_attempts).values(**given_up))
+            waiting = session.execute(update(Job).where(lost).values(**again))
+        return int(ended.rowcount + waiting.rowcount)  # type: ignore[attr-defined]
 
     def _check_limits(self, session: Session, owner: str) -> None:
         own, limits = _count(Job.owner == owner), self.limits

@@ -32,7 +32,7 @@ class Decode(Stage):
         checkpoint = model.open()
         self.window, self.tile, self.encoder_threads = window, tile, encoder_threads
         self.statistics = checkpoint.preset.statistics
-        self.model_name = f"{checkpoint.root.name}/{checkpoint.variant}"
+        self.model_name = checkpoint.name
         self.vae = checkpoint.load_vae(model.torch_dtype, model.device)
 
     def process(self, items: Sequence[Item]) -> list[Item]:

@@ -1,7 +1,8 @@
 """Sample: text embeddings (and image posteriors) of one shape to latents, as one batch."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,20 +10,33 @@ from torch import Tensor
 from pipeline.request import sampling_params
 from pipeline.rows import Item
 from pipeline.stages.stage import ModelConfig, Stage
-from pyramid_flow import PyramidSchedule, SeededNoise, TextEmbedding, generate_latents
+from pyramid_flow import PyramidSchedule, SeededNoise, StepInfo, TextEmbedding, generate_latents
 from pyramid_flow.pixels import image_latent
 from pyramid_flow.text import concatenate
 from pyramid_flow.vae import LatentDistribution
 
 
+class Watch(Protocol):
+    """Follows a batch through the sampler; wanted: which of its rows shall be finished."""
+
+    wanted: list[bool]
+
+    def __call__(self, info: StepInfo) -> Tensor | None:
+        """See `generate_latents`."""
+        ...
+
+
 class Sample(Stage):
-    """Replaces a row's tensors by `latents`: normalised, float32 [1,16,T,h,w]."""
+    """Replaces a row's tensors by `latents`: normalised, float32 [1,16,T,h,w].
+
+    watch: makes the sampler's `on_step` for the rows of a batch; rows that are not `wanted` at the end are skipped.
+    """
 
     name = "sample"
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, watch: Callable[[Sequence[Item]], Watch] | None = None) -> None:
         checkpoint = model.open()
-        self.model = model
+        self.model, self.watch = model, watch
         self.statistics = checkpoint.preset.statistics
         self.transformer = checkpoint.load_transformer(model.torch_dtype, model.device)
         self.schedule = PyramidSchedule()
@@ -35,6 +49,7 @@ class Sample(Stage):
         if items[0].request.has_image:
             posterior = LatentDistribution(_stacked(items, "posterior.mean"), _stacked(items, "posterior.logvar"))
             first = image_latent(posterior, noise.posterior(posterior.mean.shape), self.statistics)
+        watch = self.watch(items) if self.watch else None
         latents = generate_latents(
             self.transformer,
             self.schedule,
@@ -43,8 +58,14 @@ class Sample(Stage):
             params,
             noise,
             image_latent=first,
+            on_step=watch,
         ).cpu()
-        return [self._sampled(item, latents[i : i + 1], len(items)) for i, item in enumerate(items)]
+        made = iter(latents.split(1))
+        wanted = watch.wanted if watch else [True] * len(items)
+        return [
+            self._sampled(item, next(made), len(items)) if is_wanted else item.with_tensors({}, skipped=True)
+            for item, is_wanted in zip(items, wanted, strict=True)
+        ]
 
     def _sampled(self, item: Item, latents: Tensor, batch_size: int) -> Item:
         if not latents.isfinite().all():

@@ -1,5 +1,1 @@
-"""A model small enough for a laptop's CPU. Today it has random weights: its videos are coloured noise."""
-
-from pyramid_flow.toy.random import write_random_checkpoint
-
-__all__ = ["write_random_checkpoint"]
+"""The bundled model: its weights, the synthetic world it was trained on, and the judge of what it makes."""

@@ -24,12 +24,12 @@ from pipeline.storage import Storage
 from tests.pipeline.mp4 import probe
 from tests.pipeline.tables import write_table
 
-SMALL = {"height": 64, "width": 64, "num_frames": 9}
-WIDE = {"height": 64, "width": 128, "num_frames": 17}
+SMALL = {"num_frames": 9, "num_inference_steps": 2, "video_num_inference_steps": 1}
+LONG = {**SMALL, "num_frames": 17}
 
 
-def settings(table: Path, output: Path, model: Path, **values: object) -> RenderSettings:
-    return RenderSettings(input=[str(table)], output=str(output), model=str(model), device="cpu", **values)
+def settings(table: Path, output: Path, **values: object) -> RenderSettings:
+    return RenderSettings(input=[str(table)], output=str(output), model="toy", device="cpu", **values)
 
 
 def run(job_settings: RenderSettings, cluster: Resources) -> tuple[render.RenderJob, int]:
@@ -40,16 +40,16 @@ def run(job_settings: RenderSettings, cluster: Resources) -> tuple[render.Render
     return job, len(finished)
 
 
-def flags(table: Path, output: Path, model: Path, *more: str) -> list[str]:
-    return ["--input", str(table), "--output", str(output), "--model", str(model), "--device", "cpu", *more]
+def flags(table: Path, output: Path, *more: str) -> list[str]:
+    return ["--input", str(table), "--output", str(output), "--model", "toy", "--device", "cpu", *more]
 
 
 @pytest.mark.ray
-def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(tiny_checkpoint, cluster, tmp_path):
-    table = [{"prompt": f"prompt {i}", "note": i, **(WIDE if i % 3 else SMALL)} for i in range(11)]
+def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(cluster, tmp_path):
+    table = [{"prompt": f"prompt {i}", "note": i, **(LONG if i % 3 else SMALL)} for i in range(11)]
     table.insert(5, {"prompt": "a bad size", "note": 99, "height": 100, "width": 64, "num_frames": 9})
     source = write_table(tmp_path / "in.parquet", table)
-    job, _ = run(settings(source, tmp_path / "out", tiny_checkpoint, sample_workers=2, batch_size=2), cluster)
+    job, _ = run(settings(source, tmp_path / "out", sample_workers=2, batch_size=2), cluster)
 
     parts = [pq.read_table(path) for path in sorted((tmp_path / "out" / "metadata").iterdir())]
     rows = pa.concat_tables(parts).to_pylist()
@@ -74,23 +74,23 @@ def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(tiny_checkpoint
 
 
 @pytest.mark.ray
-def test_a_second_run_renders_only_what_is_missing(tiny_checkpoint, cluster, tmp_path):
+def test_a_second_run_renders_only_what_is_missing(cluster, tmp_path):
     rows = [{"prompt": f"prompt {i}", **SMALL} for i in range(3)]
     write_table(tmp_path / "in.parquet", rows[:2])
-    _, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint), cluster)
+    _, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out"), cluster)
     assert rendered == 2
     write_table(tmp_path / "in.parquet", [*rows, {"prompt": "", **SMALL}])
-    job, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint), cluster)
+    job, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out"), cluster)
     assert rendered == 2  # the new row and the bad one
     assert Counter(job.view()["status"].to_pylist()) == {"succeeded": 3, "failed": 1}
-    _, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint), cluster)
+    _, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out"), cluster)
     assert rendered == 0
-    _, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint, retry_failed=True), cluster)
+    _, rendered = run(settings(tmp_path / "in.parquet", tmp_path / "out", retry_failed=True), cluster)
     assert rendered == 1
 
 
 @pytest.mark.ray
-def test_duplicates_copies_and_disputed_ids_get_their_own_rows(tiny_checkpoint, cluster, tmp_path):
+def test_duplicates_copies_and_disputed_ids_get_their_own_rows(cluster, tmp_path):
     table = [
         {"prompt": "twice", "note": "first", **SMALL},
         {"prompt": "twice", "note": "second", **SMALL},
@@ -99,7 +99,7 @@ def test_duplicates_copies_and_disputed_ids_get_their_own_rows(tiny_checkpoint, 
         {"id": "copies", "prompt": "many", "note": "c", "num_videos_per_prompt": 2, "seed": 5, **SMALL},
     ]
     source = write_table(tmp_path / "in.parquet", table)
-    job, _ = run(settings(source, tmp_path / "out", tiny_checkpoint), cluster)
+    job, _ = run(settings(source, tmp_path / "out"), cluster)
     rows = {row["id"]: row for row in job.view().to_pylist()}
     assert len(rows) == 6
     [original] = [row for row in rows.values() if row["note"] == "first"]
@@ -116,10 +116,10 @@ def test_duplicates_copies_and_disputed_ids_get_their_own_rows(tiny_checkpoint, 
 
 
 @pytest.mark.ray
-def test_latents_do_not_depend_on_workers_or_batches(tiny_checkpoint, cluster, tmp_path):
-    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **WIDE} for i in range(3)])
-    alone, _ = run(settings(source, tmp_path / "a", tiny_checkpoint, batch_size=1), cluster)
-    again, _ = run(settings(source, tmp_path / "b", tiny_checkpoint, batch_size=1, sample_workers=2), cluster)
+def test_latents_do_not_depend_on_workers_or_batches(cluster, tmp_path):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **LONG} for i in range(3)])
+    alone, _ = run(settings(source, tmp_path / "a", batch_size=1), cluster)
+    again, _ = run(settings(source, tmp_path / "b", batch_size=1, sample_workers=2), cluster)
     hashes = [
         dict(zip(*(job.view()[c].to_pylist() for c in ("id", "latents_sha256")), strict=True)) for job in (alone, again)
     ]
@@ -137,9 +137,9 @@ def test_latents_do_not_depend_on_workers_or_batches(tiny_checkpoint, cluster, t
         ({"device": "cuda", "gpus": "0"}, "wants GPUs"),
     ],
 )
-def test_a_wrong_job_exits_2_with_one_line(change, message, tiny_checkpoint, tmp_path, caplog):
+def test_a_wrong_job_exits_2_with_one_line(change, message, tmp_path, caplog):
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    arguments = {"input": str(source), "output": str(tmp_path / "out"), "model": str(tiny_checkpoint)} | change
+    arguments = {"input": str(source), "output": str(tmp_path / "out"), "model": "toy"} | change
     assert render.main([part for name, value in arguments.items() for part in (f"--{name}", value)]) == 2
     [record] = caplog.records
     assert message in record.message
@@ -147,35 +147,35 @@ def test_a_wrong_job_exits_2_with_one_line(change, message, tiny_checkpoint, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unwritable_output_exits_2(tiny_checkpoint, tmp_path, caplog):
+def test_an_unwritable_output_exits_2(tmp_path, caplog):
     (tmp_path / "out").write_text("a file")
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint)) == 2
+    assert render.main(flags(source, tmp_path / "out")) == 2
     assert "not writable" in caplog.text
 
 
-def test_another_model_into_the_same_output_is_refused(tiny_checkpoint, tmp_path, caplog):
+def test_another_model_into_the_same_output_is_refused(tmp_path, caplog):
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
     ledger.claim(Storage(str(tmp_path / "out")), {}, {"model_fingerprint": "other"})
-    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint)) == 2
+    assert render.main(flags(source, tmp_path / "out")) == 2
     assert "model_fingerprint 'other'" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("given", "expected"), [(None, "tables"), ("pictures", "pictures"), ("not/there", "not/there")]
 )
-def test_the_image_root_is_the_inputs_folder_or_what_is_said(given, expected, tiny_checkpoint, tmp_path, monkeypatch):
+def test_the_image_root_is_the_inputs_folder_or_what_is_said(given, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("tables", "pictures"):
         (tmp_path / folder).mkdir()
     source = write_table(Path("tables") / "in.parquet", [{"prompt": "x", **SMALL}])
-    job = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint, image_root=given), Resources(2, 0))
+    job = render.prepare(settings(source, tmp_path / "out", image_root=given), Resources(2, 0))
     assert job.plan.pools[0].stages[0].arguments["image_root"] == f"file://{tmp_path / expected}"
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"{i}", **SMALL} for i in range(3)])
-    arguments = flags(source, tmp_path / "out", tiny_checkpoint, "--dry-run", "--sample-workers", "2")
+    arguments = flags(source, tmp_path / "out", "--dry-run", "--sample-workers", "2")
     assert render.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "3 rows to render" in printed
@@ -185,19 +185,19 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_table_is_a_finished_job(tiny_checkpoint, tmp_path, capsys):
+def test_an_empty_table_is_a_finished_job(tmp_path, capsys):
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in.parquet")
-    assert render.main(flags(tmp_path / "in.parquet", tmp_path / "out", tiny_checkpoint)) == 0
+    assert render.main(flags(tmp_path / "in.parquet", tmp_path / "out")) == 0
     assert "0 of 0 rows succeeded" in capsys.readouterr().out
 
 
-def test_an_interrupt_while_the_input_is_read_is_no_traceback(tiny_checkpoint, tmp_path, monkeypatch, caplog):
+def test_an_interrupt_while_the_input_is_read_is_no_traceback(tmp_path, monkeypatch, caplog):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(render, "scan", interrupted)
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint)) == 130
+    assert render.main(flags(source, tmp_path / "out")) == 130
     assert "nothing was rendered" in caplog.text
 
 
@@ -213,22 +213,22 @@ def test_the_first_signal_asks_and_the_second_insists():
     assert signals.exit_code == 143
 
 
-def test_an_output_inside_the_input_folder_exits_2(tiny_checkpoint, tmp_path, caplog):
+def test_an_output_inside_the_input_folder_exits_2(tmp_path, caplog):
     write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    assert render.main(flags(tmp_path, tmp_path / "out", tiny_checkpoint)) == 2
+    assert render.main(flags(tmp_path, tmp_path / "out")) == 2
     assert "lies inside the input folder" in caplog.text
 
 
-def test_more_gpus_than_the_machine_has_exits_2(tiny_checkpoint, tmp_path, caplog):
+def test_more_gpus_than_the_machine_has_exits_2(tmp_path, caplog):
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint, "--gpus", "99")) == 2
+    assert render.main(flags(source, tmp_path / "out", "--gpus", "99")) == 2
     assert "--gpus 99" in caplog.text
 
 
 @pytest.mark.ray
-def test_an_interrupted_job_keeps_what_is_done_and_resumes(tiny_checkpoint, cluster, tmp_path):
-    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **WIDE} for i in range(300)])
-    arguments = flags(source, tmp_path / "out", tiny_checkpoint, "--ledger-rows", "1", "--batch-size", "1")
+def test_an_interrupted_job_keeps_what_is_done_and_resumes(cluster, tmp_path):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **LONG} for i in range(300)])
+    arguments = flags(source, tmp_path / "out", "--ledger-rows", "1", "--batch-size", "1")
     process = subprocess.Popen([sys.executable, "-m", "jobs.render", *arguments], stderr=subprocess.PIPE, text=True)
     parts = tmp_path / "out" / "metadata"
     deadline = time.monotonic() + 120
@@ -243,7 +243,7 @@ def test_an_interrupted_job_keeps_what_is_done_and_resumes(tiny_checkpoint, clus
     done = ledger.read(Storage(str(tmp_path / "out")))
     assert set(done["status"].to_pylist()) == {"succeeded"}
     assert all((tmp_path / "out" / uri).exists() for uri in done["uri"].to_pylist())
-    job = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint), cluster)
+    job = render.prepare(settings(source, tmp_path / "out"), cluster)
     assert job.pending().num_rows == 300 - len(done)
 
 
@@ -257,11 +257,11 @@ mount -o remount,size=64m "$OUT"
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(tiny_checkpoint, tmp_path):
-    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", "fps": 24, **WIDE} for i in range(60)])
+def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(tmp_path):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", "fps": 24, **LONG} for i in range(60)])
     output = tmp_path / "out"
     output.mkdir()
-    job = [sys.executable, "-m", "jobs.render", *flags(source, output, tiny_checkpoint, "--ledger-rows", "4")]
+    job = [sys.executable, "-m", "jobs.render", *flags(source, output, "--ledger-rows", "4")]
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh", *job]
     done = subprocess.run(command, env=os.environ | {"OUT": str(output)}, capture_output=True, text=True, check=True)
     first, second = done.stdout.split("exit 1\n")
@@ -274,12 +274,12 @@ def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(tiny_checkpoint, tmp_pa
 
 
 @pytest.mark.ray
-def test_shards_share_one_output(tiny_checkpoint, cluster, tmp_path):
+def test_shards_share_one_output(cluster, tmp_path):
     rows = [{"prompt": f"prompt {i % 6}", "note": i, **SMALL} for i in range(8)]
     rows.append({"prompt": "bad", "note": 8, "height": 100, "width": 64, "num_frames": 9})
     source = write_table(tmp_path / "in.parquet", rows)
-    whole = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint, dry_run=True), cluster)
-    shards = [run(settings(source, tmp_path / "out", tiny_checkpoint, shard=f"{i}/2"), cluster) for i in (1, 2)]
+    whole = render.prepare(settings(source, tmp_path / "out", dry_run=True), cluster)
+    shards = [run(settings(source, tmp_path / "out", shard=f"{i}/2"), cluster) for i in (1, 2)]
     assert sum(rendered for _, rendered in shards) == 7
     view = ledger.read(Storage(str(tmp_path / "out")))
     assert Counter(view["id"].to_pylist()) == Counter(whole.worklist.expected_ids().to_pylist())
@@ -291,14 +291,14 @@ def test_shards_share_one_output(tiny_checkpoint, cluster, tmp_path):
 
 
 @pytest.mark.ray
-def test_calibration_renders_real_rows_and_plans_by_them(tiny_checkpoint, cluster, tmp_path, capsys):
-    source = write_table(tmp_path / "in.parquet", [{"prompt": f"{i}", **(WIDE if i % 3 else SMALL)} for i in range(12)])
-    job = render.prepare(settings(source, tmp_path / "out", tiny_checkpoint, batch_size=1), cluster)
+def test_calibration_renders_real_rows_and_plans_by_them(cluster, tmp_path, capsys):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"{i}", **(LONG if i % 3 else SMALL)} for i in range(12)])
+    job = render.prepare(settings(source, tmp_path / "out", batch_size=1), cluster)
     planned = render.calibrated(job, StopRequest())
     assert planned.plan.costs.measured
     assert planned.pending().num_rows == 8
     assert set(ledger.read(Storage(str(tmp_path / "out")))["status"].to_pylist()) == {"succeeded"}
-    assert render.main(flags(source, tmp_path / "out", tiny_checkpoint, "--dry-run")) == 0
+    assert render.main(flags(source, tmp_path / "out", "--dry-run")) == 0
     printed = capsys.readouterr().out
     assert "8 rows to render, 4 in the ledger already" in printed
     assert "(measured by earlier runs)" in printed

@@ -12,14 +12,11 @@ from pipeline.inputs import REQUEST_COLUMNS, list_parts
 from pipeline.worklist import RowRules, candidates, scan
 from pyramid_flow import Checkpoint
 from pyramid_flow.pixels import open_image
-from pyramid_flow.toy import write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
-def rules(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_random_checkpoint(folder)
-    return RowRules(Checkpoint.open(folder).preset)
+def rules():
+    return RowRules(Checkpoint.open("toy").preset)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.pipeline.tables import write_table
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 BIN = Path(sys.executable).parent
-SHAPE = {"height": 64, "width": 128, "num_frames": 17}
+SHAPE = {"num_frames": 17, "num_inference_steps": 4, "video_num_inference_steps": 2}
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def flags(folder: Path, model: Path, num_rows: int) -> list[str]:
+def flags(folder: Path, num_rows: int) -> list[str]:
     rows = [{"prompt": f"prompt {i}", **SHAPE} for i in range(num_rows)]
     table = write_table(folder / "in.parquet", rows)
-    return ["--input", str(table), "--output", str(folder / "out"), "--model", str(model)]
+    return ["--input", str(table), "--output", str(folder / "out"), "--model", "toy"]
 
 
-def test_a_submitted_job_runs_on_the_cluster_and_can_be_watched(head, tiny_checkpoint, tmp_path):
-    head.submit("whole", *flags(tmp_path, tiny_checkpoint, 60))
+def test_a_submitted_job_runs_on_the_cluster_and_can_be_watched(head, tmp_path):
+    head.submit("whole", *flags(tmp_path, 60))
     until(lambda: "ray_pyramid_rows_total{" in head.counters() and 'stage="publish"' in head.counters(), 180)
     counters = head.counters()
     for name in ("batch_seconds_bucket", "busy_seconds_total", "published_bytes_total", "rows_left"):
@@ -116,9 +116,9 @@ def test_a_submitted_job_runs_on_the_cluster_and_can_be_watched(head, tiny_check
     assert all(record["seconds"] > 0 and record["node"] for record in logged)
 
 
-def test_auto_is_the_cluster_that_runs_on_this_machine(head, tiny_checkpoint, tmp_path):
+def test_auto_is_the_cluster_that_runs_on_this_machine(head, tmp_path):
     command = [sys.executable, "-m", "jobs.render", "--address", "auto", "--device", "cpu"]
-    command += flags(tmp_path, tiny_checkpoint, 3)
+    command += flags(tmp_path, 3)
     done = subprocess.run(command, env=head.env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ids = ledger.read(Storage(str(tmp_path / "out")), ["id"])["id"].to_pylist()
@@ -127,8 +127,8 @@ def test_auto_is_the_cluster_that_runs_on_this_machine(head, tiny_checkpoint, tm
     assert set(ids) <= logged
 
 
-def test_a_stopped_job_keeps_what_is_done(head, tiny_checkpoint, tmp_path):
-    head.submit("stopped", *flags(tmp_path, tiny_checkpoint, 500), "--ledger-rows", "1000", "--ledger-seconds", "1000")
+def test_a_stopped_job_keeps_what_is_done(head, tmp_path):
+    head.submit("stopped", *flags(tmp_path, 500), "--ledger-rows", "1000", "--ledger-seconds", "1000")
     storage = Storage(str(tmp_path / "out"))
     until(lambda: len(storage.list("videos")) >= 5, 240)
     head.ray("stop", "stopped")

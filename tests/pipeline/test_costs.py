@@ -89,8 +89,8 @@ def test_the_commonest_shapes_stand_for_many():
     assert asked == list(shapes)[:8]
 
 
-def test_the_estimate_counts_the_checkpoints_own_operations(tiny_checkpoint):
-    estimate = flops_estimate(Checkpoint.open(tiny_checkpoint), "cpu", None)
+def test_the_estimate_counts_the_checkpoints_own_operations():
+    estimate = flops_estimate(Checkpoint.open("toy"), "cpu", None)
     short, long, unguided = estimate(SMALL), estimate(LONG), estimate(SMALL._replace(guided=False))
     assert set(short) == {"encode", "sample", "decode", "publish"}
     assert long["sample"] > 2 * short["sample"] > 2 * unguided["sample"] > 0

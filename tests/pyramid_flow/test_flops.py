@@ -19,11 +19,12 @@ from pyramid_flow import (
     PyramidSchedule,
     SamplingParams,
     SeededNoise,
+    attention,
     generate_latents,
     render_flops,
 )
 from pyramid_flow.pixels import decode_frames, encode_image
-from tests.pyramid_flow.goldens import manifest, randn, random_text
+from tests.pyramid_flow.goldens import TINY_MINIFLUX, manifest, randn, random_text
 
 DIT = "diffusion_transformer_384p"
 PARAMS = SamplingParams(64, 128, 17, (2, 1, 1), (1, 2, 1), guidance_scale=4.0, video_guidance_scale=3.0)
@@ -44,6 +45,12 @@ def counted_sampling(transformer: PyramidFluxTransformer, params: SamplingParams
 
 
 @pytest.fixture(autouse=True)
+def _attention_by_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted is the attention of long sequences, which computes nothing that is masked."""
+    monkeypatch.setattr(attention, "SHORT", 0)
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Compute in one thread: on tensors this small more are slower, and far slower on a machine that is not idle."""
     threads = torch.get_num_threads()
@@ -53,8 +60,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def tiny(tiny_checkpoint: Path) -> Checkpoint:
-    return Checkpoint.open(tiny_checkpoint)
+def tiny() -> Checkpoint:
+    return Checkpoint.open(TINY_MINIFLUX)
 
 
 @pytest.fixture

@@ -211,3 +211,18 @@ def test_a_claim_is_of_one_fence(store):
 def test_databases_that_will_not_do(url):
     with pytest.raises(StoreError):
         Store(url)
+
+
+def test_a_batch_is_of_one_shape(store):
+    for number, shape in enumerate(["wide", "tall", "wide", "wide", "tall"]):
+        store.add(job(number, shape=shape))
+    assert [ids(store.claim(2, 10)) for _ in range(4)] == [[0, 2], [1, 4], [3], []]
+
+
+def test_a_job_that_was_lost_is_taken_alone(store):
+    for number in range(4):
+        store.add(job(number))
+    taken = store.claim(2, 10)
+    assert all(store.lose(each.claim, 3) for each in taken)
+    assert not store.lose(taken[0].claim, 3)
+    assert [ids(store.claim(4, 10)) for _ in range(3)] == [[0], [1], [2, 3]]

@@ -1,0 +1,65 @@
+"""What a sampler tells the table of videos at each step, and what it hears: rows that nobody wants any more."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.request import sampling_params
+from pipeline.rows import Item
+from pipeline.serving.store import Claim, Store
+from pyramid_flow import StepInfo
+
+REPORT_S = 0.25
+BEFORE, SAMPLING = 5, 85
+"""Percent of a video's work before the sampler, and of the sampler."""
+
+
+class Watch:
+    """The sampler's `on_step` for a batch of claimed jobs; see `generate_latents`.
+
+    The table is told at most every `REPORT_S` seconds. Rows whose claim is lost, because they were cancelled or are
+    someone else's by now, leave the batch.
+    """
+
+    def __init__(
+        self, store: Store, claims: Sequence[Claim], items: Sequence[Item], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.store, self.claims, self.clock = store, claims, clock
+        self.params = sampling_params([item.request for item in items])
+        self.wanted = [True] * len(items)
+        self.done, self.total = 0, 0
+        self.told_at = -REPORT_S
+
+    def __call__(self, info: StepInfo) -> Tensor:
+        """Count a step, and say which rows shall go on: bool [B]."""
+        if not self.total:
+            self.total = self._steps_from(info.unit)
+        self.done += 1
+        if self.clock() - self.told_at >= REPORT_S or self.done == self.total:
+            progress = BEFORE + SAMPLING * self.done // self.total
+            for row in info.rows:
+                self.wanted[row] = self.wanted[row] and self.store.report(self.claims[row], progress)
+            self.told_at = self.clock()
+        return torch.tensor(self.wanted)
+
+    def _steps_from(self, first_unit: int) -> int:
+        units = range(first_unit, self.params.num_units)
+        return sum(self.params.steps(unit, level) for unit in units for level in range(3))
+
+
+class Watches:
+    """Makes the `Watch` of each batch; claims: of the jobs that are sampled now, by the ids of their rows."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.claims: dict[str, Claim] = {}
+
+    def expect(self, claims: Mapping[str, Claim]) -> None:
+        """Name the claims of the batch that is sampled next."""
+        self.claims = dict(claims)
+
+    def __call__(self, items: Sequence[Item]) -> Watch:
+        """Return the watch of a batch."""
+        return Watch(self.store, [self.claims[item.row.id] for item in items], items)

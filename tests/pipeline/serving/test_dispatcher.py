@@ -1,0 +1,180 @@
+"""The dispatcher and the real stages, in this process: videos are made, cancelled, lost with a worker, and expire."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from pipeline.rows import pack, unpack
+from pipeline.serving.dispatcher import Dispatcher, DispatchSettings, WorkerLostError
+from pipeline.serving.schemas import new_video
+from pipeline.serving.store import Limits, Status, Store
+from pipeline.serving.watch import Watches
+from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
+from pipeline.storage import Storage
+from pyramid_flow import Checkpoint
+from tests.pipeline.mp4 import probe
+
+MODEL = ModelConfig("toy", None, "cpu", "float32", threads=1)
+QUICK = {"num_frames": 9, "num_inference_steps": 1, "video_num_inference_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def encode() -> Encode:
+    return Encode(MODEL, "nowhere", frozenset())
+
+
+class Local:
+    """The stages in this process, one batch at a time; before: called with each batch before it is sampled."""
+
+    def __init__(self, store: Store, encode: Encode, output: Path) -> None:
+        self.watches = Watches(store)
+        self.stages = encode, Sample(MODEL, self.watches), Decode(MODEL, 1, None, 1), Publish(str(output), "here")
+        self.lock = threading.Lock()
+        self.sizes: list[int] = []
+        self.before: Callable[[list[str]], None] = lambda prompts: None
+
+    def work(self, batch, claims):
+        with self.lock:
+            self.sizes.append(len(batch))
+            self.before([item.request.prompt for item in batch.items])
+            self.watches.expect({item.row.id: claim for item, claim in zip(batch.items, claims, strict=True)})
+            for stage in self.stages:
+                batch = unpack(pack(stage(batch)))
+            return batch
+
+    async def render(self, batch, claims):
+        return await asyncio.to_thread(self.work, batch, claims)
+
+    async def capacity(self):
+        return 1
+
+
+class Farm:
+    """A table, a place for files, the stages and a dispatcher."""
+
+    def __init__(self, folder: Path, encode: Encode) -> None:
+        self.store = Store(f"sqlite:///{folder}/videos.db", limits=Limits(), retention_s=1000)
+        self.storage = Storage(str(folder / "out"))
+        self.local = Local(self.store, encode, folder / "out")
+        self.preset = Checkpoint.open("toy").preset
+        settings = DispatchSettings(batch_size=3, lease_s=3, poll_s=0.02, expire_s=0.1)
+        self.dispatcher = Dispatcher(self.store, self.storage, self.local, settings)
+
+    def ask(self, prompt: str, **fields: object) -> str:
+        video = new_video({"prompt": prompt, **QUICK, **fields}, None, self.preset, "toy")
+        return self.store.add(video.job(self.preset, owner="me", model="toy", created_at=self.store.clock())).id
+
+    def job(self, video_id: str):
+        return self.store.get(video_id, "me")
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Dispatch until something has happened."""
+
+        async def both() -> None:
+            task = asyncio.create_task(self.dispatcher.run())
+            async with asyncio.timeout(60):
+                while not until():
+                    assert not task.done(), task.exception()
+                    await asyncio.sleep(0.02)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+        asyncio.run(both())
+
+    def run_all(self) -> None:
+        """Dispatch until nothing waits or is made."""
+        self.run(lambda: not self.dispatcher.running and not self.going_on())
+
+    def going_on(self) -> int:
+        counts = self.store.counts()
+        return counts[Status.QUEUED] + counts[Status.IN_PROGRESS]
+
+
+@pytest.fixture
+def farm(tmp_path, encode):
+    farm = Farm(tmp_path, encode)
+    yield farm
+    farm.store.close()
+
+
+def test_videos_of_one_shape_are_made_together(farm):
+    ids = [farm.ask(f"prompt {number}", seed=number) for number in range(4)] + [farm.ask("longer", num_frames=17)]
+    farm.run_all()
+    assert sorted(farm.local.sizes) == [1, 1, 3]
+    for video_id in ids:
+        job = farm.job(video_id)
+        assert (job.status, job.progress, job.attempts) == (Status.COMPLETED, 100, 1)
+        assert job.result["sha256"]
+        assert set(job.result["seconds"]) == {"encode", "sample", "decode", "publish"}
+    assert probe(farm.storage.url(farm.job(ids[4]).result["uri"]).removeprefix("file://")).frames == 17
+
+
+def test_progress_is_told_while_a_video_is_made(farm):
+    video_id = farm.ask("slowly", num_inference_steps=30, video_num_inference_steps=30, num_frames=33)
+    seen = set()
+
+    def done() -> bool:
+        seen.add(farm.job(video_id).progress)
+        return not farm.going_on()
+
+    farm.run(done)
+    assert {0, 100} < seen
+
+
+def test_a_cancelled_video_leaves_its_neighbours_unharmed(farm):
+    first, second = farm.ask("stays", seed=1), farm.ask("goes", seed=2)
+    farm.local.before = lambda prompts: farm.store.cancel(second, "me")
+    farm.run_all()
+    assert farm.job(first).status == Status.COMPLETED
+    assert farm.job(second).status == Status.CANCELLED
+    assert len(farm.storage.list("videos")) == 1
+
+
+def test_what_kills_its_worker_fails_and_its_neighbours_do_not(farm):
+    ids = [farm.ask(prompt) for prompt in ("good", "poison", "fine")]
+
+    def dies(prompts: list[str]) -> None:
+        if "poison" in prompts:
+            raise WorkerLostError("gone")
+
+    farm.local.before = dies
+    farm.run_all()
+    jobs = [farm.job(video_id) for video_id in ids]
+    assert [job.status for job in jobs] == [Status.COMPLETED, Status.FAILED, Status.COMPLETED]
+    assert [job.attempts for job in jobs] == [2, 3, 2]
+    assert jobs[1].error_code == "worker_lost"
+
+
+def test_a_video_deleted_while_it_is_made_leaves_no_file(farm):
+    video_id = farm.ask("unwanted")
+    publish = farm.local.stages[-1]
+    delete = lambda batch: (farm.store.delete(video_id, "me"), publish(batch))[1]  # noqa: E731
+    farm.local.stages = (*farm.local.stages[:-1], delete)
+    farm.run_all()
+    assert farm.storage.list("videos") == farm.storage.list("thumbnails") == []
+
+
+def test_a_dispatcher_that_stops_gives_its_jobs_back(farm):
+    video_id = farm.ask("later")
+    entered = threading.Event()
+    farm.local.before = lambda prompts: entered.set()
+    farm.run(entered.is_set)
+    job = farm.job(video_id)
+    assert (job.status, job.attempts) == (Status.QUEUED, 0)
+    farm.run_all()
+    assert farm.job(video_id).status == Status.COMPLETED
+
+
+def test_expired_videos_go_with_their_files(farm):
+    video_id = farm.ask("short-lived")
+    farm.run_all()
+    assert farm.storage.list("videos")
+    now = farm.store.clock()
+    farm.store.clock = lambda: now + 2000
+    farm.run(lambda: farm.job(video_id) is None and not farm.storage.list("videos"))
+    assert farm.storage.list("thumbnails") == []
