@@ -8,6 +8,7 @@ COMMANDS = {
     "render": ("jobs.render", "render a table of prompts to videos"),
     "status": ("jobs.status", "say how far the jobs of an output are"),
     "compact": ("jobs.compact", "merge the parts of an output's ledger, list files that no row names"),
+    "serve": ("jobs.serve", "answer the Videos API: videos by HTTP"),
     "demo": ("jobs.demo", "render the sample table with the bundled model"),
 }
 

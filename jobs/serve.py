@@ -1,0 +1,171 @@
+"""Serve the Videos API on Ray Serve (`pyramid-render serve`)."""
+
+import ipaddress
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import ray
+import torch
+import yaml
+from ray import serve
+from sqlalchemy.engine import make_url
+
+from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, ServeSettings, parse
+from pipeline import runner
+from pipeline.inputs import full_url
+from pipeline.plan import Resources
+from pipeline.serving.app import ServiceConfig, build
+from pipeline.serving.keys import Keys, hashed, new_key
+from pipeline.serving.store import Store
+from pipeline.storage import Storage
+from pyramid_flow import Checkpoint
+from pyramid_flow.errors import PyramidFlowError
+
+APPLICATION = "pyramid-render"
+
+logger = logging.getLogger("pyramid-render")
+
+
+class ServeError(PyramidFlowError):
+    """The service cannot start as it was asked for."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal comes; returns the exit code."""
+    settings = parse(ServeSettings, sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if settings.new_key:
+        key = new_key()
+        print(f"{key}\n{settings.new_key}:{hashed(key)}")
+        return 0
+    try:
+        config = prepare(settings)
+    except PyramidFlowError as error:
+        logger.error("pyramid-render serve: %s", error)
+        return EXIT_WRONG_JOB
+    if settings.print_config:
+        print(config_file(settings, config), end="")
+        return 0
+    own = settings.own_cluster
+    resources = Resources(1 + config.threads, torch.cuda.device_count())
+    try:
+        with runner.session(None if own else settings.address, resources if own else None):
+            return _serve(settings, config)
+    except ServeError as error:
+        logger.error("pyramid-render serve: %s", error)
+        return EXIT_WRONG_JOB
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the replicas' logs have the traceback
+        logger.error("the service broke: %s: %s", type(error).__name__, error)
+        return EXIT_BROKEN
+
+
+def prepare(settings: ServeSettings) -> ServiceConfig:
+    """Check everything that can be checked before a cluster is used; raises a PyramidFlowError."""
+    checkpoint = Checkpoint.open(settings.model, settings.variant)
+    checkpoint.check()
+    device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()) else "cpu"
+    dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    output = full_url(settings.output)
+    Storage(output).probe()
+    database = settings.database or f"sqlite:///{Path(settings.output).resolve()}/videos.db"
+    Store(database).close()
+    shares = {"encode": settings.encode_gpus, "sample": settings.sample_gpus, "decode": settings.decode_gpus}
+    return ServiceConfig(
+        model=settings.model if settings.model == "toy" else str(checkpoint.root),
+        variant=checkpoint.variant,
+        device=device,
+        dtype=dtype,
+        database=database,
+        output=output,
+        keys=_keys(settings),
+        replicas={
+            "encode": settings.encode_replicas,
+            "sample": settings.sample_replicas,
+            "decode": settings.decode_replicas,
+            "publish": 1,
+        },
+        min_samplers=settings.min_sample_replicas,
+        gpus=shares if device == "cuda" else {},
+        threads=settings.threads,
+        batch_size=settings.batch_size,
+        max_queued=settings.max_queued,
+        max_unfinished=settings.max_unfinished,
+        max_per_minute=settings.max_per_minute,
+        max_attempts=settings.max_attempts,
+        retention_s=3600 * settings.retention_h,
+    )
+
+
+def _keys(settings: ServeSettings) -> dict[str, str] | None:
+    """Return who may ask, None = everyone, which is for one's own machine only."""
+    text = settings.api_keys or ""
+    if settings.keys_file:
+        try:
+            text += "\n" + settings.keys_file.read_text()
+        except OSError as error:
+            raise ServeError(f"the file of keys cannot be read: {error}") from error
+    names = dict(Keys.parse(text).names)
+    loopback = _is_loopback(settings.host)
+    if not settings.auth and not loopback:
+        raise ServeError(f"--no-auth would let everyone who reaches {settings.host} render: it is for 127.0.0.1 only")
+    if not names and not loopback:
+        raise ServeError("API keys are needed: --new-key NAME makes one, --keys-file FILE says which are good")
+    return names if settings.auth and names else None
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def config_file(settings: ServeSettings, config: ServiceConfig) -> str:
+    """Return the service as a file for `serve deploy`."""
+    application = {
+        "name": APPLICATION,
+        "import_path": "pipeline.serving.app:build",
+        "route_prefix": "/",
+        "args": config.model_dump(mode="json"),
+    }
+    http = {"host": settings.host, "port": settings.port}
+    return yaml.safe_dump({"http_options": http, "applications": [application]}, sort_keys=False)
+
+
+def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    local = [name for name, url in (("database", config.database), ("output", config.output)) if _is_local(url)]
+    if local and len(alive) > 1:
+        raise ServeError(f"the {' and the '.join(local)} must be reachable from all {len(alive)} nodes of the cluster")
+    stop = threading.Event()
+    codes: list[int] = []
+
+    def take(number: int, _frame: object) -> None:
+        codes.append(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, take)
+    serve.start(http_options={"host": settings.host, "port": settings.port})
+    try:
+        serve.run(build(config), name=APPLICATION, route_prefix="/")
+        logger.info("%s serves at http://%s:%d/v1/videos", config.model, settings.host, settings.port)
+        stop.wait()
+        logger.info("stopping: what is being made waits for the next start")
+    finally:
+        serve.shutdown()
+    return codes[0]
+
+
+def _is_local(url: str) -> bool:
+    return url.startswith("file://") or (":" in url and make_url(url).get_backend_name() == "sqlite")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

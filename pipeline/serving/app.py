@@ -1,0 +1,123 @@
+"""The service as an application of Ray Serve: interface, dispatcher and stages, each with replicas of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+
+from pipeline.plan import StageSpec
+from pipeline.serving.api import Service, create_app
+from pipeline.serving.dispatcher import DispatchSettings
+from pipeline.serving.keys import Keys
+from pipeline.serving.store import Limits, Store
+from pipeline.serving.worker import DispatcherReplica, SampleReplica, StageReplica
+from pipeline.stages import Decode, Encode, ModelConfig, Publish
+from pipeline.storage import Storage
+from pyramid_flow import Checkpoint
+
+STAGES = ("encode", "sample", "decode", "publish")
+
+
+class ServiceConfig(BaseModel):
+    """What a service is made of; plain values, so that it can be written into a config file of Serve's.
+
+    keys: names by the hashes of API keys, None = no keys are asked for; replicas: of each stage, the sampler's at most,
+    if `min_samplers` is fewer; gpus: of a replica of each stage. render_s: the longest that a batch may take.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "toy"
+    variant: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    database: str
+    output: str
+    keys: dict[str, str] | None = None
+    replicas: dict[str, int] = dict.fromkeys(STAGES, 1)
+    min_samplers: int | None = None
+    gpus: dict[str, float] = {}
+    threads: int = 1
+    batch_size: int = 4
+    tile: int | None = None
+    decode_window: int = 1
+    max_queued: int = 1000
+    max_unfinished: int = 100
+    max_per_minute: int = 60
+    max_attempts: int = 3
+    retention_s: float = 86400.0
+    render_s: float = 1800.0
+
+    @property
+    def limits(self) -> Limits:
+        """What may wait."""
+        return Limits(self.max_queued, self.max_unfinished, self.max_per_minute)
+
+
+def build(config: ServiceConfig) -> Application:
+    """Return the application, for `serve.run` or `serve run pipeline.serving.app:build`."""
+    model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
+    specs = {
+        "encode": StageSpec(Encode, {"model": model, "image_root": "nowhere", "image_hosts": frozenset()}),
+        "decode": StageSpec(
+            Decode,
+            {"model": model, "window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads},
+        ),
+        "publish": StageSpec(Publish, {"output": config.output, "node": "serve"}),
+    }
+    handles = {name: _deployment(config, name, StageReplica).bind(spec) for name, spec in specs.items()}
+    handles["sample"] = _deployment(config, "sample", SampleReplica).bind(model, config.database)
+    dispatcher = serve.deployment(
+        DispatcherReplica, name="dispatcher", ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30
+    ).bind(
+        config.database,
+        config.retention_s,
+        config.output,
+        DispatchSettings(config.batch_size, config.max_attempts),
+        *(handles[name] for name in STAGES),
+    )
+
+    def interface() -> FastAPI:
+        return create_app(_service(config))
+
+    ingress = serve.deployment(
+        serve.ingress(interface)(), name="api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
+    )
+    return ingress.bind(dispatcher)
+
+
+def _deployment(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401 - Serve's decorator is untyped
+    """Return a stage's deployment: a replica works on one batch and has the next one at hand."""
+    return serve.deployment(
+        replica,
+        name=name,
+        max_ongoing_requests=2,
+        ray_actor_options={"num_cpus": 0, "num_gpus": config.gpus.get(name, 0)},
+        graceful_shutdown_timeout_s=config.render_s,
+        health_check_timeout_s=60,
+        **_size(config, name),
+    )
+
+
+def _size(config: ServiceConfig, name: str) -> Mapping[str, Any]:
+    most = config.replicas[name]
+    least = most if config.min_samplers is None else min(config.min_samplers, most)
+    if name != "sample" or least == most:
+        return {"num_replicas": most}
+    return {"autoscaling_config": AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=1)}
+
+
+def _service(config: ServiceConfig) -> Service:
+    checkpoint = Checkpoint.open(config.model, config.variant)
+    return Service(
+        store=Store(config.database, limits=config.limits, retention_s=config.retention_s),
+        storage=Storage(config.output),
+        preset=checkpoint.preset,
+        model=checkpoint.name,
+        fingerprint=checkpoint.fingerprint,
+        keys=None if config.keys is None else Keys(config.keys),
+    )
