@@ -1,5 +1,7 @@
 """Serve the Videos API on Ray Serve (`pyramid-render serve`)."""
 
+import base64
+import binascii
 import ipaddress
 import logging
 import signal
@@ -13,9 +15,11 @@ import ray
 import torch
 import yaml
 from ray import serve
+from ray.serve import Application
 from sqlalchemy.engine import make_url
+from yarl import URL
 
-from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, ServeSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, ServeSettings, parse, webhook_secret
 from pipeline import runner
 from pipeline.inputs import full_url
 from pipeline.plan import Resources
@@ -27,6 +31,7 @@ from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
 
 APPLICATION = "pyramid-render"
+MIN_SECRET_BYTES = 24
 
 logger = logging.getLogger("pyramid-render")
 
@@ -72,6 +77,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
     checkpoint.check()
     device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()) else "cpu"
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    _check_webhook(settings.webhook_url)
     output = full_url(settings.output)
     Storage(output).probe()
     database = settings.database or f"sqlite:///{Path(settings.output).resolve()}/videos.db"
@@ -100,7 +106,26 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
         max_per_minute=settings.max_per_minute,
         max_attempts=settings.max_attempts,
         retention_s=3600 * settings.retention_h,
+        webhook_url=settings.webhook_url,
     )
+
+
+def application(config: ServiceConfig) -> Application:
+    """Return the service for `serve run` and `serve deploy`, which take no secrets."""
+    return build(config, webhook_secret())
+
+
+def _check_webhook(url: str | None) -> None:
+    if url is None:
+        return
+    if URL(url).scheme not in ("http", "https") or not URL(url).host:
+        raise ServeError(f"webhook_url {url!r} is no http(s) URL")
+    try:
+        key = base64.b64decode((webhook_secret() or "").removeprefix("whsec_"), validate=True)
+    except binascii.Error as error:
+        raise ServeError("PYRAMID_RENDER_WEBHOOK_SECRET is not in base64") from error
+    if len(key) < MIN_SECRET_BYTES:
+        raise ServeError(f"a webhook needs PYRAMID_RENDER_WEBHOOK_SECRET, base64 of {MIN_SECRET_BYTES} bytes or more")
 
 
 def _keys(settings: ServeSettings) -> dict[str, str] | None:
@@ -128,14 +153,14 @@ def _is_loopback(host: str) -> bool:
 
 def config_file(settings: ServeSettings, config: ServiceConfig) -> str:
     """Return the service as a file for `serve deploy`."""
-    application = {
+    entry = {
         "name": APPLICATION,
-        "import_path": "pipeline.serving.app:build",
+        "import_path": "jobs.serve:application",
         "route_prefix": "/",
         "args": config.model_dump(mode="json"),
     }
     http = {"host": settings.host, "port": settings.port}
-    return yaml.safe_dump({"http_options": http, "applications": [application]}, sort_keys=False)
+    return yaml.safe_dump({"http_options": http, "applications": [entry]}, sort_keys=False)
 
 
 def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
@@ -154,7 +179,7 @@ def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
         signal.signal(number, take)
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
-        serve.run(build(config), name=APPLICATION, route_prefix="/")
+        serve.run(application(config), name=APPLICATION, route_prefix="/")
         logger.info("%s serves at http://%s:%d/v1/videos", config.model, settings.host, settings.port)
         stop.wait()
         logger.info("stopping: what is being made waits for the next start")

@@ -388,6 +388,9 @@ class ServeSettings(ClusterSettings):
         description="NAME:SHA256,... of the keys that are good (default: PYRAMID_RENDER_API_KEYS)",
     )
     keys_file: Path | None = Field(None, description="file with a line NAME:SHA256 per key")
+    webhook_url: str | None = Field(
+        None, description="is told the end of each video, signed with the secret in PYRAMID_RENDER_WEBHOOK_SECRET"
+    )
     new_key: str | None = Field(None, description="make a key for a name, print it and its line, and end")
     auth: bool = Field(True, description="ask for API keys, if there are some; without it on 127.0.0.1 only")
     print_config: bool = Field(False, description="print the file for `serve deploy`, and end")
@@ -407,6 +410,11 @@ class ServeSettings(ClusterSettings):
     max_per_minute: Count = Field(60, description="videos that one key may ask for in a minute")
     max_attempts: Count = Field(3, description="lost workers after which a video fails")
     retention_h: Annotated[float, Field(gt=0)] = Field(24.0, description="hours that a finished video is kept")
+
+
+def webhook_secret() -> str | None:
+    """Return what webhooks are signed with: a secret has no flag, which others could read."""
+    return os.environ.get("PYRAMID_RENDER_WEBHOOK_SECRET")
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

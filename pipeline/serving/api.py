@@ -198,6 +198,23 @@ async def create(request: Request, response: Response, service: Served, owner: O
     return _shown(service, job, response)
 
 
+@_videos.post("/videos/sync", response_class=FileResponse)
+async def create_and_wait(request: Request, service: Served, owner: Owner) -> Response:
+    """Ask for a video and wait for its file; a client that goes away cancels it."""
+    shown = await create(request, Response(), service, owner)
+    while True:
+        job = await run_in_threadpool(service.store.get, shown.id, owner)
+        if job is None:
+            raise APIError(404, "video_not_found", f"there is no video {shown.id!r}")
+        if job.status == Status.COMPLETED:
+            return await run_in_threadpool(content, job, service)
+        if Status(job.status).is_end:
+            raise APIError(500, job.error_code or job.status, job.error_message or f"the video was {job.status}")
+        if await request.is_disconnected():
+            await run_in_threadpool(service.store.cancel, shown.id, owner)
+        await asyncio.sleep(EVENT_POLL_S)
+
+
 @_videos.get("/videos")
 def list_videos(
     service: Served,

@@ -14,6 +14,7 @@ from pipeline.serving.api import Service, create_app
 from pipeline.serving.dispatcher import DispatchSettings
 from pipeline.serving.keys import Keys
 from pipeline.serving.store import Limits, Store
+from pipeline.serving.webhooks import Webhook
 from pipeline.serving.worker import DispatcherReplica, SampleReplica, StageReplica
 from pipeline.stages import Decode, Encode, ModelConfig, Publish
 from pipeline.storage import Storage
@@ -26,7 +27,8 @@ class ServiceConfig(BaseModel):
     """What a service is made of; plain values, so that it can be written into a config file of Serve's.
 
     keys: names by the hashes of API keys, None = no keys are asked for; replicas: of each stage, the sampler's at most,
-    if `min_samplers` is fewer; gpus: of a replica of each stage. render_s: the longest that a batch may take.
+    if `min_samplers` is fewer; gpus: of a replica of each stage. render_s: the longest that a batch may take;
+    webhook_url: is told the end of each video.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,7 @@ class ServiceConfig(BaseModel):
     max_attempts: int = 3
     retention_s: float = 86400.0
     render_s: float = 1800.0
+    webhook_url: str | None = None
 
     @property
     def limits(self) -> Limits:
@@ -58,8 +61,8 @@ class ServiceConfig(BaseModel):
         return Limits(self.max_queued, self.max_unfinished, self.max_per_minute)
 
 
-def build(config: ServiceConfig) -> Application:
-    """Return the application, for `serve.run` or `serve run pipeline.serving.app:build`."""
+def build(config: ServiceConfig, webhook_secret: str | None = None) -> Application:
+    """Return the application, for `serve.run`; webhook_secret: messages to the webhook are signed with it."""
     model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
     specs = {
         "encode": StageSpec(Encode, {"model": model, "image_root": "nowhere", "image_hosts": frozenset()}),
@@ -78,6 +81,7 @@ def build(config: ServiceConfig) -> Application:
         config.retention_s,
         config.output,
         DispatchSettings(config.batch_size, config.max_attempts),
+        Webhook(config.webhook_url, webhook_secret) if config.webhook_url and webhook_secret else None,
         *(handles[name] for name in STAGES),
     )
 

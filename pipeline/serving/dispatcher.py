@@ -16,9 +16,12 @@ from pipeline.rows import Batch, Item, RenderRow, as_tensor
 from pipeline.serving.api import remove_files
 from pipeline.serving.schemas import ID_PREFIX
 from pipeline.serving.store import Claim, Job, Store
+from pipeline.serving.webhooks import Webhook
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+ANNOUNCED_AT_ONCE = 20
 
 RESULT = ("uri", "thumbnail_uri", "media_type", "bytes", "sha256", "latents_sha256", "batch_size", "device", "seconds")
 """What is kept of a finished video's metadata."""
@@ -58,18 +61,20 @@ class DispatchSettings:
 class Dispatcher:
     """Keeps at most twice as many batches in the stages as they work on, so that some wait there while work waits.
 
-    running: the jobs of each batch in the stages.
+    webhook: is told the end of every job, at least once; running: the jobs of each batch in the stages.
     """
 
     store: Store
     storage: Storage
     stages: Stages
     settings: DispatchSettings = DispatchSettings()
+    webhook: Webhook | None = None
     running: dict[asyncio.Task[None], Sequence[Job]] = field(default_factory=dict)
 
     async def run(self) -> None:
         """Dispatch until cancelled; then what is in the stages waits again at once."""
         renewed = expired = -float("inf")
+        announcing = asyncio.create_task(self._announce(self.webhook)) if self.webhook else None
         try:
             while True:
                 now = time.monotonic()
@@ -82,6 +87,8 @@ class Dispatcher:
                 if not await self._dispatch():
                     await asyncio.sleep(self.settings.poll_s)
         finally:
+            if announcing:
+                announcing.cancel()
             for jobs in self.running.values():
                 for job in jobs:
                     self.store.release(job.claim)
@@ -132,6 +139,19 @@ class Dispatcher:
         if not self.store.complete(job.claim, result) and self.store.get(job.id, job.owner) is None:
             job.result = result
             remove_files(self.storage, job)
+
+    async def _announce(self, webhook: Webhook) -> None:
+        """Tell the ends of jobs one after another; what the receiver does not take is left, and said."""
+        while True:
+            jobs = await run_in_threadpool(self.store.unannounced, ANNOUNCED_AT_ONCE)
+            for job in jobs:
+                try:
+                    await webhook.tell(job, int(time.time()))
+                except Exception as error:  # noqa: BLE001 - one bad message must not stop the others
+                    logger.warning("the end of %s was not told: %s", job.id, error)
+                await run_in_threadpool(self.store.announce, job)
+            if not jobs:
+                await asyncio.sleep(self.settings.poll_s)
 
     def _keep(self) -> None:
         """Keep what is in the stages for longer, and let wait again what other dispatchers have lost."""

@@ -87,7 +87,8 @@ class Job(Base):
     owner: name of the API key that asked; replay: marks a request that may come twice, unique per owner; content: a
     hash of all that was asked for; request: the resolved request, and given: the one as it was asked for, both without
     image bytes; shape: what jobs of one sampling batch have in common; image: where its bytes lie in the storage. Times
-    in seconds since 1970. progress: percent; result: what the metadata say of a finished video.
+    in seconds since 1970. progress: percent; result: what the metadata say of a finished video; announced: whether its
+    end has been told to a webhook.
     """
 
     __tablename__ = "videos"
@@ -112,6 +113,7 @@ class Job(Base):
     completed_at: Mapped[float | None] = mapped_column(default=None)
     expires_at: Mapped[float | None] = mapped_column(default=None)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    announced: Mapped[bool] = mapped_column(default=False)
     error_code: Mapped[str | None] = mapped_column(default=None)
     error_message: Mapped[str | None] = mapped_column(default=None)
 
@@ -280,6 +282,17 @@ class Store:
         """Forget the jobs whose time is over; returns what they were."""
         with self.writer.begin() as session:
             return session.scalars(delete(Job).where(Job.expires_at <= self.clock()).returning(Job)).all()
+
+    def unannounced(self, limit: int) -> Sequence[Job]:
+        """Return jobs that have ended and were not announced yet, oldest end first."""
+        query = select(Job).where(~_GOES_ON, Job.announced.is_(False)).order_by(Job.completed_at, Job.id)
+        with self.reader() as session:
+            return session.scalars(query.limit(limit)).all()
+
+    def announce(self, job: Job) -> None:
+        """Remember that the end of a job was told."""
+        with self.writer.begin() as session:
+            session.execute(update(Job).where(Job.id == job.id).values(announced=True))
 
     def lose(self, claim: Claim, max_attempts: int) -> bool:
         """Let a job whose worker died wait again, or end it after too many attempts; False if the claim is lost."""

@@ -13,6 +13,7 @@ from pipeline.rows import Batch, pack, unpack
 from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
 from pipeline.serving.store import Claim, Store
 from pipeline.serving.watch import Watches
+from pipeline.serving.webhooks import Webhook
 from pipeline.stages import ModelConfig, Sample, Stage
 from pipeline.storage import Storage
 
@@ -59,7 +60,7 @@ class SampleReplica(StageReplica):
 
 
 class RemoteStages:
-    """The stages as deployments; sampler: its name and application, by which its replicas are counted."""
+    """The stages as deployments."""
 
     def __init__(
         self, encode: DeploymentHandle, sample: DeploymentHandle, decode: DeploymentHandle, publish: DeploymentHandle
@@ -91,10 +92,16 @@ class DispatcherReplica:
     """The dispatcher, as long as the replica lives."""
 
     async def __init__(
-        self, database: str, retention_s: float, output: str, settings: DispatchSettings, *stages: DeploymentHandle
+        self,
+        database: str,
+        retention_s: float,
+        output: str,
+        settings: DispatchSettings,
+        webhook: Webhook | None,
+        *stages: DeploymentHandle,
     ) -> None:
         store = Store(database, retention_s=retention_s)
-        self.dispatcher = Dispatcher(store, Storage(output), RemoteStages(*stages), settings)
+        self.dispatcher = Dispatcher(store, Storage(output), RemoteStages(*stages), settings, webhook)
         self.task = asyncio.get_running_loop().create_task(self.dispatcher.run())
 
     def check_health(self) -> None:

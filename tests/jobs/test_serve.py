@@ -32,6 +32,8 @@ QUICK = {"num_frames": 9, "num_inference_steps": 2, "video_num_inference_steps":
         (["--keys-file", "nowhere"], "cannot be read"),
         (["--api-keys", "me:short"], "not NAME:SHA256"),
         (["--database", "mysql://a/b"], "sqlite:///FILE or postgresql://"),
+        (["--webhook-url", "ftp://example.com"], "no http(s) URL"),
+        (["--webhook-url", "https://example.com/hook"], "PYRAMID_RENDER_WEBHOOK_SECRET"),
         (["--port", "99999"], "less than or equal to 65535"),
     ],
 )
@@ -55,7 +57,7 @@ def test_the_printed_config_is_one_of_serves(tmp_path, capsys):
     values = yaml.safe_load(capsys.readouterr().out)
     [application] = ServeDeploySchema.model_validate(values).applications
     assert application.args["keys"] == {"a" * 64: "me"}
-    assert application.import_path == "pipeline.serving.app:build"
+    assert application.import_path == "jobs.serve:application"
 
 
 @dataclass

@@ -292,3 +292,22 @@ def test_answers_are_safe_in_a_browser(running):
 def test_the_model_is_listed(running):
     [model] = running.client().models.list().data
     assert (model.id, model.object) == ("toy", "model")
+
+
+def test_sync_answers_with_the_file(running):
+    worker = threading.Timer(0.5, running.work)
+    worker.start()
+    answer = running.http().post("/v1/videos/sync", json={"prompt": "a fox"})
+    worker.join()
+    assert (answer.status_code, answer.content) == (200, VIDEO)
+    assert answer.headers["content-type"] == "video/mp4"
+    assert running.http().post("/v1/videos/sync", json={"prompt": " "}).status_code == 400
+
+
+def test_a_sync_client_that_goes_away_cancels_its_video(running):
+    with pytest.raises(httpx.ReadTimeout):
+        running.http().post("/v1/videos/sync", json={"prompt": "a fox"}, timeout=0.5)
+    deadline = time.monotonic() + 10
+    while running.service.store.counts()["cancelled"] != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
