@@ -8,13 +8,16 @@ SOUND := -c 'import sys; sys.exit(sys.version_info < (3, 11) or sys.prefix == sy
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format toy clean
+.PHONY: help demo serve test test-all lint format toy clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.installed ## render a few small videos on this machine into outputs/demo
 	$(BIN)/pyramid-render demo --output outputs/demo
+
+serve: .venv/.installed ## answer the Videos API on this machine with the bundled model
+	$(BIN)/pyramid-render serve
 
 test: .venv/.test-installed ## the default tests, a few minutes on 2 cores
 	$(BIN)/python -m pytest
