@@ -111,7 +111,14 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
 
 
 def application(config: ServiceConfig) -> Application:
-    """Return the service for `serve run` and `serve deploy`, which take no secrets."""
+    """Return the service for the cluster it is to run on; `serve run` and `serve deploy` call it too.
+
+    Raises ServeError if the cluster cannot run it.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    local = [name for name, url in (("database", config.database), ("output", config.output)) if _is_local(url)]
+    if local and len(nodes) > 1:
+        raise ServeError(f"the {' and the '.join(local)} must be reachable from all {len(nodes)} nodes of the cluster")
     return build(config, webhook_secret())
 
 
@@ -137,7 +144,7 @@ def _keys(settings: ServeSettings) -> dict[str, str] | None:
         except OSError as error:
             raise ServeError(f"the file of keys cannot be read: {error}") from error
     names = dict(Keys.parse(text).names)
-    loopback = _is_loopback(settings.host)
+    loopback = _is_loopback(settings.host) and settings.own_cluster
     if not settings.auth and not loopback:
         raise ServeError(f"--no-auth would let everyone who reaches {settings.host} render: it is for 127.0.0.1 only")
     if not names and not loopback:
@@ -164,15 +171,16 @@ def config_file(settings: ServeSettings, config: ServiceConfig) -> str:
 
 
 def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    local = [name for name, url in (("database", config.database), ("output", config.output)) if _is_local(url)]
-    if local and len(alive) > 1:
-        raise ServeError(f"the {' and the '.join(local)} must be reachable from all {len(alive)} nodes of the cluster")
-    stop = threading.Event()
+    needed = sum(count * config.gpus.get(name, 0) for name, count in config.replicas.items())
+    if settings.own_cluster and needed > torch.cuda.device_count():
+        raise ServeError(f"the replicas need {needed:g} GPUs, and there are {torch.cuda.device_count()}")
+    running, stop = threading.Event(), threading.Event()
     codes: list[int] = []
 
     def take(number: int, _frame: object) -> None:
         codes.append(128 + number)
+        if not running.is_set():
+            raise KeyboardInterrupt
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -180,11 +188,15 @@ def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
         serve.run(application(config), name=APPLICATION, route_prefix="/")
+        running.set()
         logger.info("%s serves at http://%s:%d/v1/videos", config.model, settings.host, settings.port)
         stop.wait()
         logger.info("stopping: what is being made waits for the next start")
     finally:
-        serve.shutdown()
+        if settings.own_cluster:
+            serve.shutdown()
+        else:
+            serve.delete(APPLICATION)
     return codes[0]
 
 

@@ -12,15 +12,32 @@ from pyramid_flow.errors import InvalidValueError
 from pyramid_flow.presets import LatentStatistics
 from pyramid_flow.vae import CausalVideoVAE, LatentDistribution, temporal_chunks
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Picture formats that are read: none whose decoder runs another program."""
+
+MAX_PIXELS = 2**26
+"""Of an input image; checked before it is decoded."""
+
 
 def open_image(data: bytes) -> Image.Image:
     """Decode an image file and turn it upright as its EXIF says; raises InvalidValueError if it does not decode."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InvalidValueError("image", f"{image.width}x{image.height}", f"has more than {MAX_PIXELS} pixels")
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise InvalidValueError("image", f"({len(data)} bytes)", "is not in a known picture format") from error
-    except (Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, ValueError) as error:
+    except InvalidValueError:
+        raise
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        ValueError,
+    ) as error:
         raise InvalidValueError("image", f"({len(data)} bytes)", f"does not decode: {error}") from error
 
 

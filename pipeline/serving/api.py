@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import io
 import json
+import re
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -11,21 +12,22 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.background import BackgroundTask
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Receive, Scope, Send
 
 from pipeline.request import hash_of
 from pipeline.serving.keys import Keys
-from pipeline.serving.limits import BodyLimit, SecurityHeaders
+from pipeline.serving.limits import BodyLimit, OwnPagesOnly, SecurityHeaders
 from pipeline.serving.schemas import APIError, NewVideo, Video, new_video, remixed
 from pipeline.serving.store import BusyError, Job, Status, Store
 from pipeline.storage import Storage
@@ -34,6 +36,10 @@ from pyramid_flow import Preset
 
 MAX_BODY_BYTES = 25 * 2**20
 MAX_FIELDS = 64
+BODY_TIMEOUT_S = 60.0
+NESTED = re.compile(r"(?P<name>\w+)\[(?P<key>\w+)\]")
+"""How the client writes a value of an object into a form."""
+
 REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
 EVENT_POLL_S = 0.3
@@ -96,14 +102,28 @@ class Remix(BaseModel):
     prompt: Annotated[str, Field(min_length=1)]
 
 
+class PassingFileResponse(FileResponse):
+    """Sends a file and removes it, however the sending ends."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            Path(self.path).unlink(missing_ok=True)
+
+
 def create_app(service: Service) -> FastAPI:
-    """Return the interface of a service."""
+    """Return the interface of a service; without keys it answers to names of this machine only."""
     app = FastAPI(title="pyramid-render", docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(_health)
     app.include_router(_videos)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(SecurityHeaders)
+    if service.keys is None:  # else any page in the user's browser could ask
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+        app.add_middleware(OwnPagesOnly)
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -193,7 +213,8 @@ async def create(request: Request, response: Response, service: Served, owner: O
     """Ask for a video."""
     fields, upload = await _fields(request)
     video = await run_in_threadpool(new_video, fields, upload, service.preset, service.model)
-    content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
+    asked = {**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()}
+    content = await run_in_threadpool(hash_of, asked)
     job = await run_in_threadpool(_add, service, owner, video, content, request.headers)
     return _shown(service, job, response)
 
@@ -202,17 +223,19 @@ async def create(request: Request, response: Response, service: Served, owner: O
 async def create_and_wait(request: Request, service: Served, owner: Owner) -> Response:
     """Ask for a video and wait for its file; a client that goes away cancels it."""
     shown = await create(request, Response(), service, owner)
-    while True:
-        job = await run_in_threadpool(service.store.get, shown.id, owner)
-        if job is None:
-            raise APIError(404, "video_not_found", f"there is no video {shown.id!r}")
-        if job.status == Status.COMPLETED:
-            return await run_in_threadpool(content, job, service)
-        if Status(job.status).is_end:
-            raise APIError(500, job.error_code or job.status, job.error_message or f"the video was {job.status}")
-        if await request.is_disconnected():
-            await run_in_threadpool(service.store.cancel, shown.id, owner)
-        await asyncio.sleep(EVENT_POLL_S)
+    try:
+        while not await request.is_disconnected():
+            job = _found(await run_in_threadpool(service.store.get, shown.id, owner), shown.id)
+            if job.status == Status.COMPLETED:
+                return await run_in_threadpool(content, job, service)
+            if Status(job.status).is_end:
+                raise APIError(500, job.error_code or job.status, job.error_message or f"the video was {job.status}")
+            await asyncio.sleep(EVENT_POLL_S)
+    except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
+        service.store.cancel(shown.id, owner)
+        raise
+    await run_in_threadpool(service.store.cancel, shown.id, owner)
+    raise APIError(499, "client_closed_request", "the client has gone")
 
 
 @_videos.get("/videos")
@@ -247,16 +270,27 @@ def cancel(video_id: str, service: Served, owner: Owner) -> Video:
 @_videos.delete("/videos/{video_id}")
 def delete(video_id: str, service: Served, owner: Owner) -> Deleted:
     """Forget a video and remove its files; one that is being made is cancelled."""
-    remove_files(service.storage, _found(service.store.delete(video_id, owner), video_id))
+    job = _found(service.store.cancel(video_id, owner), video_id)
+    remove_files(service.storage, job)  # before the row, so that no file is left that nobody knows
+    service.store.delete(video_id, owner)
     return Deleted(id=video_id)
 
 
 @_videos.post("/videos/{video_id}/remix")
-def remix(job: Own, body: Annotated[Remix, Body()], request: Request, response: Response, service: Served) -> Video:
+async def remix(job: Own, request: Request, response: Response, service: Served) -> Video:
     """Ask for a video with another prompt, the same seed and image."""
+    fields, _ = await _fields(request)  # read after the key was checked, unlike a declared body
+    try:
+        body = Remix.model_validate(fields)
+    except ValidationError as error:
+        raise APIError(400, "invalid_value", "a remix has a prompt and nothing else", "prompt") from error
+    return await run_in_threadpool(_remix, service, job, body, request.headers, response)
+
+
+def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], response: Response) -> Video:
     image = service.storage.get(job.image) if job.image else None
     content = hash_of({"remix": job.id, "prompt": body.prompt})
-    again = _add(service, job.owner, remixed(job, body.prompt, image), content, request.headers, remixed_from=job.id)
+    again = _add(service, job.owner, remixed(job, body.prompt, image), content, headers, remixed_from=job.id)
     return _shown(service, again, response)
 
 
@@ -269,7 +303,7 @@ def content(job: Own, service: Served, variant: Literal["video", "thumbnail", "s
         data, media_type, name = service.storage.get(job.result["uri"]), "video/mp4", f"{job.id}.mp4"
     else:
         strip = service.storage.get(job.result["thumbnail_uri"])
-        data = _first_of_strip(strip) if variant == "thumbnail" else strip
+        data = _first_of_strip(strip, job.request["num_frames"]) if variant == "thumbnail" else strip
         media_type, name = "image/webp", f"{job.id}-{variant}.webp"
     return _file(data, media_type, name, job)
 
@@ -293,11 +327,16 @@ async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
 async def _fields(request: Request) -> tuple[dict[str, Any], bytes | None]:
     """Return the fields of a form or a JSON object, and the uploaded picture."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        async with request.form(max_files=1, max_fields=MAX_FIELDS) as form:
-            return await _form_fields(form)
     try:
-        fields = json.loads(await request.body())
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+                async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_BODY_BYTES) as form:
+                    return await _form_fields(form)
+            body = await request.body()
+    except TimeoutError as error:
+        raise APIError(408, "request_timeout", f"the body did not come within {BODY_TIMEOUT_S:g} s") from error
+    try:
+        fields = await run_in_threadpool(json.loads, body)
     except (ValueError, RecursionError) as error:
         raise APIError(400, "invalid_body", "the body is neither a form nor JSON") from error
     if not isinstance(fields, dict):
@@ -316,6 +355,8 @@ async def _form_fields(form: FormData) -> tuple[dict[str, Any], bytes | None]:
             upload = await values[0].read()
         elif name.endswith("[]"):
             fields[name] = values
+        elif match := NESTED.fullmatch(name):
+            fields.setdefault(match["name"], {})[match["key"]] = values[0]
         elif len(values) > 1:
             raise APIError(400, "invalid_value", f"{name} is given {len(values)} times", name)
         else:
@@ -389,9 +430,9 @@ def _shown(service: Service, job: Job, response: Response) -> Video:
     return video
 
 
-def _first_of_strip(strip: bytes) -> bytes:
+def _first_of_strip(strip: bytes, num_frames: int) -> bytes:
     with Image.open(io.BytesIO(strip)) as image:
-        frame = image.crop((0, 0, image.width // THUMBNAIL_FRAMES, image.height))
+        frame = image.crop((0, 0, image.width // min(THUMBNAIL_FRAMES, num_frames), image.height))
     sink = io.BytesIO()
     frame.save(sink, "WEBP")
     return sink.getvalue()
@@ -407,5 +448,4 @@ def _file(data: bytes, media_type: str, name: str, job: Job) -> Response:
         "Last-Modified": formatdate(job.completed_at, usegmt=True),
         "Cache-Control": "private, max-age=3600",
     }
-    done = BackgroundTask(path.unlink, missing_ok=True)
-    return FileResponse(path, headers=headers, media_type=media_type, filename=name, background=done)
+    return PassingFileResponse(path, headers=headers, media_type=media_type, filename=name)

@@ -62,7 +62,12 @@ class ServiceConfig(BaseModel):
 
 
 def build(config: ServiceConfig, webhook_secret: str | None = None) -> Application:
-    """Return the application, for `serve.run`; webhook_secret: messages to the webhook are signed with it."""
+    """Return the application, for `serve.run`; webhook_secret: messages to the webhook are signed with it.
+
+    Raises ValueError if there is a webhook and no secret.
+    """
+    if config.webhook_url and not webhook_secret:
+        raise ValueError("a webhook needs a secret to sign its messages with")
     model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
     specs = {
         "encode": StageSpec(Encode, {"model": model, "image_root": "nowhere", "image_hosts": frozenset()}),
@@ -72,8 +77,10 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
         ),
         "publish": StageSpec(Publish, {"output": config.output, "node": "serve"}),
     }
-    handles = {name: _deployment(config, name, StageReplica).bind(spec) for name, spec in specs.items()}
-    handles["sample"] = _deployment(config, "sample", SampleReplica).bind(model, config.database)
+    handles = {
+        name: _deployment(config, name, StageReplica).bind(spec, config.render_s) for name, spec in specs.items()
+    }
+    handles["sample"] = _deployment(config, "sample", SampleReplica).bind(model, config.database, config.render_s)
     dispatcher = serve.deployment(
         DispatcherReplica, name="dispatcher", ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30
     ).bind(
@@ -95,11 +102,11 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
 
 
 def _deployment(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401 - Serve's decorator is untyped
-    """Return a stage's deployment: a replica works on one batch and has the next one at hand."""
+    """Return a stage's deployment: what a replica does not work on yet waits outside, and survives its death."""
     return serve.deployment(
         replica,
         name=name,
-        max_ongoing_requests=2,
+        max_ongoing_requests=1,
         ray_actor_options={"num_cpus": 0, "num_gpus": config.gpus.get(name, 0)},
         graceful_shutdown_timeout_s=config.render_s,
         health_check_timeout_s=60,

@@ -3,11 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
+from aiohttp import ClientError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from pipeline.batching import IMAGE
@@ -16,12 +19,14 @@ from pipeline.rows import Batch, Item, RenderRow, as_tensor
 from pipeline.serving.api import remove_files
 from pipeline.serving.schemas import ID_PREFIX
 from pipeline.serving.store import Claim, Job, Store
-from pipeline.serving.webhooks import Webhook
+from pipeline.serving.webhooks import Webhook, WebhookError
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-ANNOUNCED_AT_ONCE = 20
+ANNOUNCED_AT_ONCE, EXPIRED_AT_ONCE = 20, 100
+ANNOUNCE_AGAIN_S, ANNOUNCE_MOST_S, ANNOUNCE_FOR_S = 30.0, 3600.0, 86400.0
+"""When an end is told again: the wait doubles up to the most, until so long after the end."""
 
 RESULT = ("uri", "thumbnail_uri", "media_type", "bytes", "sha256", "latents_sha256", "batch_size", "device", "seconds")
 """What is kept of a finished video's metadata."""
@@ -73,25 +78,34 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Dispatch until cancelled; then what is in the stages waits again at once."""
-        renewed = expired = -float("inf")
-        announcing = asyncio.create_task(self._announce(self.webhook)) if self.webhook else None
+        chores = [self._every(self.settings.lease_s / 3, self._keep), self._every(self.settings.expire_s, self._expire)]
+        if self.webhook:
+            chores.append(self._announce(self.webhook))
+        tasks = [asyncio.create_task(chore) for chore in chores]
         try:
             while True:
-                now = time.monotonic()
-                if now - renewed >= self.settings.lease_s / 3:
-                    await run_in_threadpool(self._keep)
-                    renewed = now
-                if now - expired >= self.settings.expire_s:
-                    await run_in_threadpool(self._expire)
-                    expired = now
-                if not await self._dispatch():
+                try:
+                    busy = await self._dispatch()
+                except Exception:  # whatever it was, the next round may find it mended
+                    logger.exception("nothing could be dispatched")
+                    busy = False
+                if not busy:
                     await asyncio.sleep(self.settings.poll_s)
         finally:
-            if announcing:
-                announcing.cancel()
-            for jobs in self.running.values():
+            for task in (*tasks, *self.running):
+                task.cancel()
+            for jobs in list(self.running.values()):
                 for job in jobs:
-                    self.store.release(job.claim)
+                    with suppress(SQLAlchemyError):  # else its lease ends
+                        self.store.release(job.claim)
+
+    async def _every(self, seconds: float, chore: Callable[[], None]) -> None:
+        while True:
+            try:
+                await run_in_threadpool(chore)
+            except Exception:  # the next time may do better
+                logger.exception("the dispatcher's %s failed", chore.__name__)
+            await asyncio.sleep(seconds)
 
     async def _dispatch(self) -> bool:
         """Give the stages one batch if they have room; returns whether they got one."""
@@ -114,7 +128,10 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - whatever it was, the jobs must not be forgotten
             logger.warning("a batch was lost: %s", error, extra={"rows": [job.id for job in jobs]})
             for claim in claims:
-                await run_in_threadpool(self.store.lose, claim, self.settings.max_attempts)
+                await run_in_threadpool(self._lose, claim, alone=len(claims) == 1)
+
+    def _lose(self, claim: Claim, *, alone: bool, **reason: str) -> None:
+        self.store.lose(claim, alone=alone, max_deaths=self.settings.max_attempts, **reason)
 
     def _batch(self, jobs: Sequence[Job]) -> Batch:
         return Batch(tuple(self._item(job) for job in jobs), pa.table({"video": [job.id for job in jobs]}))
@@ -128,43 +145,58 @@ class Dispatcher:
     def _finish(self, jobs: Sequence[Job], done: Batch) -> None:
         for job, item in zip(jobs, done.items, strict=True):
             row = item.row
-            if row.error is not None:
-                code = "invalid_request" if row.error.is_own_fault else "render_failed"
-                self.store.fail(job.claim, code, f"{row.error.stage}: {row.error.message}")
-            elif not row.skipped:
+            if row.error is None and not row.skipped:
                 self._complete(job, {name: getattr(row, name) for name in RESULT})
+            elif row.error and row.error.is_own_fault:
+                self.store.fail(job.claim, "invalid_request", f"{row.error.stage}: {row.error.message}")
+            elif row.error:  # what went wrong is for the log, not for the client
+                logger.warning("%s: %s failed: %s", job.id, row.error.stage, row.error.message)
+                self._lose(job.claim, alone=True, reason=f"{row.error.stage} failed ({row.error.type})")
 
     def _complete(self, job: Job, result: dict[str, Any]) -> None:
-        """Write down what was made; if nobody knows of the job any more, its files go."""
-        if not self.store.complete(job.claim, result) and self.store.get(job.id, job.owner) is None:
-            job.result = result
+        """Write down what was made; if someone else has the job by now, or nobody wants it, its files go."""
+        if not self.store.complete(job.claim, result):
+            job.result, job.image = result, None
             remove_files(self.storage, job)
 
     async def _announce(self, webhook: Webhook) -> None:
-        """Tell the ends of jobs one after another; what the receiver does not take is left, and said."""
+        """Tell the ends of jobs one after another; what the receiver does not take is told again for a day."""
         while True:
-            jobs = await run_in_threadpool(self.store.unannounced, ANNOUNCED_AT_ONCE)
-            for job in jobs:
-                try:
-                    await webhook.tell(job, int(time.time()))
-                except Exception as error:  # noqa: BLE001 - one bad message must not stop the others
-                    logger.warning("the end of %s was not told: %s", job.id, error)
-                await run_in_threadpool(self.store.announce, job)
+            try:
+                jobs = await run_in_threadpool(self.store.unannounced, ANNOUNCED_AT_ONCE)
+                for job in jobs:
+                    await self._tell(webhook, job)
+            except Exception:  # the database, say
+                logger.exception("the ends of videos cannot be told")
+                jobs = ()
             if not jobs:
                 await asyncio.sleep(self.settings.poll_s)
+
+    async def _tell(self, webhook: Webhook, job: Job) -> None:
+        try:
+            await webhook.tell(job, int(time.time()))
+            again_in_s = None
+        except (WebhookError, ClientError, TimeoutError) as error:
+            is_over = self.store.clock() - (job.completed_at or 0.0) > ANNOUNCE_FOR_S
+            logger.warning("the end of %s was not told: %s", job.id, error)
+            again_in_s = None if is_over else min(ANNOUNCE_MOST_S, ANNOUNCE_AGAIN_S * 2**job.announce_attempts)
+        await run_in_threadpool(self.store.announce, job, again_in_s=again_in_s)
 
     def _keep(self) -> None:
         """Keep what is in the stages for longer, and let wait again what other dispatchers have lost."""
         for jobs in list(self.running.values()):
             for job in jobs:
                 self.store.renew(job.claim, self.settings.lease_s)
-        self.store.recover(self.settings.max_attempts)
+        self.store.recover()
 
     def _expire(self) -> None:
-        for job in self.store.expire():
-            remove_files(self.storage, job)
+        """Remove what is kept no longer: files first, so that none is left that nobody knows."""
+        while jobs := self.store.expired(EXPIRED_AT_ONCE):
+            for job in jobs:
+                remove_files(self.storage, job)
+                self.store.delete(job.id, job.owner)
 
 
 def row_id(job: Job) -> str:
-    """Return the id of a job's row in the stages, and of its files."""
-    return job.id.removeprefix(ID_PREFIX)
+    """Return the id of a job's row in the stages, and of its files: another one each time that it is claimed."""
+    return f"{job.id.removeprefix(ID_PREFIX)}-{job.fence}"

@@ -59,3 +59,17 @@ class SecurityHeaders:
             await send(message)
 
         await self.app(scope, receive, with_headers)
+
+
+class OwnPagesOnly:
+    """Refuses what a page of another site makes a browser send."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, unless the browser says that another site sent it."""
+        if scope["type"] == "http" and dict(scope["headers"]).get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
+            error = APIError(403, "cross_site", "pages of other sites may not ask")
+            return await JSONResponse(error.body, error.status)(scope, receive, send)
+        return await self.app(scope, receive, send)

@@ -25,6 +25,8 @@ PRIORITIES = {"interactive": Priority.INTERACTIVE, "batch": Priority.BATCH}
 REQUEST_FIELDS = frozenset(RenderRequest.model_fields) - {"image"}
 OWN_FIELDS = frozenset({"model", "seconds", "size", "input_reference", "image_reference", "priority"})
 DATA_URL = "data:image/"
+MAX_PROMPT = 10_000
+"""Characters; encoders read some hundred."""
 
 
 class APIError(PyramidFlowError):
@@ -174,6 +176,9 @@ def remixed(job: Job, prompt: str, image: bytes | None) -> NewVideo:
 
 
 def _request(values: dict[str, Any]) -> RenderRequest:
+    for name in ("prompt", "negative_prompt"):
+        if isinstance(values.get(name), str) and len(values[name]) > MAX_PROMPT:
+            raise invalid(f"{name} has {len(values[name])} characters, more than {MAX_PROMPT}", name)
     try:
         return RenderRequest.parse(values)
     except RequestError as error:
@@ -201,7 +206,7 @@ def _length(fields: Mapping[str, Any], preset: Preset) -> dict[str, int]:
         raise invalid("seconds is given together with num_frames", "seconds")
     try:
         count = float(seconds) * float(fields.get("fps", preset.fps))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         count = nan
     if not 0 < count <= MAX_NUM_FRAMES:
         raise invalid(f"seconds {str(seconds)[:40]!r} is not a number above 0", "seconds")

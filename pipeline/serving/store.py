@@ -22,15 +22,19 @@ from sqlalchemy import (
     event,
     func,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from pyramid_flow.errors import PyramidFlowError
 
 BUSY_TIMEOUT_S = 30
+MAX_LOST_LEASES = 10
+"""Claims after which a job ends whose dispatcher is lost each time."""
+
 MINUTE_S = 60.0
 
 
@@ -107,6 +111,7 @@ class Job(Base):
     status: Mapped[str] = mapped_column(default=Status.QUEUED)
     fence: Mapped[int] = mapped_column(default=0)
     attempts: Mapped[int] = mapped_column(default=0)
+    deaths: Mapped[int] = mapped_column(default=0)
     lease_until: Mapped[float | None] = mapped_column(default=None)
     progress: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[float]
@@ -114,6 +119,8 @@ class Job(Base):
     expires_at: Mapped[float | None] = mapped_column(default=None)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     announced: Mapped[bool] = mapped_column(default=False)
+    announce_attempts: Mapped[int] = mapped_column(default=0)
+    announce_after: Mapped[float] = mapped_column(default=0.0)
     error_code: Mapped[str | None] = mapped_column(default=None)
     error_message: Mapped[str | None] = mapped_column(default=None)
 
@@ -121,6 +128,7 @@ class Job(Base):
         Index("videos_replay", "owner", "replay", unique=True),
         Index("videos_queue", "status", "priority", "created_at", "id"),
         Index("videos_owner", "owner", "created_at", "id"),
+        Index("videos_announced", "announced", "status"),
     )
 
     @property
@@ -161,10 +169,13 @@ class Store:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.limits, self.retention_s, self.clock = limits, retention_s, clock
-        self.engine = _engine(url)
+        try:
+            self.engine = _engine(url)
+            Base.metadata.create_all(self.engine)
+        except (SQLAlchemyError, ImportError) as error:
+            raise StoreError(f"the database cannot be used: {str(error).splitlines()[0]}") from error
         self.writer = sessionmaker(self.engine, expire_on_commit=False)
         self.reader = sessionmaker(self.engine.execution_options(reads=True), expire_on_commit=False)
-        Base.metadata.create_all(self.engine)
 
     def close(self) -> None:
         """Close all connections."""
@@ -247,9 +258,13 @@ class Store:
         """Keep a claimed job for longer; False if it is lost."""
         return self._write(claim, lease_until=self.clock() + lease_s)
 
-    def report(self, claim: Claim, progress: int) -> bool:
-        """Say how far a claimed job is, in percent; False if it is lost."""
-        return self._write(claim, progress=progress)
+    def report(self, claims: Sequence[Claim], progress: int) -> set[Claim]:
+        """Say how far claimed jobs are, in percent; returns the claims that still hold."""
+        own = tuple_(Job.id, Job.fence).in_([(claim.id, claim.fence) for claim in claims])
+        statement = update(Job).where(own, Job.status == Status.IN_PROGRESS).values(progress=progress)
+        with self.writer.begin() as session:
+            held = session.execute(statement.returning(Job.id, Job.fence)).all()
+        return {Claim(job_id, fence) for job_id, fence in held}
 
     def complete(self, claim: Claim, result: dict[str, Any]) -> bool:
         """End a claimed job with its video; False if it is lost, and then the video counts for nothing."""
@@ -278,37 +293,45 @@ class Store:
         with self.writer.begin() as session:
             return session.scalar(delete(Job).where(Job.id == job_id, Job.owner == owner).returning(Job))
 
-    def expire(self) -> Sequence[Job]:
-        """Forget the jobs whose time is over; returns what they were."""
-        with self.writer.begin() as session:
-            return session.scalars(delete(Job).where(Job.expires_at <= self.clock()).returning(Job)).all()
+    def expired(self, limit: int) -> Sequence[Job]:
+        """Return jobs whose time is over."""
+        with self.reader() as session:
+            return session.scalars(select(Job).where(Job.expires_at <= self.clock()).limit(limit)).all()
 
     def unannounced(self, limit: int) -> Sequence[Job]:
-        """Return jobs that have ended and were not announced yet, oldest end first."""
-        query = select(Job).where(~_GOES_ON, Job.announced.is_(False)).order_by(Job.completed_at, Job.id)
+        """Return jobs that have ended and whose end is to be told now, oldest end first."""
+        due = (Job.announced.is_(False), ~_GOES_ON, Job.announce_after <= self.clock())
         with self.reader() as session:
-            return session.scalars(query.limit(limit)).all()
+            return session.scalars(select(Job).where(*due).order_by(Job.completed_at, Job.id).limit(limit)).all()
 
-    def announce(self, job: Job) -> None:
-        """Remember that the end of a job was told."""
+    def announce(self, job: Job, *, again_in_s: float | None = None) -> None:
+        """Remember that the end of a job was told, or is to be told again later."""
+        told = {"announced": True} if again_in_s is None else {"announce_after": self.clock() + again_in_s}
         with self.writer.begin() as session:
-            session.execute(update(Job).where(Job.id == job.id).values(announced=True))
+            attempts = {"announce_attempts": Job.announce_attempts + 1}
+            session.execute(update(Job).where(Job.id == job.id).values(**told, **attempts))
 
-    def lose(self, claim: Claim, max_attempts: int) -> bool:
-        """Let a job whose worker died wait again, or end it after too many attempts; False if the claim is lost."""
-        return bool(self._give_back((Job.id == claim.id) & (Job.fence == claim.fence), max_attempts))
+    def lose(self, claim: Claim, *, alone: bool, max_deaths: int, reason: str = "its worker was lost") -> bool:
+        """Let a claimed job wait again whose worker died or failed; False if the claim is lost.
 
-    def recover(self, max_attempts: int) -> int:
-        """Do the same for all jobs whose lease has ended; returns how many there were."""
-        return self._give_back(Job.lease_until <= self.clock(), max_attempts)
+        alone: whether it was the only job there, so that the fault may be its own; after `max_deaths` such losses it
+        ends with the reason.
+        """
+        condition = (Job.id == claim.id) & (Job.fence == claim.fence)
+        deaths = Job.deaths + int(alone)
+        return bool(self._give_back(condition, deaths >= max_deaths, f"{reason} {max_deaths} times", deaths=deaths))
 
-    def _give_back(self, condition: ColumnElement[bool], max_attempts: int) -> int:
+    def recover(self) -> int:
+        """Let jobs wait again whose lease has ended, since their dispatcher is gone; returns how many there were."""
+        reason = f"its dispatcher was lost {MAX_LOST_LEASES} times"
+        return self._give_back(Job.lease_until <= self.clock(), Job.attempts >= MAX_LOST_LEASES, reason)
+
+    def _give_back(self, condition: ColumnElement[bool], is_over: ColumnElement[bool], why: str, **values: Any) -> int:  # noqa: ANN401 - columns
         lost = (Job.status == Status.IN_PROGRESS) & condition
-        message = f"its worker was lost {max_attempts} times"
-        given_up = {**self._end(Status.FAILED), "error_code": "worker_lost", "error_message": message}
-        again = {"status": Status.QUEUED, "lease_until": None, "progress": 0, "fence": Job.fence + 1}
+        given_up = {**self._end(Status.FAILED), "error_code": "worker_lost", "error_message": why}
+        again = {"status": Status.QUEUED, "lease_until": None, "progress": 0, "fence": Job.fence + 1, **values}
         with self.writer.begin() as session:
-            ended = session.execute(update(Job).where(lost, Job.attempts >= max_attempts).values(**given_up))
+            ended = session.execute(update(Job).where(lost, is_over).values(**given_up))
             waiting = session.execute(update(Job).where(lost).values(**again))
         return int(ended.rowcount + waiting.rowcount)  # type: ignore[attr-defined]
 
@@ -377,7 +400,7 @@ def _engine(url: str) -> Engine:
 def _write_ahead(connection: Any, _record: object) -> None:  # noqa: ANN401 - of sqlite3
     connection.isolation_level = None  # this module says when a transaction begins
     connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA synchronous=FULL")
 
 
 def _begin(connection: Connection) -> None:

@@ -1,15 +1,19 @@
 """What a sampler tells the table of videos at each step, and what it hears: rows that nobody wants any more."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
 from pipeline.request import sampling_params
 from pipeline.rows import Item
 from pipeline.serving.store import Claim, Store
 from pyramid_flow import StepInfo
+
+logger = logging.getLogger(__name__)
 
 REPORT_S = 0.25
 BEFORE, SAMPLING = 5, 85
@@ -38,11 +42,17 @@ class Watch:
             self.total = self._steps_from(info.unit)
         self.done += 1
         if self.clock() - self.told_at >= REPORT_S or self.done == self.total:
-            progress = BEFORE + SAMPLING * self.done // self.total
-            for row in info.rows:
-                self.wanted[row] = self.wanted[row] and self.store.report(self.claims[row], progress)
+            self._tell(BEFORE + SAMPLING * self.done // self.total)
             self.told_at = self.clock()
         return torch.tensor(self.wanted)
+
+    def _tell(self, progress: int) -> None:
+        try:
+            held = self.store.report(self.claims, progress)
+        except SQLAlchemyError as error:  # a database that fails for a while must not cost the videos
+            logger.warning("progress was not told: %s", type(error).__name__)
+            return
+        self.wanted = [is_wanted and claim in held for is_wanted, claim in zip(self.wanted, self.claims, strict=True)]
 
     def _steps_from(self, first_unit: int) -> int:
         units = range(first_unit, self.params.num_units)

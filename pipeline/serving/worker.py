@@ -1,6 +1,9 @@
 """Deployments of Ray Serve around the stages and the dispatcher."""
 
 import asyncio
+import logging
+import os
+import threading
 import time
 from collections.abc import Sequence
 
@@ -17,6 +20,8 @@ from pipeline.serving.webhooks import Webhook
 from pipeline.stages import ModelConfig, Sample, Stage
 from pipeline.storage import Storage
 
+logger = logging.getLogger(__name__)
+
 CAPACITY_S = 1.0
 """How long a count of replicas is believed."""
 
@@ -24,39 +29,55 @@ Packed = dict[str, bytes]
 
 
 class StageReplica:
-    """One stage: takes packed batches one at a time, in a thread, so that the replica goes on answering."""
+    """One stage: takes packed batches, one at a time, in a thread, so that the replica goes on answering.
 
-    def __init__(self, spec: StageSpec) -> None:
-        self._begin(spec.stage(**spec.arguments))
+    A batch that takes longer than `render_s`, or an error that leaves the stage, ends the process: a device in an
+    unknown state would fail whatever comes next.
+    """
 
-    def _begin(self, stage: Stage) -> None:
-        self.stage, self.metrics, self.turn = stage, StageMetrics(), asyncio.Lock()
+    def __init__(self, spec: StageSpec, render_s: float) -> None:
+        self._begin(spec.stage(**spec.arguments), render_s)
+
+    def _begin(self, stage: Stage, render_s: float) -> None:
+        self.stage, self.render_s, self.metrics = stage, render_s, StageMetrics()
 
     async def __call__(self, packed: Packed) -> Packed:
         """Process a batch."""
-        async with self.turn:
-            return await asyncio.to_thread(self._work, packed)
+        return await asyncio.to_thread(self._work, packed)
 
     def _work(self, packed: Packed) -> Packed:
-        batch = unpack(packed)
-        done = self.stage(batch)
-        self.metrics.count(self.stage.name, batch, done)
-        return pack(done)
+        watchdog = threading.Timer(self.render_s, _die, ["a batch took too long"])
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            batch = unpack(packed)
+            done = self.stage(batch)
+            self.metrics.count(self.stage.name, batch, done)
+            return pack(done)
+        except Exception:
+            _die("the stage broke")
+            raise
+        finally:
+            watchdog.cancel()
+
+
+def _die(reason: str) -> None:
+    logger.exception("%s: this worker ends", reason)
+    os._exit(1)
 
 
 class SampleReplica(StageReplica):
     """The sampler, which tells the table of videos how far it is, and lets go of what nobody wants any more."""
 
-    def __init__(self, model: ModelConfig, database: str) -> None:
+    def __init__(self, model: ModelConfig, database: str, render_s: float) -> None:
         self.watches = Watches(Store(database))
-        self._begin(Sample(model, self.watches))
+        self._begin(Sample(model, self.watches), render_s)
 
     async def sample(self, packed: Packed, claims: Sequence[Claim]) -> Packed:
         """Process a batch whose rows have these claims."""
-        async with self.turn:
-            rows = unpack(packed).items
-            self.watches.expect({item.row.id: claim for item, claim in zip(rows, claims, strict=True)})
-            return await asyncio.to_thread(self._work, packed)
+        rows = unpack(packed).items
+        self.watches.expect({item.row.id: claim for item, claim in zip(rows, claims, strict=True)})
+        return await asyncio.to_thread(self._work, packed)
 
 
 class RemoteStages:
@@ -112,3 +133,4 @@ class DispatcherReplica:
 
     async def __del__(self) -> None:
         self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)

@@ -3,17 +3,20 @@
 import base64
 import io
 import json
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx2 as httpx
 import openai
 import pytest
 import uvicorn
 from PIL import Image
+from starlette.testclient import TestClient
 
 from pipeline.serving import api
 from pipeline.serving.api import Service, create_app
@@ -47,11 +50,12 @@ class Running:
     def work(self) -> None:
         """Make what waits."""
         store, storage = self.service.store, self.service.storage
-        for job in store.claim(10, 60):
-            storage.put(f"videos/{job.id}.mp4", VIDEO)
-            storage.put(f"thumbnails/{job.id}.webp", STRIP.getvalue())
-            uris = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
-            store.complete(job.claim, {**uris, "sha256": "ab" * 32, "seconds": {"sample": 1.5}})
+        while jobs := store.claim(10, 60):
+            for job in jobs:
+                storage.put(f"videos/{job.id}.mp4", VIDEO)
+                storage.put(f"thumbnails/{job.id}.webp", STRIP.getvalue())
+                uris = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
+                store.complete(job.claim, {**uris, "sha256": "ab" * 32, "seconds": {"sample": 1.5}})
 
 
 @pytest.fixture
@@ -242,6 +246,8 @@ def test_a_request_that_is_sent_again_makes_no_second_video(running):
         {"data": {"prompt": "a"}, "files": {"input_reference": b"x"}},
         {"data": {"prompt": "a"}, "files": [("input_reference", picture()), ("input_reference", picture())]},
         {"json": {"prompt": "\ud800"}},
+        {"json": {"prompt": "a" * 20_000}},
+        {"json": {"prompt": "a", "seconds": 10**400}},
         {"json": {"prompt": {"a": 1}}},
         {"json": {"prompt": "a", "seed": 1e400}},
         {"json": {}},
@@ -311,3 +317,66 @@ def test_a_sync_client_that_goes_away_cancels_its_video(running):
     while running.service.store.counts()["cancelled"] != 1:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_forms_hold_objects_and_large_data_urls(running):
+    url = "data:image/png;base64," + base64.b64encode(noise()).decode()
+    assert len(url) > 2 * 2**20
+    client = running.client()
+    video = client.videos.create(prompt="a fox", model="toy", extra_body={"image_reference": {"image_url": url}})
+    assert running.service.store.get(video.id, "me").image
+
+
+def noise() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((1500, 1500), 90).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(running):
+    buffer = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(buffer, "PNG")
+    answer = running.http().post("/v1/videos", data={"prompt": "a"}, files={"input_reference": buffer.getvalue()})
+    assert answer.status_code == 400
+    assert "pixels" in answer.json()["error"]["message"]
+
+
+def test_a_body_that_never_comes_is_not_waited_for(running, monkeypatch):
+    monkeypatch.setattr(api, "BODY_TIMEOUT_S", 0.3)
+    port = int(running.url.rpartition(":")[2])
+    head = "POST /v1/videos HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\nContent-Length: 10\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        assert b" 408 " in connection.recv(1000)
+
+
+def test_a_remix_without_a_key_is_not_read(running):
+    answer = running.http(None).post("/v1/videos/x/remix", content=b"not json at all")
+    assert answer.status_code == 401
+    http = running.http()
+    video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
+    for body in ({}, {"prompt": ""}, {"prompt": "a", "seed": 1}):
+        assert http.post(f"/v1/videos/{video['id']}/remix", json=body).status_code == 400
+
+
+def test_no_file_is_left_behind_by_a_bad_range(running, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = set(tmp_path.iterdir())
+    http = running.http()
+    video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
+    running.work()
+    for value in ("bytes=99999-", "nonsense", "bytes=0-9"):
+        http.get(f"/v1/videos/{video['id']}/content", headers={"Range": value})
+    deadline = time.monotonic() + 5
+    while {path for path in set(tmp_path.iterdir()) - before if path.is_file() and path.name.startswith("tmp")}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_without_keys_only_this_machines_own_pages_may_ask(running):
+    app = create_app(replace(running.service, keys=None))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        assert client.get("/v1/videos").status_code == 200
+        assert client.get("/v1/videos", headers={"Host": "evil.example"}).status_code == 400
+        assert client.get("/v1/videos", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+        assert client.get("/v1/videos", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200

@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
+from pipeline.faults import StorageError
 from pipeline.rows import pack, unpack
 from pipeline.serving.dispatcher import Dispatcher, DispatchSettings, WorkerLostError
 from pipeline.serving.schemas import new_video
@@ -146,15 +148,83 @@ def test_what_kills_its_worker_fails_and_its_neighbours_do_not(farm):
     farm.run_all()
     jobs = [farm.job(video_id) for video_id in ids]
     assert [job.status for job in jobs] == [Status.COMPLETED, Status.FAILED, Status.COMPLETED]
-    assert [job.attempts for job in jobs] == [2, 3, 2]
+    assert [job.deaths for job in jobs] == [0, 2, 0]
     assert jobs[1].error_code == "worker_lost"
+
+
+def test_a_fault_that_passes_costs_nothing_and_one_that_lasts_is_said_without_its_text(farm):
+    ids = [farm.ask("once", seed=1), farm.ask("always", seed=2)]
+    publish, calls = farm.local.stages[-1], []
+
+    def failing(batch):
+        items = []
+        for item in batch.items:
+            calls.append(item.request.prompt)
+            fails = item.request.prompt == "always" or calls.count("once") == 1
+            items.append(item.failed("publish", OSError("disk /secret is full")) if fails else item)
+        return publish(batch.with_items(items))
+
+    farm.local.stages = (*farm.local.stages[:-1], failing)
+    farm.run_all()
+    assert [farm.job(video_id).status for video_id in ids] == [Status.COMPLETED, Status.FAILED]
+    assert farm.job(ids[1]).error_message == "publish failed (OSError) 3 times"
+
+
+def test_a_database_that_fails_for_a_while_costs_no_video(farm, monkeypatch):
+    video_id = farm.ask("patient", num_inference_steps=5)
+    report, calls = farm.store.report, []
+
+    def failing(claims, progress):
+        calls.append(progress)
+        if len(calls) == 1:
+            raise OperationalError("UPDATE", {}, Exception("gone"))
+        return report(claims, progress)
+
+    monkeypatch.setattr(farm.store, "report", failing)
+    farm.run_all()
+    assert len(calls) > 1
+    assert farm.job(video_id).status == Status.COMPLETED
+
+
+def test_a_video_cancelled_after_its_sampling_leaves_no_file(farm):
+    video_id = farm.ask("too late")
+    publish = farm.local.stages[-1]
+
+    def cancelled(batch):
+        farm.store.cancel(video_id, "me")
+        return publish(batch)
+
+    farm.local.stages = (*farm.local.stages[:-1], cancelled)
+    farm.run_all()
+    assert farm.job(video_id).status == Status.CANCELLED
+    assert farm.storage.list("videos") == farm.storage.list("thumbnails") == []
+
+
+def test_a_storage_that_fails_does_not_end_the_dispatcher(farm, monkeypatch):
+    farm.ask("short-lived")
+    farm.run_all()
+    now, delete, failures = farm.store.clock(), farm.storage.delete, []
+    farm.store.clock = lambda: now + 2000
+
+    def failing(path):
+        if not failures:
+            failures.append(path)
+            raise StorageError("no")
+        delete(path)
+
+    monkeypatch.setattr(farm.storage, "delete", failing)
+    farm.run(lambda: failures and not farm.storage.list("videos"))
 
 
 def test_a_video_deleted_while_it_is_made_leaves_no_file(farm):
     video_id = farm.ask("unwanted")
     publish = farm.local.stages[-1]
-    delete = lambda batch: (farm.store.delete(video_id, "me"), publish(batch))[1]  # noqa: E731
-    farm.local.stages = (*farm.local.stages[:-1], delete)
+
+    def deleted(batch):
+        farm.store.delete(video_id, "me")
+        return publish(batch)
+
+    farm.local.stages = (*farm.local.stages[:-1], deleted)
     farm.run_all()
     assert farm.storage.list("videos") == farm.storage.list("thumbnails") == []
 

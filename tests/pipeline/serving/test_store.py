@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from pipeline.serving.store import BusyError, Claim, Job, Limits, Priority, Status, Store, StoreError
+from pipeline.serving.store import MAX_LOST_LEASES, BusyError, Claim, Job, Limits, Priority, Status, Store, StoreError
 
 
 def job(number: int, **values: object) -> Job:
@@ -110,23 +110,22 @@ def test_two_dispatchers_never_get_the_same_job(database, store):
 def test_a_finished_job_keeps_its_result_until_it_expires(store, clock):
     store.add(job(1))
     [taken] = store.claim(1, 10)
-    assert store.report(taken.claim, 40)
+    assert store.report([taken.claim, Claim("other", 1)], 40) == {taken.claim}
     assert store.get("video_001", "me").progress == 40
     assert store.complete(taken.claim, {"uri": "videos/a.mp4"})
     done = store.get("video_001", "me")
     assert (done.status, done.progress, done.result) == ("completed", 100, {"uri": "videos/a.mp4"})
     assert (done.completed_at, done.expires_at) == (1000, 1100)
-    assert store.expire() == []
+    assert store.expired(9) == []
     clock.now = 1100
-    assert ids(store.expire()) == [1]
-    assert store.get("video_001", "me") is None
+    assert ids(store.expired(9)) == [1]
 
 
 def test_who_lost_a_job_cannot_write_about_it(store, clock):
     store.add(job(1))
     [first] = store.claim(1, 10)
     clock.now += 11
-    assert store.recover(3) == 1
+    assert store.recover() == 1
     assert store.get("video_001", "me").status == Status.QUEUED
     assert not store.renew(first.claim, 10)
     [second] = store.claim(1, 10)
@@ -134,20 +133,50 @@ def test_who_lost_a_job_cannot_write_about_it(store, clock):
         assert not write(first.claim)
     assert store.renew(second.claim, 100)
     clock.now += 50
-    assert store.recover(3) == 0
+    assert store.recover() == 0
     assert store.complete(second.claim, {})
     assert not store.complete(second.claim, {})
 
 
-def test_a_job_whose_workers_are_lost_again_and_again_fails(store, clock):
-    store.add(job(1))
-    for _ in range(3):
-        assert len(store.claim(1, 10)) == 1
-        clock.now += 11
-        assert store.recover(3) == 1
+def test_a_job_whose_worker_dies_while_it_is_alone_fails_in_the_end(store):
+    for number in (1, 2):
+        store.add(job(number))
+    for taken in store.claim(2, 10):
+        assert store.lose(taken.claim, alone=False, max_deaths=2)
+    for left in ([2], []):
+        [taken] = store.claim(2, 10)
+        assert store.lose(taken.claim, alone=True, max_deaths=2)
+        assert not store.lose(taken.claim, alone=True, max_deaths=2)
+        assert store.counts()[Status.FAILED] == 1 - len(left)
     failed = store.get("video_001", "me")
     assert (failed.status, failed.error_code) == (Status.FAILED, "worker_lost")
-    assert "3 times" in failed.error_message
+    assert failed.error_message == "its worker was lost 2 times"
+    assert store.get("video_002", "me").status == Status.QUEUED
+
+
+def test_a_job_whose_dispatchers_are_lost_is_given_up_late(store, clock):
+    store.add(job(1))
+    for _ in range(MAX_LOST_LEASES):
+        assert store.get("video_001", "me").status == Status.QUEUED
+        store.claim(1, 10)
+        clock.now += 11
+        assert store.recover() == 1
+    assert store.get("video_001", "me").status == Status.FAILED
+
+
+def test_ends_are_announced_once_or_again_later(store, clock):
+    for number in (1, 2):
+        store.add(job(number))
+    assert store.unannounced(9) == []
+    store.cancel("video_001", "me")
+    [ended] = store.unannounced(9)
+    store.announce(ended, again_in_s=30)
+    assert store.unannounced(9) == []
+    clock.now += 30
+    [again] = store.unannounced(9)
+    assert again.announce_attempts == 1
+    store.announce(again)
+    assert store.unannounced(9) == []
 
 
 def test_a_released_job_waits_as_if_nothing_had_happened(store):
@@ -165,7 +194,7 @@ def test_cancelling_ends_a_job_and_stops_its_worker(store):
     assert store.cancel("video_001", "you") is None
     assert store.cancel("video_001", "me").status == Status.CANCELLED
     assert store.cancel("video_002", "me").status == Status.CANCELLED
-    assert not store.report(taken.claim, 50)
+    assert store.report([taken.claim], 50) == set()
     assert store.claim(1, 10) == []
     assert store.cancel("video_003", "me") is None
 
@@ -223,6 +252,5 @@ def test_a_job_that_was_lost_is_taken_alone(store):
     for number in range(4):
         store.add(job(number))
     taken = store.claim(2, 10)
-    assert all(store.lose(each.claim, 3) for each in taken)
-    assert not store.lose(taken[0].claim, 3)
+    assert all(store.lose(each.claim, alone=False, max_deaths=3) for each in taken)
     assert [ids(store.claim(4, 10)) for _ in range(3)] == [[0], [1], [2, 3]]
