@@ -25,8 +25,9 @@ from pipeline.storage import Storage
 from pipeline.training.clips import clips, encoded, pixels_of
 from pipeline.training.optimizer import OptimizerSettings
 from pipeline.training.record import check_record
+from pipeline.training.state import trained_weights
 from pipeline.training.tasks import Phase, Task, TransformerSource, VAESource
-from pipeline.training.trainer import Metrics, TrainJob, check_streams, fit, trained_weights
+from pipeline.training.trainer import Metrics, TrainJob, check_streams, fit
 from pyramid_flow import CausalVideoVAE, Checkpoint, PyramidFluxTransformer
 from pyramid_flow.checkpoint import PRESET_FILE
 from pyramid_flow.errors import PyramidFlowError

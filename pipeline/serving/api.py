@@ -2,14 +2,8 @@
 
 import asyncio
 import hashlib
-import io
-import json
-import re
-import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from email.utils import formatdate
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -17,28 +11,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import Receive, Scope, Send
 
 from pipeline.request import hash_of
+from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
+from pipeline.serving.files import file_answer, first_of_strip, remove_files
 from pipeline.serving.keys import Keys
 from pipeline.serving.limits import BodyLimit, OwnPagesOnly, SecurityHeaders
 from pipeline.serving.schemas import APIError, NewVideo, Video, new_video, remixed
 from pipeline.serving.store import BusyError, Job, Status, Store
 from pipeline.storage import Storage
-from pipeline.video import THUMBNAIL_FRAMES
 from pyramid_flow import Preset
-
-MAX_BODY_BYTES = 25 * 2**20
-MAX_FIELDS = 64
-BODY_TIMEOUT_S = 60.0
-NESTED = re.compile(r"(?P<name>\w+)\[(?P<key>\w+)\]")
-"""How the client writes a value of an object into a form."""
 
 REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
@@ -100,17 +86,6 @@ class Remix(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: Annotated[str, Field(min_length=1)]
-
-
-class PassingFileResponse(FileResponse):
-    """Sends a file and removes it, however the sending ends."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            Path(self.path).unlink(missing_ok=True)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -211,7 +186,7 @@ async def models(service: Served, _owner: Owner) -> ModelList:
 @_videos.post("/videos")
 async def create(request: Request, response: Response, service: Served, owner: Owner) -> Video:
     """Ask for a video."""
-    fields, upload = await _fields(request)
+    fields, upload = await body_fields(request)
     video = await run_in_threadpool(new_video, fields, upload, service.preset, service.model)
     asked = {**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()}
     content = await run_in_threadpool(hash_of, asked)
@@ -279,7 +254,7 @@ def delete(video_id: str, service: Served, owner: Owner) -> Deleted:
 @_videos.post("/videos/{video_id}/remix")
 async def remix(job: Own, request: Request, response: Response, service: Served) -> Video:
     """Ask for a video with another prompt, the same seed and image."""
-    fields, _ = await _fields(request)  # read after the key was checked, unlike a declared body
+    fields, _ = await body_fields(request)  # read after the key was checked, unlike a declared body
     try:
         body = Remix.model_validate(fields)
     except ValidationError as error:
@@ -303,9 +278,9 @@ def content(job: Own, service: Served, variant: Literal["video", "thumbnail", "s
         data, media_type, name = service.storage.get(job.result["uri"]), "video/mp4", f"{job.id}.mp4"
     else:
         strip = service.storage.get(job.result["thumbnail_uri"])
-        data = _first_of_strip(strip, job.request["num_frames"]) if variant == "thumbnail" else strip
+        data = first_of_strip(strip, job.request["num_frames"]) if variant == "thumbnail" else strip
         media_type, name = "image/webp", f"{job.id}-{variant}.webp"
-    return _file(data, media_type, name, job)
+    return file_answer(data, media_type, name, job)
 
 
 @_videos.get("/videos/{video_id}/events", response_class=EventSourceResponse)
@@ -322,46 +297,6 @@ async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
             return
         await asyncio.sleep(EVENT_POLL_S)
         job = await run_in_threadpool(service.store.get, job.id, job.owner)
-
-
-async def _fields(request: Request) -> tuple[dict[str, Any], bytes | None]:
-    """Return the fields of a form or a JSON object, and the uploaded picture."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-                async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_BODY_BYTES) as form:
-                    return await _form_fields(form)
-            body = await request.body()
-    except TimeoutError as error:
-        raise APIError(408, "request_timeout", f"the body did not come within {BODY_TIMEOUT_S:g} s") from error
-    try:
-        fields = await run_in_threadpool(json.loads, body)
-    except (ValueError, RecursionError) as error:
-        raise APIError(400, "invalid_body", "the body is neither a form nor JSON") from error
-    if not isinstance(fields, dict):
-        raise APIError(400, "invalid_body", "the body is no JSON object")
-    return fields, None
-
-
-async def _form_fields(form: FormData) -> tuple[dict[str, Any], bytes | None]:
-    fields: dict[str, Any] = {}
-    upload = None
-    for name in form:
-        values = form.getlist(name)
-        if isinstance(values[0], UploadFile):
-            if name != "input_reference":
-                raise APIError(400, "unknown_parameter", f"there is no file {name!r}", name)
-            upload = await values[0].read()
-        elif name.endswith("[]"):
-            fields[name] = values
-        elif match := NESTED.fullmatch(name):
-            fields.setdefault(match["name"], {})[match["key"]] = values[0]
-        elif len(values) > 1:
-            raise APIError(400, "invalid_value", f"{name} is given {len(values)} times", name)
-        else:
-            fields[name] = values[0]
-    return fields, upload
 
 
 def _add(
@@ -402,14 +337,6 @@ def _add(
     return added
 
 
-def remove_files(storage: Storage, job: Job) -> None:
-    """Remove everything that is stored of a job."""
-    result = job.result or {}
-    for path in (job.image, result.get("uri"), result.get("thumbnail_uri")):
-        if path:
-            storage.delete(path)
-
-
 def _found(job: Job | None, video_id: str) -> Job:
     if job is None:
         raise APIError(404, "video_not_found", f"there is no video {video_id!r}")
@@ -428,24 +355,3 @@ def _shown(service: Service, job: Job, response: Response) -> Video:
         wait = min(POLL_MOST_S, POLL_S * (1 + (video.position or 0)))
         response.headers["openai-poll-after-ms"] = str(int(1000 * wait))
     return video
-
-
-def _first_of_strip(strip: bytes, num_frames: int) -> bytes:
-    with Image.open(io.BytesIO(strip)) as image:
-        frame = image.crop((0, 0, image.width // min(THUMBNAIL_FRAMES, num_frames), image.height))
-    sink = io.BytesIO()
-    frame.save(sink, "WEBP")
-    return sink.getvalue()
-
-
-def _file(data: bytes, media_type: str, name: str, job: Job) -> Response:
-    """Send bytes as a file is sent, in ranges if they are asked for."""
-    with tempfile.NamedTemporaryFile(delete=False) as file:
-        file.write(data)
-    path = Path(file.name)
-    headers = {
-        "ETag": f'"{hashlib.sha256(data).hexdigest()[:32]}"',
-        "Last-Modified": formatdate(job.completed_at, usegmt=True),
-        "Cache-Control": "private, max-age=3600",
-    }
-    return PassingFileResponse(path, headers=headers, media_type=media_type, filename=name)

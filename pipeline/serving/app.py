@@ -81,9 +81,7 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
         name: _deployment(config, name, StageReplica).bind(spec, config.render_s) for name, spec in specs.items()
     }
     handles["sample"] = _deployment(config, "sample", SampleReplica).bind(model, config.database, config.render_s)
-    dispatcher = serve.deployment(
-        DispatcherReplica, name="dispatcher", ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30
-    ).bind(
+    dispatcher = _deployed(DispatcherReplica, name="dispatcher", graceful_shutdown_timeout_s=30).bind(
         config.database,
         config.retention_s,
         config.output,
@@ -95,19 +93,21 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
     def interface() -> FastAPI:
         return create_app(_service(config))
 
-    ingress = serve.deployment(
-        serve.ingress(interface)(), name="api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
-    )
-    return ingress.bind(dispatcher)
+    ingress: Application = _deployed(serve.ingress(interface)(), name="api", max_ongoing_requests=1000).bind(dispatcher)
+    return ingress
 
 
-def _deployment(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401 - Serve's decorator is untyped
+def _deployed(replica: type, *, num_gpus: float = 0, **options: Any) -> Any:  # noqa: ANN401 - Serve's decorator is untyped
+    return serve.deployment(replica, ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus}, **options)
+
+
+def _deployment(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401
     """Return a stage's deployment: what a replica does not work on yet waits outside, and survives its death."""
-    return serve.deployment(
+    return _deployed(
         replica,
         name=name,
         max_ongoing_requests=1,
-        ray_actor_options={"num_cpus": 0, "num_gpus": config.gpus.get(name, 0)},
+        num_gpus=config.gpus.get(name, 0),
         graceful_shutdown_timeout_s=config.render_s,
         health_check_timeout_s=60,
         **_size(config, name),

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from pipeline.batching import IMAGE
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Batch, Item, RenderRow, as_tensor
-from pipeline.serving.api import remove_files
+from pipeline.serving.files import remove_files
 from pipeline.serving.schemas import ID_PREFIX
 from pipeline.serving.store import Claim, Job, Store
 from pipeline.serving.webhooks import Webhook, WebhookError

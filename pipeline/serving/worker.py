@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -26,6 +27,7 @@ CAPACITY_S = 1.0
 """How long a count of replicas is believed."""
 
 Packed = dict[str, bytes]
+Handle = DeploymentHandle[Any]
 
 
 class StageReplica:
@@ -83,9 +85,7 @@ class SampleReplica(StageReplica):
 class RemoteStages:
     """The stages as deployments."""
 
-    def __init__(
-        self, encode: DeploymentHandle, sample: DeploymentHandle, decode: DeploymentHandle, publish: DeploymentHandle
-    ) -> None:
+    def __init__(self, encode: Handle, sample: Handle, decode: Handle, publish: Handle) -> None:
         self.encode, self.sample, self.decode, self.publish = encode, sample, decode, publish
         self.counted, self.counted_at = 0, -CAPACITY_S
 
@@ -106,20 +106,20 @@ class RemoteStages:
     def _running_samplers(self) -> int:
         name = self.sample.deployment_id
         deployments = serve.status().applications[name.app_name].deployments
-        return int(deployments[name.name].replica_states.get("RUNNING", 0))
+        return sum(count for state, count in deployments[name.name].replica_states.items() if state.value == "RUNNING")
 
 
 class DispatcherReplica:
     """The dispatcher, as long as the replica lives."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         database: str,
         retention_s: float,
         output: str,
         settings: DispatchSettings,
         webhook: Webhook | None,
-        *stages: DeploymentHandle,
+        *stages: Handle,
     ) -> None:
         store = Store(database, retention_s=retention_s)
         self.dispatcher = Dispatcher(store, Storage(output), RemoteStages(*stages), settings, webhook)

@@ -1,6 +1,5 @@
 """Training on Ray Train: several workers with equal shares of every batch, checkpoints, and resume."""
 
-import json
 import logging
 import signal
 import tempfile
@@ -21,17 +20,16 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.storage import Storage
 from pipeline.training.optimizer import OptimizerSettings, learning_rate, parameter_groups
 from pipeline.training.samples import Stream, Window, streams
+from pipeline.training.state import Training, kept, restore, save, trained_state
 from pipeline.training.tasks import Phase, Task
 from pipeline.video import VideoWriter
 from pyramid_flow.errors import PyramidFlowError
@@ -39,7 +37,6 @@ from pyramid_flow.training import optimizer_step
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, STATE = "training.safetensors", "state.json"
 Metrics = dict[str, float]
 """Numbers to show, by name."""
 
@@ -88,21 +85,6 @@ class TrainJob:
     def num_steps(self) -> int:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
-
-
-@dataclass
-class Training:
-    """What a worker trains, and where it stands.
-
-    ema: a running mean of the weights, or None; failures: steps in a row, up to now, whose gradient was not finite.
-    """
-
-    task: Task
-    model: nn.Module
-    optimizer: Optimizer
-    ema: AveragedModel | None
-    step: int = 0
-    failures: int = 0
 
 
 @dataclass
@@ -186,7 +168,7 @@ def _work(config: dict[str, Any]) -> None:
         is_last = training.step == job.num_steps
         keep = is_last or training.step % job.checkpoint_steps == 0
         if job.example_steps and (is_last or training.step % job.example_steps == 0):
-            weights = dict(_kept(trained_state(training.ema.module if training.ema else training.task.model), rank))
+            weights = dict(kept(trained_state(training.ema.module if training.ema else training.task.model), rank))
             if rank == 0:
                 _try_examples(job, training.step, weights, table.slice(0, job.example_count))
         if keep or training.step % job.log_steps == 0:
@@ -326,93 +308,12 @@ def write_examples(job: TrainJob, step: int, weights: Mapping[str, Tensor], tabl
             storage.put(f"examples/{job.name}-{step:06d}/{number}.mp4", path)
 
 
-def _report(kept: Training | None, metrics: Metrics, rank: int) -> None:
+def _report(training: Training | None, metrics: Metrics, rank: int) -> None:
     """Report to Ray Train, with a checkpoint of what is to be kept."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
-        if kept is not None:
-            save(kept, Path(folder), rank)
+        if training is not None:
+            save(training, Path(folder), rank)
             if rank == 0:
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint)
-
-
-def trained_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights that are trained, whole. If they are sharded, every worker must go through all of them."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name, _whole(parameter.detach())
-
-
-def state(training: Training) -> Iterator[tuple[str, Tensor]]:
-    """Yield everything that a training goes on from, as `trained_state` does."""
-    for name, tensor in trained_state(training.task.model):
-        yield f"model.{name}", tensor
-    if training.ema is not None:
-        yield "ema.n_averaged", training.ema.n_averaged
-        for name, tensor in trained_state(training.ema.module):
-            yield f"ema.module.{name}", tensor
-    for name, parameter in training.task.model.named_parameters():
-        for key, value in training.optimizer.state.get(parameter, {}).items():
-            yield f"optimizer.{key}.{name}", _whole(value)
-
-
-def save(training: Training, folder: Path, rank: int = 0) -> None:
-    """Write everything that a training goes on from, as safetensors and JSON; the first worker does."""
-    tensors = dict(_kept(state(training), rank))
-    if rank == 0:
-        save_file(tensors, folder / WEIGHTS)
-        (folder / STATE).write_text(json.dumps({"step": training.step}))
-
-
-@torch.no_grad()
-def restore(training: Training, folder: Path) -> None:
-    """Go on from what `save` wrote."""
-    tensors = load_file(folder / WEIGHTS)
-    models: dict[str, nn.Module] = {"model.": training.task.model}
-    if training.ema is not None:
-        training.ema.n_averaged.copy_(tensors["ema.n_averaged"])
-        models["ema.module."] = training.ema.module
-    for prefix, each in models.items():
-        for name, parameter in each.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(_placed_as(parameter, tensors[prefix + name]))
-    for name, parameter in training.task.model.named_parameters():
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        found = {key: tensors.get(f"optimizer.{key}.{name}") for key in keys}
-        training.optimizer.state[parameter] = {
-            key: value.to(parameter.device) if key == "step" else _placed_as(parameter, value)
-            for key, value in found.items()
-            if value is not None
-        }
-    training.step = json.loads((folder / STATE).read_text())["step"]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole
-
-
-def _placed_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return a whole tensor where a parameter lies, and sharded if that is."""
-    value = value.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
-
-
-def _kept(named: Iterator[tuple[str, Tensor]], rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Go through all, and yield them on the first worker, on the CPU."""
-    for name, tensor in named:
-        if rank == 0:
-            yield name, tensor.detach().cpu().contiguous()
-
-
-def trained_weights(folder: Path) -> dict[str, Tensor]:
-    """Return what a training has made of the model's weights: their running mean if there is one."""
-    tensors = load_file(folder / WEIGHTS)
-    return _under("ema.module.", tensors) or _under("model.", tensors)
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -18,7 +18,7 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
-from pipeline.serving import api
+from pipeline.serving import fields
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.store import Limits, Store
@@ -265,7 +265,7 @@ def test_what_is_not_understood_is_a_clear_error(running, sent):
 
 
 def test_large_bodies_are_refused_however_they_are_sent(running, monkeypatch):
-    size = api.MAX_BODY_BYTES + 1
+    size = fields.MAX_BODY_BYTES + 1
     http = running.http()
     said = http.post("/v1/videos", content=b"x" * size, headers={"content-type": "application/json"})
     chunks = (b"x" * 2**20 for _ in range(size // 2**20 + 1))
@@ -342,7 +342,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(running):
 
 
 def test_a_body_that_never_comes_is_not_waited_for(running, monkeypatch):
-    monkeypatch.setattr(api, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(fields, "BODY_TIMEOUT_S", 0.3)
     port = int(running.url.rpartition(":")[2])
     head = "POST /v1/videos HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\nContent-Length: 10\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:

@@ -15,19 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.inputs import list_parts, read_blocks
 from pipeline.training.clips import ENCODED_SCHEMA, encoded_row
 from pipeline.training.optimizer import OptimizerSettings
+from pipeline.training.state import Training, restore, save, trained_state, trained_weights
 from pipeline.training.tasks import Phase, TransformerSource, TransformerTask
-from pipeline.training.trainer import (
-    Training,
-    TrainingDivergedError,
-    TrainJob,
-    fit,
-    restore,
-    save,
-    train_step,
-    trained_state,
-    trained_weights,
-    write_examples,
-)
+from pipeline.training.trainer import TrainingDivergedError, TrainJob, fit, train_step, write_examples
 from pyramid_flow.training import Objective
 from pyramid_flow.training.lora import LoRA, merge_lora
 from tests.pipeline.mp4 import probe, read_tags

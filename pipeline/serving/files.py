@@ -1,0 +1,56 @@
+"""Files of videos over HTTP: in ranges, a first frame out of a strip, and their end."""
+
+import hashlib
+import io
+import tempfile
+from email.utils import formatdate
+from pathlib import Path
+
+from fastapi.responses import FileResponse
+from PIL import Image
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pipeline.serving.store import Job
+from pipeline.storage import Storage
+from pipeline.video import THUMBNAIL_FRAMES
+
+
+class PassingFileResponse(FileResponse):
+    """Sends a file and removes it, however the sending ends."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def remove_files(storage: Storage, job: Job) -> None:
+    """Remove everything that is stored of a job."""
+    result = job.result or {}
+    for path in (job.image, result.get("uri"), result.get("thumbnail_uri")):
+        if path:
+            storage.delete(path)
+
+
+def first_of_strip(strip: bytes, num_frames: int) -> bytes:
+    with Image.open(io.BytesIO(strip)) as image:
+        frame = image.crop((0, 0, image.width // min(THUMBNAIL_FRAMES, num_frames), image.height))
+    sink = io.BytesIO()
+    frame.save(sink, "WEBP")
+    return sink.getvalue()
+
+
+def file_answer(data: bytes, media_type: str, name: str, job: Job) -> Response:
+    """Send bytes as a file is sent, in ranges if they are asked for."""
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        file.write(data)
+    path = Path(file.name)
+    headers = {
+        "ETag": f'"{hashlib.sha256(data).hexdigest()[:32]}"',
+        "Last-Modified": formatdate(job.completed_at, usegmt=True),
+        "Cache-Control": "private, max-age=3600",
+    }
+    return PassingFileResponse(path, headers=headers, media_type=media_type, filename=name)
