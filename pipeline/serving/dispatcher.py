@@ -111,13 +111,24 @@ class Dispatcher:
         """Give the stages one batch if they have room; returns whether they got one."""
         if len(self.running) >= 2 * max(1, await self.stages.capacity()):
             return False
-        jobs = await run_in_threadpool(self.store.claim, self.settings.batch_size, self.settings.lease_s)
+        jobs = await self._claim()
         if not jobs:
             return False
         task = asyncio.create_task(self._render(jobs))
         self.running[task] = jobs
         task.add_done_callback(self.running.pop)
         return True
+
+    async def _claim(self) -> Sequence[Job]:
+        """Claim a batch; if this is cancelled meanwhile, what was claimed waits again."""
+        claim = asyncio.to_thread(self.store.claim, self.settings.batch_size, self.settings.lease_s)
+        claiming = asyncio.ensure_future(claim)
+        try:
+            return await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            for job in await claiming:
+                self.store.release(job.claim)
+            raise
 
     async def _render(self, jobs: Sequence[Job]) -> None:
         claims = [job.claim for job in jobs]

@@ -117,7 +117,7 @@ def test_videos_of_one_shape_are_made_together(farm):
 
 
 def test_progress_is_told_while_a_video_is_made(farm):
-    video_id = farm.ask("slowly", num_inference_steps=30, video_num_inference_steps=30, num_frames=33)
+    video_id = farm.ask("slowly", num_inference_steps=20, video_num_inference_steps=20, num_frames=17)
     seen = set()
 
     def done() -> bool:
