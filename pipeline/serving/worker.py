@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -106,7 +106,8 @@ class RemoteStages:
     def _running_samplers(self) -> int:
         name = self.sample.deployment_id
         deployments = serve.status().applications[name.app_name].deployments
-        return sum(count for state, count in deployments[name.name].replica_states.items() if state.value == "RUNNING")
+        states: Mapping[Any, int] = deployments[name.name].replica_states
+        return states.get("RUNNING", 0)
 
 
 class DispatcherReplica:
