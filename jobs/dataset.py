@@ -73,7 +73,7 @@ def encode_clips(argv: Sequence[str]) -> None:
     storage = Storage(settings.output)
     storage.probe()
     source = Source(
-        path=str(checkpoint.root),
+        path=checkpoint.path,
         variant=checkpoint.variant,
         device="cuda" if settings.use_gpu else "cpu",
         dtype=DTYPES[settings.dtype],

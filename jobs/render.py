@@ -126,7 +126,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
 def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, device: str, dtype: str) -> Job:
     """Return what is to be planned."""
     return Job(
-        model_path=str(checkpoint.root),
+        model_path=checkpoint.path,
         variant=checkpoint.transformer_folder.name,
         device=device,
         dtype=dtype,

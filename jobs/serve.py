@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import ray
 import torch
@@ -79,12 +78,12 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
     _check_webhook(settings.webhook_url)
     output = full_url(settings.output)
+    database = settings.database or _database_in(output)
     Storage(output).probe()
-    database = settings.database or f"sqlite:///{Path(settings.output).resolve()}/videos.db"
     Store(database).close()
     shares = {"encode": settings.encode_gpus, "sample": settings.sample_gpus, "decode": settings.decode_gpus}
     return ServiceConfig(
-        model=settings.model if settings.model == "toy" else str(checkpoint.root),
+        model=checkpoint.path,
         variant=checkpoint.variant,
         device=device,
         dtype=dtype,
@@ -120,6 +119,12 @@ def application(config: ServiceConfig) -> Application:
     if local and len(nodes) > 1:
         raise ServeError(f"the {' and the '.join(local)} must be reachable from all {len(nodes)} nodes of the cluster")
     return build(config, webhook_secret())
+
+
+def _database_in(output: str) -> str:
+    if not _is_local(output):
+        raise ServeError(f"output {output} is no folder of this machine: say where the --database is")
+    return f"sqlite:///{output.removeprefix('file://')}/videos.db"
 
 
 def _check_webhook(url: str | None) -> None:

@@ -167,7 +167,7 @@ def _phase(settings: PhaseSettings) -> Phase:
 
 
 def _source(settings: TrainSettings, checkpoint: Checkpoint) -> Callable[[], Task]:
-    path = str(checkpoint.root)
+    path = checkpoint.path
     if settings.task == "vae":
         terms = VAEObjective(settings.mse_weight, settings.kl_weight, settings.foreground_weight)
         return VAESource(path, settings.fresh, terms, settings.seed)
@@ -221,7 +221,8 @@ def write_model(settings: TrainSettings, checkpoint: Checkpoint, job: TrainJob, 
                 whiten(model, _latents(model, job))
                 values["statistics"] = asdict(measure_statistics(_latents(model, job)))
         model.save_pretrained(made / "model" / part)
-        (made / "model" / PRESET_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        if values:
+            (made / "model" / PRESET_FILE).write_text(json.dumps(values, indent=2) + "\n")
         others = [path for path in checkpoint.root.iterdir() if path.name not in (part, PRESET_FILE)]
         _put(storage, checkpoint.root, others, "model/")
         _put(storage, made, made.iterdir(), "")

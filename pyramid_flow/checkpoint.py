@@ -71,10 +71,15 @@ class Checkpoint:
         return self.transformer_folder.name.removeprefix(TRANSFORMER_PREFIX)
 
     @property
+    def path(self) -> str:
+        """What `open` finds it by, on every machine that has it: "toy", or the folder."""
+        bundled = {folder: name for name, folder in BUNDLED.items()}
+        return bundled.get(self.root, str(self.root))
+
+    @property
     def name(self) -> str:
         """What people call it: "toy", or folder and variant, such as "pyramid-flow-miniflux/384p"."""
-        bundled = {folder: name for name, folder in BUNDLED.items()}
-        return bundled.get(self.root, f"{self.root.name}/{self.variant}")
+        return self.path if self.path in BUNDLED else f"{self.root.name}/{self.variant}"
 
     @cached_property
     def preset(self) -> Preset:

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -20,8 +20,19 @@ from pipeline.request import hash_of
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, remove_files
 from pipeline.serving.keys import Keys
-from pipeline.serving.limits import BodyLimit, OwnPagesOnly, SecurityHeaders
-from pipeline.serving.schemas import APIError, NewVideo, Video, new_video, remixed
+from pipeline.serving.middleware import BodyLimit, OwnPagesOnly, SecurityHeaders
+from pipeline.serving.schemas import (
+    APIError,
+    Deleted,
+    Model,
+    ModelList,
+    NewVideo,
+    Remix,
+    Video,
+    VideoList,
+    new_video,
+    remixed,
+)
 from pipeline.serving.store import BusyError, Job, Status, Store
 from pipeline.storage import Storage
 from pyramid_flow import Preset
@@ -43,49 +54,6 @@ class Service:
     model: str
     fingerprint: str
     keys: Keys | None
-
-
-class VideoList(BaseModel):
-    """A page of videos."""
-
-    object: Literal["list"] = "list"
-    data: list[Video]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
-
-
-class Deleted(BaseModel):
-    """What is said of a video that is gone."""
-
-    id: str
-    object: Literal["video.deleted"] = "video.deleted"
-    deleted: Literal[True] = True
-
-
-class Model(BaseModel):
-    """The model that is served."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int = 0
-    owned_by: str = "pyramid-render"
-    fingerprint: str
-
-
-class ModelList(BaseModel):
-    """The models that are served."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class Remix(BaseModel):
-    """What a remix asks for."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: Annotated[str, Field(min_length=1)]
 
 
 def create_app(service: Service) -> FastAPI:
@@ -191,7 +159,7 @@ async def create(request: Request, response: Response, service: Served, owner: O
     asked = {**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()}
     content = await run_in_threadpool(hash_of, asked)
     job = await run_in_threadpool(_add, service, owner, video, content, request.headers)
-    return _shown(service, job, response)
+    return await run_in_threadpool(_shown, service, job, response)
 
 
 @_videos.post("/videos/sync", response_class=FileResponse)

@@ -21,6 +21,8 @@ from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
 
 STAGES = ("encode", "sample", "decode", "publish")
+NO_FOLDER = "/nonexistent"
+"""Below which no image lies: pictures come with their requests."""
 
 
 class ServiceConfig(BaseModel):
@@ -69,45 +71,43 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
     if config.webhook_url and not webhook_secret:
         raise ValueError("a webhook needs a secret to sign its messages with")
     model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
+    decode = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
     specs = {
-        "encode": StageSpec(Encode, {"model": model, "image_root": "nowhere", "image_hosts": frozenset()}),
-        "decode": StageSpec(
-            Decode,
-            {"model": model, "window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads},
-        ),
+        "encode": StageSpec(Encode, {"model": model, "image_root": NO_FOLDER, "image_hosts": frozenset()}),
+        "decode": StageSpec(Decode, {"model": model} | decode),
         "publish": StageSpec(Publish, {"output": config.output, "node": "serve"}),
     }
-    handles = {
-        name: _deployment(config, name, StageReplica).bind(spec, config.render_s) for name, spec in specs.items()
-    }
-    handles["sample"] = _deployment(config, "sample", SampleReplica).bind(model, config.database, config.render_s)
-    dispatcher = _deployed(DispatcherReplica, name="dispatcher", graceful_shutdown_timeout_s=30).bind(
+    handles = {name: _stage(config, name, StageReplica).bind(spec, config.render_s) for name, spec in specs.items()}
+    handles["sample"] = _stage(config, "sample", SampleReplica).bind(model, config.database, config.render_s)
+    dispatcher = _deployment(DispatcherReplica, "dispatcher", graceful_shutdown_timeout_s=30).bind(
         config.database,
         config.retention_s,
         config.output,
         DispatchSettings(config.batch_size, config.max_attempts),
         Webhook(config.webhook_url, webhook_secret) if config.webhook_url and webhook_secret else None,
-        *(handles[name] for name in STAGES),
+        [handles[name] for name in STAGES],
+        handles["sample"],
     )
 
     def interface() -> FastAPI:
         return create_app(_service(config))
 
-    ingress: Application = _deployed(serve.ingress(interface)(), name="api", max_ongoing_requests=1000).bind(dispatcher)
-    return ingress
+    ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000)
+    application: Application = ingress.bind(dispatcher)
+    return application
 
 
-def _deployed(replica: type, *, num_gpus: float = 0, **options: Any) -> Any:  # noqa: ANN401 - Serve's decorator is untyped
-    return serve.deployment(replica, ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus}, **options)
+def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
+    return serve.deployment(replica, name=name, ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus}, **options)
 
 
-def _deployment(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401
+def _stage(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401 - as Serve's
     """Return a stage's deployment: what a replica does not work on yet waits outside, and survives its death."""
-    return _deployed(
+    return _deployment(
         replica,
-        name=name,
+        name,
+        config.gpus.get(name, 0),
         max_ongoing_requests=1,
-        num_gpus=config.gpus.get(name, 0),
         graceful_shutdown_timeout_s=config.render_s,
         health_check_timeout_s=60,
         **_size(config, name),

@@ -17,7 +17,6 @@ from pipeline.batching import IMAGE
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Batch, Item, RenderRow, as_tensor
 from pipeline.serving.files import remove_files
-from pipeline.serving.schemas import ID_PREFIX
 from pipeline.serving.store import Claim, Job, Store
 from pipeline.serving.webhooks import Webhook, WebhookError
 from pipeline.storage import Storage
@@ -32,15 +31,11 @@ RESULT = ("uri", "thumbnail_uri", "media_type", "bytes", "sha256", "latents_sha2
 """What is kept of a finished video's metadata."""
 
 
-class WorkerLostError(Exception):
-    """What worked on a batch is gone."""
-
-
 class Stages(Protocol):
     """What renders batches of one shape."""
 
-    async def render(self, batch: Batch, claims: Sequence[Claim]) -> Batch:
-        """Return the batch with its videos published; raises WorkerLostError."""
+    async def render(self, batch: Batch) -> Batch:
+        """Return the batch with its videos published; raises anything if what worked on it is gone."""
         ...
 
     async def capacity(self) -> int:
@@ -131,15 +126,14 @@ class Dispatcher:
             raise
 
     async def _render(self, jobs: Sequence[Job]) -> None:
-        claims = [job.claim for job in jobs]
         try:
             batch = await run_in_threadpool(self._batch, jobs)
-            done = await self.stages.render(batch, claims)
+            done = await self.stages.render(batch)
             await run_in_threadpool(self._finish, jobs, done)
         except Exception as error:  # noqa: BLE001 - whatever it was, the jobs must not be forgotten
             logger.warning("a batch was lost: %s", error, extra={"rows": [job.id for job in jobs]})
-            for claim in claims:
-                await run_in_threadpool(self._lose, claim, alone=len(claims) == 1)
+            for job in jobs:
+                await run_in_threadpool(self._lose, job.claim, alone=len(jobs) == 1)
 
     def _lose(self, claim: Claim, *, alone: bool, **reason: str) -> None:
         self.store.lose(claim, alone=alone, max_deaths=self.settings.max_attempts, **reason)
@@ -148,7 +142,7 @@ class Dispatcher:
         return Batch(tuple(self._item(job) for job in jobs), pa.table({"video": [job.id for job in jobs]}))
 
     def _item(self, job: Job) -> Item:
-        name = row_id(job)
+        name = job.claim.row_id
         request = ResolvedRequest.model_validate(job.request | {"id": name})
         row = RenderRow(id=name, position=job.id, prompt=request.prompt, request=request, attempts=job.attempts)
         return Item(row, {IMAGE: as_tensor(self.storage.get(job.image))} if job.image else {})
@@ -206,8 +200,3 @@ class Dispatcher:
             for job in jobs:
                 remove_files(self.storage, job)
                 self.store.delete(job.id, job.owner)
-
-
-def row_id(job: Job) -> str:
-    """Return the id of a job's row in the stages, and of its files: another one each time that it is claimed."""
-    return f"{job.id.removeprefix(ID_PREFIX)}-{job.fence}"

@@ -40,6 +40,7 @@ async def body_fields(request: Request) -> tuple[dict[str, Any], bytes | None]:
 
 async def _form_fields(form: FormData) -> tuple[dict[str, Any], bytes | None]:
     fields: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
     upload = None
     for name in form:
         values = form.getlist(name)
@@ -50,9 +51,12 @@ async def _form_fields(form: FormData) -> tuple[dict[str, Any], bytes | None]:
         elif name.endswith("[]"):
             fields[name] = values
         elif match := NESTED.fullmatch(name):
-            fields.setdefault(match["name"], {})[match["key"]] = values[0]
+            nested.setdefault(match["name"], {})[match["key"]] = values[0]
         elif len(values) > 1:
             raise APIError(400, "invalid_value", f"{name} is given {len(values)} times", name)
         else:
             fields[name] = values[0]
+    for name in nested.keys() & fields.keys():
+        raise APIError(400, "invalid_value", f"{name} is given as a text and as an object", name)
+    fields |= nested
     return fields, upload

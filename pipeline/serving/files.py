@@ -36,6 +36,7 @@ def remove_files(storage: Storage, job: Job) -> None:
 
 
 def first_of_strip(strip: bytes, num_frames: int) -> bytes:
+    """Return the first frame of the thumbnail strip of a video, as webp."""
     with Image.open(io.BytesIO(strip)) as image:
         frame = image.crop((0, 0, image.width // min(THUMBNAIL_FRAMES, num_frames), image.height))
     sink = io.BytesIO()

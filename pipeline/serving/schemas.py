@@ -6,18 +6,17 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import nan
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.request import MAX_NUM_FRAMES, MAX_SEED, RenderRequest, RequestError, ResolvedRequest
-from pipeline.serving.store import Job, Priority, Status
+from pipeline.serving.store import ID_PREFIX, Job, Priority, Status
 from pyramid_flow import InvalidValueError, Preset
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.pixels import open_image
 from pyramid_flow.sampling import TEMPORAL_FACTOR
 
-ID_PREFIX = "video_"
 ID_BYTES = 16
 """Random bytes of a video's id: 22 url-safe characters."""
 
@@ -112,6 +111,49 @@ class Video(BaseModel):
             video_sha256=result.get("sha256"),
             model_fingerprint=fingerprint,
         )
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class Deleted(BaseModel):
+    """What is said of a video that is gone."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class Model(BaseModel):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "pyramid-render"
+    fingerprint: str
+
+
+class ModelList(BaseModel):
+    """The models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Remix(BaseModel):
+    """What a remix asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)

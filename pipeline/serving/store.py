@@ -10,36 +10,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    ColumnElement,
-    Connection,
-    Engine,
-    Index,
-    Select,
-    create_engine,
-    delete,
-    event,
-    func,
-    select,
-    tuple_,
-    update,
-)
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy import JSON, ColumnElement, Index, Select, delete, func, select, tuple_, update
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
+from pipeline.serving.database import DatabaseError, connect
 from pyramid_flow.errors import PyramidFlowError
 
-BUSY_TIMEOUT_S = 30
+ID_PREFIX = "video_"
+
 MAX_LOST_LEASES = 10
 """Claims after which a job ends whose dispatcher is lost each time."""
 
 MINUTE_S = 60.0
-
-
-class StoreError(PyramidFlowError):
-    """The table cannot be used as it was asked for."""
 
 
 class BusyError(PyramidFlowError):
@@ -144,6 +127,17 @@ class Claim:
     id: str
     fence: int
 
+    @property
+    def row_id(self) -> str:
+        """The id of the job's row in the stages, and of its files: another one each time that it is claimed."""
+        return f"{self.id.removeprefix(ID_PREFIX)}-{self.fence}"
+
+    @classmethod
+    def of_row(cls, row_id: str) -> "Claim":
+        """Inverse of `row_id`."""
+        name, _, fence = row_id.rpartition("-")
+        return cls(ID_PREFIX + name, int(fence))
+
 
 @dataclass(frozen=True)
 class Page:
@@ -156,8 +150,8 @@ class Page:
 class Store:
     """The table in a database: SQLite (one machine) or PostgreSQL. Safe to use from several threads and processes.
 
-    url: as SQLAlchemy has it; retention_s: how long an ended job is kept; clock: gives the time. Raises StoreError for
-    a database that cannot be used.
+    url: as SQLAlchemy has it; retention_s: how long an ended job is kept; clock: gives the time. Raises DatabaseError
+    for a database that cannot be used.
     """
 
     def __init__(
@@ -170,10 +164,10 @@ class Store:
     ) -> None:
         self.limits, self.retention_s, self.clock = limits, retention_s, clock
         try:
-            self.engine = _engine(url)
+            self.engine = connect(url)
             Base.metadata.create_all(self.engine)
         except (SQLAlchemyError, ImportError) as error:
-            raise StoreError(f"the database cannot be used: {str(error).splitlines()[0]}") from error
+            raise DatabaseError(f"the database cannot be used: {str(error).splitlines()[0]}") from error
         self.writer = sessionmaker(self.engine, expire_on_commit=False)
         self.reader = sessionmaker(self.engine.execution_options(reads=True), expire_on_commit=False)
 
@@ -378,32 +372,3 @@ def _beyond(job: Job, *, newest_first: bool) -> ColumnElement[bool]:
     if newest_first:
         return (Job.created_at < job.created_at) | ((Job.created_at == job.created_at) & (Job.id < job.id))
     return (Job.created_at > job.created_at) | ((Job.created_at == job.created_at) & (Job.id > job.id))
-
-
-def _engine(url: str) -> Engine:
-    try:
-        parsed = make_url(url)
-    except ArgumentError as error:
-        raise StoreError(f"{url!r} is no database URL") from error
-    if parsed.get_backend_name() == "sqlite":
-        if parsed.database in (None, "", ":memory:"):
-            raise StoreError("an SQLite database must be a file: sqlite:///videos.db")
-        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
-        event.listen(engine, "connect", _write_ahead)
-        event.listen(engine, "begin", _begin)
-        return engine
-    if parsed.get_backend_name() == "postgresql":
-        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
-    raise StoreError(f"a database is sqlite:///FILE or postgresql://..., not {parsed.drivername}")
-
-
-def _write_ahead(connection: Any, _record: object) -> None:  # noqa: ANN401 - of sqlite3
-    connection.isolation_level = None  # this module says when a transaction begins
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-
-
-def _begin(connection: Connection) -> None:
-    """Take the lock at once for what writes: a transaction that reads first could not get it later."""
-    reads = connection.get_execution_options().get("reads")
-    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,10 +27,8 @@ class Watch:
     someone else's by now, leave the batch.
     """
 
-    def __init__(
-        self, store: Store, claims: Sequence[Claim], items: Sequence[Item], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.store, self.claims, self.clock = store, claims, clock
+    def __init__(self, store: Store, items: Sequence[Item]) -> None:
+        self.store, self.claims = store, [Claim.of_row(item.row.id) for item in items]
         self.params = sampling_params([item.request for item in items])
         self.wanted = [True] * len(items)
         self.done, self.total = 0, 0
@@ -41,9 +39,9 @@ class Watch:
         if not self.total:
             self.total = self._steps_from(info.unit)
         self.done += 1
-        if self.clock() - self.told_at >= REPORT_S or self.done == self.total:
+        if time.monotonic() - self.told_at >= REPORT_S or self.done == self.total:
             self._tell(BEFORE + SAMPLING * self.done // self.total)
-            self.told_at = self.clock()
+            self.told_at = time.monotonic()
         return torch.tensor(self.wanted)
 
     def _tell(self, progress: int) -> None:
@@ -57,19 +55,3 @@ class Watch:
     def _steps_from(self, first_unit: int) -> int:
         units = range(first_unit, self.params.num_units)
         return sum(self.params.steps(unit, level) for unit in units for level in range(3))
-
-
-class Watches:
-    """Makes the `Watch` of each batch; claims: of the jobs that are sampled now, by the ids of their rows."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.claims: dict[str, Claim] = {}
-
-    def expect(self, claims: Mapping[str, Claim]) -> None:
-        """Name the claims of the batch that is sampled next."""
-        self.claims = dict(claims)
-
-    def __call__(self, items: Sequence[Item]) -> Watch:
-        """Return the watch of a batch."""
-        return Watch(self.store, [self.claims[item.row.id] for item in items], items)

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -15,10 +16,10 @@ from pipeline.metrics import StageMetrics
 from pipeline.plan import StageSpec
 from pipeline.rows import Batch, pack, unpack
 from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
-from pipeline.serving.store import Claim, Store
-from pipeline.serving.watch import Watches
+from pipeline.serving.store import Store
+from pipeline.serving.watch import Watch
 from pipeline.serving.webhooks import Webhook
-from pipeline.stages import ModelConfig, Sample, Stage
+from pipeline.stages import ModelConfig, Sample
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -38,17 +39,14 @@ class StageReplica:
     """
 
     def __init__(self, spec: StageSpec, render_s: float) -> None:
-        self._begin(spec.stage(**spec.arguments), render_s)
-
-    def _begin(self, stage: Stage, render_s: float) -> None:
-        self.stage, self.render_s, self.metrics = stage, render_s, StageMetrics()
+        self.stage, self.render_s, self.metrics = spec.stage(**spec.arguments), render_s, StageMetrics()
 
     async def __call__(self, packed: Packed) -> Packed:
         """Process a batch."""
         return await asyncio.to_thread(self._work, packed)
 
     def _work(self, packed: Packed) -> Packed:
-        watchdog = threading.Timer(self.render_s, _die, ["a batch took too long"])
+        watchdog = threading.Timer(self.render_s, _too_long)
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -57,14 +55,14 @@ class StageReplica:
             self.metrics.count(self.stage.name, batch, done)
             return pack(done)
         except Exception:
-            _die("the stage broke")
-            raise
+            logger.exception("the stage broke: this worker ends")
+            os._exit(1)
         finally:
             watchdog.cancel()
 
 
-def _die(reason: str) -> None:
-    logger.exception("%s: this worker ends", reason)
+def _too_long() -> None:
+    logger.error("a batch took too long: this worker ends")
     os._exit(1)
 
 
@@ -72,29 +70,23 @@ class SampleReplica(StageReplica):
     """The sampler, which tells the table of videos how far it is, and lets go of what nobody wants any more."""
 
     def __init__(self, model: ModelConfig, database: str, render_s: float) -> None:
-        self.watches = Watches(Store(database))
-        self._begin(Sample(model, self.watches), render_s)
-
-    async def sample(self, packed: Packed, claims: Sequence[Claim]) -> Packed:
-        """Process a batch whose rows have these claims."""
-        rows = unpack(packed).items
-        self.watches.expect({item.row.id: claim for item, claim in zip(rows, claims, strict=True)})
-        return await asyncio.to_thread(self._work, packed)
+        watch = partial(Watch, Store(database))
+        super().__init__(StageSpec(Sample, {"model": model, "watch": watch}), render_s)
 
 
 class RemoteStages:
-    """The stages as deployments."""
+    """The stages as deployments, in their order; sampler: the one whose replicas are counted."""
 
-    def __init__(self, encode: Handle, sample: Handle, decode: Handle, publish: Handle) -> None:
-        self.encode, self.sample, self.decode, self.publish = encode, sample, decode, publish
+    def __init__(self, stages: Sequence[Handle], sampler: Handle) -> None:
+        self.stages, self.sampler = stages, sampler
         self.counted, self.counted_at = 0, -CAPACITY_S
 
-    async def render(self, batch: Batch, claims: Sequence[Claim]) -> Batch:
+    async def render(self, batch: Batch) -> Batch:
         """Pass a batch from stage to stage; raises whatever a lost replica makes of it."""
-        packed = await self.encode.remote(pack(batch))
-        packed = await self.sample.sample.remote(packed, list(claims))
-        packed = await self.decode.remote(packed)
-        return unpack(await self.publish.remote(packed))
+        packed = pack(batch)
+        for stage in self.stages:
+            packed = await stage.remote(packed)
+        return unpack(packed)
 
     async def capacity(self) -> int:
         """Return the number of samplers that run, as of the last second."""
@@ -104,7 +96,7 @@ class RemoteStages:
         return self.counted
 
     def _running_samplers(self) -> int:
-        name = self.sample.deployment_id
+        name = self.sampler.deployment_id
         deployments = serve.status().applications[name.app_name].deployments
         states: Mapping[Any, int] = deployments[name.name].replica_states
         return states.get("RUNNING", 0)
@@ -120,10 +112,11 @@ class DispatcherReplica:
         output: str,
         settings: DispatchSettings,
         webhook: Webhook | None,
-        *stages: Handle,
+        stages: Sequence[Handle],
+        sampler: Handle,
     ) -> None:
         store = Store(database, retention_s=retention_s)
-        self.dispatcher = Dispatcher(store, Storage(output), RemoteStages(*stages), settings, webhook)
+        self.dispatcher = Dispatcher(store, Storage(output), RemoteStages(stages, sampler), settings, webhook)
         self.task = asyncio.get_running_loop().create_task(self.dispatcher.run())
 
     def check_health(self) -> None:

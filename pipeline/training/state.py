@@ -31,6 +31,11 @@ class Training:
     step: int = 0
     failures: int = 0
 
+    @property
+    def result(self) -> nn.Module:
+        """The model as the training gives it: the running mean, if there is one."""
+        return self.task.model if self.ema is None else self.ema.module
+
 
 def trained_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights that are trained, whole. If they are sharded, every worker must go through all of them."""
@@ -54,7 +59,7 @@ def state(training: Training) -> Iterator[tuple[str, Tensor]]:
 
 def save(training: Training, folder: Path, rank: int = 0) -> None:
     """Write everything that a training goes on from, as safetensors and JSON; the first worker does."""
-    tensors = dict(kept(state(training), rank))
+    tensors = dict(on_first_worker(state(training), rank))
     if rank == 0:
         save_file(tensors, folder / WEIGHTS)
         (folder / STATE).write_text(json.dumps({"step": training.step}))
@@ -96,7 +101,7 @@ def _placed_as(parameter: Tensor, value: Tensor) -> Tensor:
     return value
 
 
-def kept(named: Iterator[tuple[str, Tensor]], rank: int) -> Iterator[tuple[str, Tensor]]:
+def on_first_worker(named: Iterator[tuple[str, Tensor]], rank: int) -> Iterator[tuple[str, Tensor]]:
     """Go through all, and yield them on the first worker, on the CPU."""
     for name, tensor in named:
         if rank == 0:

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.storage import Storage
 from pipeline.training.optimizer import OptimizerSettings, learning_rate, parameter_groups
 from pipeline.training.samples import Stream, Window, streams
-from pipeline.training.state import Training, kept, restore, save, trained_state
+from pipeline.training.state import Training, on_first_worker, restore, save, trained_state
 from pipeline.training.tasks import Phase, Task
 from pipeline.video import VideoWriter
 from pyramid_flow.errors import PyramidFlowError
@@ -168,7 +168,7 @@ def _work(config: dict[str, Any]) -> None:
         is_last = training.step == job.num_steps
         keep = is_last or training.step % job.checkpoint_steps == 0
         if job.example_steps and (is_last or training.step % job.example_steps == 0):
-            weights = dict(kept(trained_state(training.ema.module if training.ema else training.task.model), rank))
+            weights = dict(on_first_worker(trained_state(training.result), rank))
             if rank == 0:
                 _try_examples(job, training.step, weights, table.slice(0, job.example_count))
         if keep or training.step % job.log_steps == 0:

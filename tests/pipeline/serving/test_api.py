@@ -327,6 +327,12 @@ def test_forms_hold_objects_and_large_data_urls(running):
     assert running.service.store.get(video.id, "me").image
 
 
+def test_a_field_that_is_a_text_and_an_object_is_refused(running):
+    answer = running.http().post("/v1/videos", data={"prompt": "a", "image_reference": "x", "image_reference[k]": "y"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "image_reference"
+
+
 def noise() -> bytes:
     buffer = io.BytesIO()
     Image.effect_noise((1500, 1500), 90).save(buffer, "PNG")

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from sqlalchemy.exc import OperationalError
 
 from pipeline.faults import StorageError
 from pipeline.rows import pack, unpack
-from pipeline.serving.dispatcher import Dispatcher, DispatchSettings, WorkerLostError
+from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
 from pipeline.serving.schemas import new_video
 from pipeline.serving.store import Limits, Status, Store
-from pipeline.serving.watch import Watches
+from pipeline.serving.watch import Watch
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
@@ -33,23 +34,26 @@ class Local:
     """The stages in this process, one batch at a time; before: called with each batch before it is sampled."""
 
     def __init__(self, store: Store, encode: Encode, output: Path) -> None:
-        self.watches = Watches(store)
-        self.stages = encode, Sample(MODEL, self.watches), Decode(MODEL, 1, None, 1), Publish(str(output), "here")
+        self.stages = (
+            encode,
+            Sample(MODEL, partial(Watch, store)),
+            Decode(MODEL, 1, None, 1),
+            Publish(str(output), "here"),
+        )
         self.lock = threading.Lock()
         self.sizes: list[int] = []
         self.before: Callable[[list[str]], None] = lambda prompts: None
 
-    def work(self, batch, claims):
+    def work(self, batch):
         with self.lock:
             self.sizes.append(len(batch))
             self.before([item.request.prompt for item in batch.items])
-            self.watches.expect({item.row.id: claim for item, claim in zip(batch.items, claims, strict=True)})
             for stage in self.stages:
                 batch = unpack(pack(stage(batch)))
             return batch
 
-    async def render(self, batch, claims):
-        return await asyncio.to_thread(self.work, batch, claims)
+    async def render(self, batch):
+        return await asyncio.to_thread(self.work, batch)
 
     async def capacity(self):
         return 1
@@ -142,7 +146,7 @@ def test_what_kills_its_worker_fails_and_its_neighbours_do_not(farm):
 
     def dies(prompts: list[str]) -> None:
         if "poison" in prompts:
-            raise WorkerLostError("gone")
+            raise ConnectionError("the worker is gone")
 
     farm.local.before = dies
     farm.run_all()
@@ -186,20 +190,6 @@ def test_a_database_that_fails_for_a_while_costs_no_video(farm, monkeypatch):
     assert farm.job(video_id).status == Status.COMPLETED
 
 
-def test_a_video_cancelled_after_its_sampling_leaves_no_file(farm):
-    video_id = farm.ask("too late")
-    publish = farm.local.stages[-1]
-
-    def cancelled(batch):
-        farm.store.cancel(video_id, "me")
-        return publish(batch)
-
-    farm.local.stages = (*farm.local.stages[:-1], cancelled)
-    farm.run_all()
-    assert farm.job(video_id).status == Status.CANCELLED
-    assert farm.storage.list("videos") == farm.storage.list("thumbnails") == []
-
-
 def test_a_storage_that_fails_does_not_end_the_dispatcher(farm, monkeypatch):
     farm.ask("short-lived")
     farm.run_all()
@@ -216,16 +206,19 @@ def test_a_storage_that_fails_does_not_end_the_dispatcher(farm, monkeypatch):
     farm.run(lambda: failures and not farm.storage.list("videos"))
 
 
-def test_a_video_deleted_while_it_is_made_leaves_no_file(farm):
+@pytest.mark.parametrize("end", [Store.cancel, Store.delete])
+def test_a_video_that_nobody_wants_after_its_sampling_leaves_no_file(farm, end):
     video_id = farm.ask("unwanted")
     publish = farm.local.stages[-1]
 
-    def deleted(batch):
-        farm.store.delete(video_id, "me")
+    def too_late(batch):
+        end(farm.store, video_id, "me")
         return publish(batch)
 
-    farm.local.stages = (*farm.local.stages[:-1], deleted)
+    farm.local.stages = (*farm.local.stages[:-1], too_late)
     farm.run_all()
+    job = farm.job(video_id)
+    assert job is None or job.status == Status.CANCELLED
     assert farm.storage.list("videos") == farm.storage.list("thumbnails") == []
 
 

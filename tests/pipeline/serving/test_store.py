@@ -5,7 +5,8 @@ from itertools import chain
 
 import pytest
 
-from pipeline.serving.store import MAX_LOST_LEASES, BusyError, Claim, Job, Limits, Priority, Status, Store, StoreError
+from pipeline.serving.database import DatabaseError
+from pipeline.serving.store import MAX_LOST_LEASES, BusyError, Claim, Job, Limits, Priority, Status, Store
 
 
 def job(number: int, **values: object) -> Job:
@@ -238,7 +239,7 @@ def test_a_claim_is_of_one_fence(store):
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite://", "sqlite:///:memory:", "mysql://a/b"])
 def test_databases_that_will_not_do(url):
-    with pytest.raises(StoreError):
+    with pytest.raises(DatabaseError):
         Store(url)
 
 

@@ -1,0 +1,48 @@
+"""Connections to the service's database: a file of SQLite's, or a PostgreSQL server."""
+
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from pyramid_flow.errors import PyramidFlowError
+
+BUSY_TIMEOUT_S = 30
+
+
+class DatabaseError(PyramidFlowError):
+    """The database cannot be used as it was asked for."""
+
+
+def connect(url: str) -> Engine:
+    """Return the engine for an SQLAlchemy URL; transactions of its option `reads=True` take no lock for writing.
+
+    Raises DatabaseError for a URL of another kind.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise DatabaseError(f"{url!r} is no database URL") from error
+    if parsed.get_backend_name() == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise DatabaseError("an SQLite database must be a file: sqlite:///videos.db")
+        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
+        event.listen(engine, "connect", _write_ahead)
+        event.listen(engine, "begin", _begin)
+        return engine
+    if parsed.get_backend_name() == "postgresql":
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    raise DatabaseError(f"a database is sqlite:///FILE or postgresql://..., not {parsed.drivername}")
+
+
+def _write_ahead(connection: Any, _record: object) -> None:  # noqa: ANN401 - of sqlite3
+    connection.isolation_level = None  # this module says when a transaction begins
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+
+
+def _begin(connection: Connection) -> None:
+    """Take the lock at once for what writes: a transaction that reads first could not get it later."""
+    reads = connection.get_execution_options().get("reads")
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
