@@ -13,10 +13,11 @@ from pipeline.plan import StageSpec
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.dispatcher import DispatchSettings
 from pipeline.serving.keys import Keys
+from pipeline.serving.live import LiveDecode
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.webhooks import Webhook
-from pipeline.serving.worker import DispatcherReplica, SampleReplica, StageReplica
-from pipeline.stages import Decode, Encode, ModelConfig, Publish
+from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
+from pipeline.stages import Encode, ModelConfig, Publish
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
 
@@ -71,22 +72,25 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
     if config.webhook_url and not webhook_secret:
         raise ValueError("a webhook needs a secret to sign its messages with")
     model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
-    decode = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
-    specs = {
-        "encode": StageSpec(Encode, {"model": model, "image_root": NO_FOLDER, "image_hosts": frozenset()}),
-        "decode": StageSpec(Decode, {"model": model} | decode),
-        "publish": StageSpec(Publish, {"output": config.output, "node": "serve"}),
+    places = {"database": config.database, "output": config.output}
+    frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
+    encode = StageSpec(Encode, {"model": model, "image_root": NO_FOLDER, "image_hosts": frozenset()})
+    decode = StageSpec(LiveDecode, {"model": model} | frames | places)
+    publish = StageSpec(Publish, {"output": config.output, "node": "serve"})
+    stages = {
+        "encode": _stage(config, "encode", StageReplica).bind(encode, config.render_s),
+        "decode": _stage(config, "decode", DecodeReplica).bind(decode, config.render_s),
+        "publish": _stage(config, "publish", StageReplica).bind(publish, config.render_s),
     }
-    handles = {name: _stage(config, name, StageReplica).bind(spec, config.render_s) for name, spec in specs.items()}
-    handles["sample"] = _stage(config, "sample", SampleReplica).bind(model, config.database, config.render_s)
+    sample = _stage(config, "sample", SampleReplica)
+    stages["sample"] = sample.bind(model, config.database, stages["decode"], config.render_s)
     dispatcher = _deployment(DispatcherReplica, "dispatcher", graceful_shutdown_timeout_s=30).bind(
         config.database,
         config.retention_s,
         config.output,
         DispatchSettings(config.batch_size, config.max_attempts),
         Webhook(config.webhook_url, webhook_secret) if config.webhook_url and webhook_secret else None,
-        [handles[name] for name in STAGES],
-        handles["sample"],
+        stages,
     )
 
     def interface() -> FastAPI:
