@@ -111,7 +111,7 @@ def test_two_dispatchers_never_get_the_same_job(database, store):
 def test_a_finished_job_keeps_its_result_until_it_expires(store, clock):
     store.add(job(1))
     [taken] = store.claim(1, 10)
-    assert store.report([taken.claim, Claim("other", 1)], 40) == {taken.claim}
+    assert store.report([taken.claim, Claim("other", 1)], 40) == {taken.claim: False}
     assert store.get("video_001", "me").progress == 40
     assert store.complete(taken.claim, {"uri": "videos/a.mp4"})
     done = store.get("video_001", "me")
@@ -195,7 +195,7 @@ def test_cancelling_ends_a_job_and_stops_its_worker(store):
     assert store.cancel("video_001", "you") is None
     assert store.cancel("video_001", "me").status == Status.CANCELLED
     assert store.cancel("video_002", "me").status == Status.CANCELLED
-    assert store.report([taken.claim], 50) == set()
+    assert store.report([taken.claim], 50) == {}
     assert store.claim(1, 10) == []
     assert store.cancel("video_003", "me") is None
 
@@ -255,3 +255,22 @@ def test_a_job_that_was_lost_is_taken_alone(store):
     taken = store.claim(2, 10)
     assert all(store.lose(each.claim, alone=False, max_deaths=3) for each in taken)
     assert [ids(store.claim(4, 10)) for _ in range(3)] == [[0], [1], [2, 3]]
+
+
+def test_what_is_followed_and_seen_is_of_one_claim(store):
+    store.add(job(1))
+    store.follow("video_001", "you")
+    [taken] = store.claim(1, 10)
+    assert store.followed([taken.claim]) == set()
+    store.follow("video_001", "me")
+    assert store.followed([taken.claim]) == {taken.claim}
+    assert store.show(taken.claim, 2)
+    assert store.show(taken.claim, 1)
+    assert store.get("video_001", "me").fragments == 2
+    store.lose(taken.claim, alone=True, max_deaths=3)
+    assert store.followed([taken.claim]) == set()
+    assert not store.show(taken.claim, 3)
+    [again] = store.claim(1, 10)
+    assert (again.fragments, again.followed) == (0, True)
+    assert store.is_known("video_001")
+    assert not store.is_known("video_002")
