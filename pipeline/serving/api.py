@@ -39,7 +39,7 @@ from pyramid_flow import Preset
 
 REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
-EVENT_POLL_S = 0.3
+EVENT_POLL_S, STREAM_POLL_S = 0.3, 0.1
 LOCAL_OWNER = "local"
 """Owner of all videos when no keys are asked for."""
 
@@ -289,7 +289,7 @@ async def _parts(service: Service, first: Job) -> AsyncIterator[bytes]:
                 yield await run_in_threadpool(service.storage.get, job.result["uri"])
             return
         else:
-            await asyncio.sleep(EVENT_POLL_S)
+            await asyncio.sleep(STREAM_POLL_S)
             job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 

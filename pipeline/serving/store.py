@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, Index, Select, case, delete, func, select, tuple_, update
+from sqlalchemy import JSON, ColumnElement, Index, Select, case, delete, func, inspect, select, tuple_, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
@@ -169,8 +169,12 @@ class Store:
         try:
             self.engine = connect(url)
             Base.metadata.create_all(self.engine)
+            columns = {column["name"] for column in inspect(self.engine).get_columns(Job.__tablename__)}
         except (SQLAlchemyError, ImportError) as error:
             raise DatabaseError(f"the database cannot be used: {str(error).splitlines()[0]}") from error
+        if columns != set(Job.__table__.columns.keys()):
+            self.close()
+            raise DatabaseError("the database was made by another version of this software: give a new one")
         self.writer = sessionmaker(self.engine, expire_on_commit=False)
         self.reader = sessionmaker(self.engine.execution_options(reads=True), expire_on_commit=False)
 

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import pytest
+from sqlalchemy import text
 
 from pipeline.serving.database import DatabaseError
 from pipeline.serving.store import MAX_LOST_LEASES, BusyError, Claim, Job, Limits, Priority, Status, Store
@@ -274,3 +275,10 @@ def test_what_is_followed_and_seen_is_of_one_claim(store):
     assert (again.fragments, again.followed) == (0, True)
     assert store.is_known("video_001")
     assert not store.is_known("video_002")
+
+
+def test_a_database_of_another_version_is_refused(store, database):
+    with store.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE videos DROP COLUMN fragments"))
+    with pytest.raises(DatabaseError, match="another version"):
+        Store(database)
