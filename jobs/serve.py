@@ -97,6 +97,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
             "publish": 1,
         },
         min_samplers=settings.min_sample_replicas,
+        scale_down_s=settings.scale_down_s,
         gpus=shares if device == "cuda" else {},
         threads=settings.threads,
         batch_size=settings.batch_size,

@@ -45,6 +45,9 @@ class ServeSettings(ClusterSettings):
     min_sample_replicas: Annotated[int, Field(ge=0)] | None = Field(
         None, description="as few when nothing waits, 0 = none (default: as many as at most)"
     )
+    scale_down_s: Annotated[float, Field(ge=0)] = Field(
+        600, description="seconds without work until a worker beyond the fewest ends"
+    )
     encode_replicas: Count = Field(1, description="workers that encode prompts and images")
     decode_replicas: Count = Field(1, description="workers that decode videos")
     encode_gpus: Annotated[float, Field(ge=0)] = Field(0.1, description="share of a GPU of each")

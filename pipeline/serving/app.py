@@ -22,6 +22,9 @@ from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
 
 STAGES = ("encode", "sample", "decode", "publish")
+UPSCALE_S = 5.0
+"""How long more must wait than the samplers work on until there is another one."""
+
 NO_FOLDER = "/nonexistent"
 """Below which no image lies: pictures come with their requests."""
 
@@ -30,8 +33,8 @@ class ServiceConfig(BaseModel):
     """What a service is made of; plain values, so that it can be written into a config file of Serve's.
 
     keys: names by the hashes of API keys, None = no keys are asked for; replicas: of each stage, the sampler's at most,
-    if `min_samplers` is fewer; gpus: of a replica of each stage. render_s: the longest that a batch may take;
-    webhook_url: is told the end of each video.
+    if `min_samplers` is fewer: so few again after `scale_down_s` seconds without work; gpus: of a replica of each
+    stage. render_s: the longest that a batch may take; webhook_url: is told the end of each video.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +48,7 @@ class ServiceConfig(BaseModel):
     keys: dict[str, str] | None = None
     replicas: dict[str, int] = dict.fromkeys(STAGES, 1)
     min_samplers: int | None = None
+    scale_down_s: float = 600.0
     gpus: dict[str, float] = {}
     threads: int = 1
     batch_size: int = 4
@@ -123,7 +127,14 @@ def _size(config: ServiceConfig, name: str) -> Mapping[str, Any]:
     least = most if config.min_samplers is None else min(config.min_samplers, most)
     if name != "sample" or least == most:
         return {"num_replicas": most}
-    return {"autoscaling_config": AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=1)}
+    scaling = AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        target_ongoing_requests=1,
+        upscale_delay_s=UPSCALE_S,
+        downscale_delay_s=config.scale_down_s,
+    )
+    return {"autoscaling_config": scaling}
 
 
 def _service(config: ServiceConfig) -> Service:

@@ -4,16 +4,19 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2 as httpx
 import openai
 import pytest
+
+from tests.jobs.head import BIN, free_ports, head_node, until
 
 pytestmark = [
     pytest.mark.ray,
@@ -43,12 +46,10 @@ class Running:
         return [int(pid) for pid in re.findall(rf"^\s*(\d+) ray::ServeReplica:[^\n]*:{name}", lines, re.MULTILINE)]
 
 
-def start(folder: Path) -> Running:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def start(folder: Path, *flags: str) -> Running:
+    [port] = free_ports(1)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "jobs.serve", "--output", str(folder / "out"), "--port", str(port)]
+    command = [sys.executable, "-m", "jobs.serve", "--output", str(folder / "out"), "--port", str(port), *flags]
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     running = Running(folder, port, process)
@@ -65,12 +66,20 @@ def stop(running: Running) -> None:
     assert running.process.wait(120) == 130
 
 
-@pytest.fixture
-def running(tmp_path) -> Iterator[Running]:
-    running = start(tmp_path)
-    yield running
-    if running.process.poll() is None:
-        stop(running)
+@contextmanager
+def service(folder: Path, *flags: str) -> Iterator[Running]:
+    running = start(folder, *flags)
+    try:
+        yield running
+    finally:
+        if running.process.poll() is None:
+            stop(running)
+
+
+def is_ready(port: int) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"http://127.0.0.1:{port}/ready").is_success
+    return False
 
 
 def until_done(client: openai.OpenAI, ids: list[str], seconds: float) -> list[str]:
@@ -84,8 +93,8 @@ def until_done(client: openai.OpenAI, ids: list[str], seconds: float) -> list[st
     raise AssertionError(statuses)
 
 
-def test_no_video_is_lost_whoever_is_killed(running):
-    with running.client as client:
+def test_no_video_is_lost_whoever_is_killed(tmp_path):
+    with service(tmp_path) as running, running.client as client:
         ids = [client.videos.create(prompt=f"prompt {i}", model="toy", extra_body=QUICK).id for i in range(12)]
         for name in ("sample", "dispatcher"):
             time.sleep(1)
@@ -95,17 +104,37 @@ def test_no_video_is_lost_whoever_is_killed(running):
         assert len(list((running.folder / "out" / "videos").rglob("*.mp4"))) == 12
 
 
-def test_a_stopped_service_goes_on_where_it_was(running):
-    with running.client as client:
+@pytest.mark.database
+def test_a_stopped_service_goes_on_where_it_was(tmp_path, postgres):
+    flags = ["--database", postgres]
+    with service(tmp_path, *flags) as running, running.client as client:
         ids = [client.videos.create(prompt=f"prompt {i}", model="toy", seconds="1").id for i in range(8)]
         time.sleep(2)
-    stop(running)
-    again = start(running.folder)
-    try:
-        with again.client as client:
-            assert until_done(client, ids, 300) == ["completed"] * 8
-            shown = [client.videos.retrieve(video_id) for video_id in ids]
-            assert len({video.video_sha256 for video in shown}) == 8
-            assert json.loads(shown[0].to_json())["stage_seconds"]["sample"] > 0
-    finally:
-        stop(again)
+        stop(running)
+    with service(tmp_path, *flags) as again, again.client as client:
+        assert until_done(client, ids, 300) == ["completed"] * 8
+        shown = [client.videos.retrieve(video_id) for video_id in ids]
+        assert len({video.video_sha256 for video in shown}) == 8
+        assert json.loads(shown[0].to_json())["stage_seconds"]["sample"] > 0
+
+
+def test_samplers_go_without_work_and_come_back_with_it(tmp_path):
+    with service(tmp_path, "--min-sample-replicas", "0", "--scale-down-s", "2") as running, running.client as client:
+        for _ in range(2):
+            until(lambda: not running.workers("sample"), 120)
+            video = client.videos.create(prompt="rare", model="toy", extra_body=QUICK)
+            assert until_done(client, [video.id], 180) == ["completed"]
+
+
+def test_a_deployed_service_answers_on_its_cluster(tmp_path, tmp_path_factory):
+    [port] = free_ports(1)
+    config = tmp_path / "serve.yaml"
+    command = [sys.executable, "-m", "jobs.serve", "--output", str(tmp_path / "out"), "--port", str(port)]
+    config.write_text(subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True).stdout)
+    with head_node(tmp_path_factory.mktemp("r")) as head:
+        deploy = [str(BIN / "serve"), "deploy", str(config), "--address", f"http://127.0.0.1:{head.dashboard}"]
+        subprocess.run(deploy, env=head.env, check=True)
+        until(lambda: is_ready(port), 180)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+            video = client.videos.create(prompt="deployed", model="toy", extra_body=QUICK)
+            assert until_done(client, [video.id], 180) == ["completed"]

@@ -1,98 +1,26 @@
 """`ray job submit` on a real head node: a job that runs through, what it shows meanwhile, and one that is stopped."""
 
-import json
-import os
-import secrets
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline import ledger
 from pipeline.storage import Storage
+from tests.jobs.head import Head, head_node, until
 from tests.pipeline.tables import write_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
-BIN = Path(sys.executable).parent
 SHAPE = {"num_frames": 17, "num_inference_steps": 4, "video_num_inference_steps": 2}
-
-
-@dataclass(frozen=True)
-class Head:
-    """A head node with its own folder, ports and token."""
-
-    folder: Path
-    dashboard: int
-    metrics: int
-    env: dict[str, str]
-
-    def ray(self, *arguments: str) -> str:
-        command = [str(BIN / "ray"), "job", arguments[0], "--address", f"http://127.0.0.1:{self.dashboard}"]
-        done = subprocess.run([*command, *arguments[1:]], env=self.env, capture_output=True, text=True, check=False)
-        return done.stdout + done.stderr
-
-    def submit(self, name: str, *flags: str) -> None:
-        entrypoint = ["python", "-m", "jobs.render", "--device", "cpu", "--batch-size", "1", *flags]
-        until(lambda: "submitted" in self.ray("submit", "--submission-id", name, "--no-wait", "--", *entrypoint), 60)
-
-    def counters(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
-            return answer.read().decode()
-
-    def log_records(self) -> list[dict[str, object]]:
-        """Return the JSON lines of the workers' logs."""
-        lines = [line for log in self.folder.rglob("worker-*.err") for line in log.read_text().splitlines()]
-        return [json.loads(line) for line in lines if line.startswith("{")]
-
-
-def until(happened: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free now; the system gives none of those that Ray keeps for its workers."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in sockets]
-    assert all(port > 20000 for port in ports)
-    return ports
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    folder = tmp_path_factory.mktemp("r")
-    gcs, dashboard, agent, metrics, client = free_ports(5)
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    ports += [f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"]
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", *ports, f"--temp-dir={folder}"]
-    with (folder / "start.log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    started = Head(folder, dashboard, metrics, env)
-    try:
-        until(lambda: "JobDetails" not in started.ray("list") and "Error" not in started.ray("list"), 90)
+    with head_node(tmp_path_factory.mktemp("r")) as started:
         yield started
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def flags(folder: Path, num_rows: int) -> list[str]:
