@@ -2,7 +2,8 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -20,7 +22,7 @@ from pipeline.request import hash_of
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, remove_files
 from pipeline.serving.keys import Keys
-from pipeline.serving.middleware import BodyLimit, OwnPagesOnly, SecurityHeaders
+from pipeline.serving.middleware import BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
 from pipeline.serving.schemas import (
     APIError,
     Deleted,
@@ -33,9 +35,12 @@ from pipeline.serving.schemas import (
     new_video,
     remixed,
 )
+from pipeline.serving.scrape import scraped
 from pipeline.serving.store import BusyError, Job, Status, Store
 from pipeline.storage import Storage
 from pyramid_flow import Preset
+
+logger = logging.getLogger(__name__)
 
 REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
@@ -46,7 +51,11 @@ LOCAL_OWNER = "local"
 
 @dataclass(frozen=True)
 class Service:
-    """What the interface stands on. keys: who may ask; None = everyone, which is for one's own machine only."""
+    """What the interface stands on.
+
+    keys: who may ask; None = everyone, which is for one's own machine only. nodes: returns the URLs of the nodes'
+    metrics; names_requests: whether an answer tells the request's id, unless a proxy does.
+    """
 
     store: Store
     storage: Storage
@@ -54,6 +63,8 @@ class Service:
     model: str
     fingerprint: str
     keys: Keys | None
+    nodes: Callable[[], Sequence[str]] = tuple
+    names_requests: bool = True
 
 
 def create_app(service: Service) -> FastAPI:
@@ -63,14 +74,14 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(_health)
     app.include_router(_videos)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
-    app.add_middleware(SecurityHeaders)
     if service.keys is None:  # else any page in the user's browser could ask
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
         app.add_middleware(OwnPagesOnly)
+    app.add_middleware(RequestLog, names_requests=service.names_requests)
+    app.add_middleware(SecurityHeaders)
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _broken)
     return app
 
 
@@ -96,25 +107,24 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return answer
 
 
-async def _broken(request: Request, _error: Exception) -> Response:
-    return await _api_error(request, APIError(500, "internal_error", "the service failed; its log says why"))
-
-
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
 async def _owner(
+    request: Request,
     service: Annotated[Service, Depends(_service)],
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
 ) -> str:
     """Return who asks."""
     if service.keys is None:
-        return LOCAL_OWNER
-    owner = service.keys.owner(credentials.credentials) if credentials else None
+        owner: str | None = LOCAL_OWNER
+    else:
+        owner = service.keys.owner(credentials.credentials) if credentials else None
     if owner is None:
         raise APIError(401, "invalid_api_key", "an API key is needed: Authorization: Bearer KEY")
+    request.state.owner = owner
     return owner
 
 
@@ -143,6 +153,14 @@ async def health() -> dict[str, str]:
 def ready(service: Served) -> dict[str, int]:
     """Say that the table of videos answers, with the number of videos of each status."""
     return {status.value: count for status, count in service.store.counts().items()}
+
+
+@_health.get("/metrics")
+async def metrics(service: Served) -> Response:
+    """Tell Prometheus what waits, and what the farm does."""
+    census = await run_in_threadpool(service.store.census)
+    nodes = await run_in_threadpool(service.nodes)
+    return Response(await scraped(census, nodes), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 @_videos.get("/models")
@@ -302,6 +320,8 @@ def _add(
         remove_files(service.storage, job)
         if added.content != content:
             raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
+        return added
+    logger.info("created", extra={"video": added.id})
     return added
 
 

@@ -1,14 +1,16 @@
 """The service as an application of Ray Serve: interface, dispatcher and stages, each with replicas of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from pipeline.logs import log_as_json
 from pipeline.plan import StageSpec
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.dispatcher import DispatchSettings
@@ -21,6 +23,8 @@ from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
 
 STAGES = ("encode", "sample", "decode", "publish")
+OWN_LOG = {"enable_access_log": False}
+"""Of the interface, which logs its requests itself."""
 NO_FOLDER = "/nonexistent"
 """Below which no image lies: pictures come with their requests."""
 
@@ -90,9 +94,10 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
     )
 
     def interface() -> FastAPI:
+        log_as_json(deployment="api")
         return create_app(_service(config))
 
-    ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000)
+    ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000, logging_config=OWN_LOG)
     application: Application = ingress.bind(dispatcher)
     return application
 
@@ -131,4 +136,11 @@ def _service(config: ServiceConfig) -> Service:
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
         keys=None if config.keys is None else Keys(config.keys),
+        nodes=_metrics_urls,
+        names_requests=False,  # Serve's proxy does
     )
+
+
+def _metrics_urls() -> Sequence[str]:
+    nodes = (node for node in ray.nodes() if node["Alive"])
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]

@@ -140,6 +140,14 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Census:
+    """How many jobs there are of each status and priority, and for how many seconds the oldest has waited."""
+
+    counts: dict[tuple[Status, int], int]
+    oldest_wait_s: float
+
+
+@dataclass(frozen=True)
 class Page:
     """Jobs of a list, and whether more follow."""
 
@@ -224,10 +232,17 @@ class Store:
 
     def counts(self) -> dict[Status, int]:
         """Return how many jobs there are of each status."""
+        found = self.census().counts.items()
+        return {status: sum(count for (of, _), count in found if of == status) for status in Status}
+
+    def census(self) -> Census:
+        """Count all jobs."""
+        kinds = select(Job.status, Job.priority, func.count()).group_by(Job.status, Job.priority)
         with self.reader() as session:
-            rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).all()
-        found = {Status(status): int(count) for status, count in rows}
-        return {status: found.get(status, 0) for status in Status}
+            rows = session.execute(kinds).all()
+            oldest = session.scalar(select(func.min(Job.created_at)).where(_WAITS))
+        counts = {(Status(status), priority): int(count) for status, priority, count in rows}
+        return Census(counts, 0.0 if oldest is None else self.clock() - oldest)
 
     def claim(self, limit: int, lease_s: float) -> Sequence[Job]:
         """Take the job that waits in front, by priority and then age, and others of its shape, as one batch.
@@ -305,29 +320,38 @@ class Store:
             attempts = {"announce_attempts": Job.announce_attempts + 1}
             session.execute(update(Job).where(Job.id == job.id).values(**told, **attempts))
 
-    def lose(self, claim: Claim, *, alone: bool, max_deaths: int, reason: str = "its worker was lost") -> bool:
-        """Let a claimed job wait again whose worker died or failed; False if the claim is lost.
+    def lose(self, claim: Claim, *, alone: bool, max_deaths: int, reason: str = "its worker was lost") -> Status | None:
+        """Let a claimed job wait again whose worker died or failed; returns its status, None if the claim is lost.
 
         alone: whether it was the only job there, so that the fault may be its own; after `max_deaths` such losses it
         ends with the reason.
         """
         condition = (Job.id == claim.id) & (Job.fence == claim.fence)
         deaths = Job.deaths + int(alone)
-        return bool(self._give_back(condition, deaths >= max_deaths, f"{reason} {max_deaths} times", deaths=deaths))
+        why = f"{reason} {max_deaths} times"
+        failed, waiting = self._give_back(condition, deaths >= max_deaths, why, deaths=deaths)
+        return Status.FAILED if failed else Status.QUEUED if waiting else None
 
     def recover(self) -> int:
         """Let jobs wait again whose lease has ended, since their dispatcher is gone; returns how many there were."""
         reason = f"its dispatcher was lost {MAX_LOST_LEASES} times"
-        return self._give_back(Job.lease_until <= self.clock(), Job.attempts >= MAX_LOST_LEASES, reason)
+        return sum(self._give_back(Job.lease_until <= self.clock(), Job.attempts >= MAX_LOST_LEASES, reason))
 
-    def _give_back(self, condition: ColumnElement[bool], is_over: ColumnElement[bool], why: str, **values: Any) -> int:  # noqa: ANN401 - columns
+    def _give_back(
+        self,
+        condition: ColumnElement[bool],
+        is_over: ColumnElement[bool],
+        why: str,
+        **values: Any,  # noqa: ANN401 - columns
+    ) -> tuple[int, int]:
+        """Return how many jobs have failed, and how many wait again."""
         lost = (Job.status == Status.IN_PROGRESS) & condition
         given_up = {**self._end(Status.FAILED), "error_code": "worker_lost", "error_message": why}
         again = {"status": Status.QUEUED, "lease_until": None, "progress": 0, "fence": Job.fence + 1, **values}
         with self.writer.begin() as session:
             ended = session.execute(update(Job).where(lost, is_over).values(**given_up))
             waiting = session.execute(update(Job).where(lost).values(**again))
-        return int(ended.rowcount + waiting.rowcount)  # type: ignore[attr-defined]
+        return ended.rowcount, waiting.rowcount  # type: ignore[attr-defined]
 
     def _check_limits(self, session: Session, owner: str) -> None:
         own, limits = _count(Job.owner == owner), self.limits

@@ -12,6 +12,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from pipeline.logs import log_as_json, log_fields
 from pipeline.metrics import StageMetrics
 from pipeline.plan import StageSpec
 from pipeline.rows import Batch, pack, unpack
@@ -39,6 +40,7 @@ class StageReplica:
     """
 
     def __init__(self, spec: StageSpec, render_s: float) -> None:
+        log_as_json(deployment=spec.stage.name)
         self.stage, self.render_s, self.metrics = spec.stage(**spec.arguments), render_s, StageMetrics()
 
     async def __call__(self, packed: Packed) -> Packed:
@@ -46,11 +48,15 @@ class StageReplica:
         return await asyncio.to_thread(self._work, packed)
 
     def _work(self, packed: Packed) -> Packed:
+        batch = unpack(packed)
+        with log_fields(videos=[item.row.position for item in batch.items]):
+            return self._watched(batch)
+
+    def _watched(self, batch: Batch) -> Packed:
         watchdog = threading.Timer(self.render_s, _too_long)
         watchdog.daemon = True
         watchdog.start()
         try:
-            batch = unpack(packed)
             done = self.stage(batch)
             self.metrics.count(self.stage.name, batch, done)
             return pack(done)
@@ -115,6 +121,7 @@ class DispatcherReplica:
         stages: Sequence[Handle],
         sampler: Handle,
     ) -> None:
+        log_as_json(deployment="dispatcher")
         store = Store(database, retention_s=retention_s)
         self.dispatcher = Dispatcher(store, Storage(output), RemoteStages(stages, sampler), settings, webhook)
         self.task = asyncio.get_running_loop().create_task(self.dispatcher.run())

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import logging
+import re
 import socket
 import tempfile
 import threading
@@ -18,6 +20,7 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
+from pipeline.logs import with_fields
 from pipeline.serving import fields
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.keys import Keys, hashed
@@ -386,3 +389,56 @@ def test_without_keys_only_this_machines_own_pages_may_ask(running):
         assert client.get("/v1/videos", headers={"Host": "evil.example"}).status_code == 400
         assert client.get("/v1/videos", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
         assert client.get("/v1/videos", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+
+
+@pytest.fixture
+def log(caplog) -> pytest.LogCaptureFixture:
+    """Catch what the interface logs, with the fields of its requests."""
+    caplog.set_level("INFO", "pipeline.serving")
+    caplog.handler.addFilter(with_fields)
+    return caplog
+
+
+def requests(log: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in log.records if record.message == "request"]
+
+
+def test_each_request_is_logged_with_its_id_and_owner(running, log):
+    http = running.http()
+    video = http.post("/v1/videos?a=b", json={"prompt": "a secret"}, headers={"X-Request-ID": "mine-1"})
+    assert video.headers["x-request-id"] == "mine-1"
+    [created] = [record for record in log.records if record.message == "created"]
+    assert (created.video, created.request_id) == (video.json()["id"], "mine-1")
+    drawn = running.http("wrong").get("/v1/videos").headers["x-request-id"]
+    first, second = requests(log)
+    assert (first.method, first.path, first.status, first.owner) == ("POST", "/v1/videos", 200, "me")
+    assert (second.status, second.owner, second.request_id) == (401, None, drawn)
+    assert first.milliseconds > 0
+    assert "secret" not in str([vars(record) for record in log.records])
+
+
+@pytest.mark.parametrize("given", ["", "a" * 65, "a b", "a\tb", "a/b"])
+def test_an_id_that_is_not_plain_is_replaced(running, given):
+    told = running.http().get("/health", headers={"X-Request-ID": given}).headers["x-request-id"]
+    assert len(told) == 32
+    assert told != given
+
+
+def test_what_breaks_is_a_500_with_its_id(running, log, monkeypatch):
+    monkeypatch.setattr(running.service.store, "census", lambda: 1 / 0)
+    answer = running.http().get("/ready", headers={"X-Request-ID": "mine-1"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    [broken] = [record for record in log.records if record.levelname == "ERROR"]
+    assert (broken.request_id, broken.exc_info[0]) == ("mine-1", ZeroDivisionError)
+    assert requests(log)[-1].status == 500
+
+
+def test_metrics_tell_what_waits_and_of_whom_nothing(running):
+    running.http().post("/v1/videos", json={"prompt": "a secret", "priority": "batch"})
+    answer = running.http(None).get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'pyramid_service_videos{priority="batch",status="queued"} 1.0' in answer.text
+    assert "secret" not in answer.text
+    assert "me" not in re.findall(r'"([^"]*)"', answer.text)
