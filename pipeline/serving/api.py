@@ -5,11 +5,12 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -23,6 +24,7 @@ from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, remove_files
 from pipeline.serving.keys import Keys
 from pipeline.serving.middleware import BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
+from pipeline.serving.openapi import POLLED, description, errors, file
 from pipeline.serving.schemas import (
     APIError,
     Deleted,
@@ -45,6 +47,10 @@ logger = logging.getLogger(__name__)
 REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
 EVENT_POLL_S = 0.3
+UNMADE = {"cancelled": 409, "invalid_request": 400}
+"""How a request that waits is answered whose video was not made, unless it is the service's fault."""
+NEW = errors(404, 408, 409, 413, 429)
+"""What may be wrong with a request for a video."""
 LOCAL_OWNER = "local"
 """Owner of all videos when no keys are asked for."""
 
@@ -71,6 +77,7 @@ def create_app(service: Service) -> FastAPI:
     """Return the interface of a service; without keys it answers to names of this machine only."""
     app = FastAPI(title="pyramid-render", docs_url=None, redoc_url=None)
     app.state.service = service
+    app.openapi = partial(description, app, service.preset, service.model)  # type: ignore[method-assign]
     app.include_router(_health)
     app.include_router(_videos)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
@@ -140,7 +147,7 @@ def _own(video_id: str, service: Served, owner: Owner) -> Job:
 Own = Annotated[Job, Depends(_own)]
 
 _health = APIRouter()
-_videos = APIRouter(prefix="/v1", responses={401: {}, 404: {}, 429: {}})
+_videos = APIRouter(prefix="/v1", responses=errors(400, 401, 403))
 
 
 @_health.get("/health")
@@ -155,7 +162,7 @@ def ready(service: Served) -> dict[str, int]:
     return {status.value: count for status, count in service.store.counts().items()}
 
 
-@_health.get("/metrics")
+@_health.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: Served) -> Response:
     """Tell Prometheus what waits, and what the farm does."""
     census = await run_in_threadpool(service.store.census)
@@ -169,7 +176,7 @@ async def models(service: Served, _owner: Owner) -> ModelList:
     return ModelList(data=[Model(id=service.model, fingerprint=service.fingerprint)])
 
 
-@_videos.post("/videos")
+@_videos.post("/videos", responses=POLLED | NEW)
 async def create(request: Request, response: Response, service: Served, owner: Owner) -> Video:
     """Ask for a video."""
     fields, upload = await body_fields(request)
@@ -180,7 +187,7 @@ async def create(request: Request, response: Response, service: Served, owner: O
     return await run_in_threadpool(_shown, service, job, response)
 
 
-@_videos.post("/videos/sync", response_class=FileResponse)
+@_videos.post("/videos/sync", response_class=FileResponse, responses=file("video/mp4") | NEW | errors(500))
 async def create_and_wait(request: Request, service: Served, owner: Owner) -> Response:
     """Ask for a video and wait for its file; a client that goes away cancels it."""
     shown = await create(request, Response(), service, owner)
@@ -190,7 +197,8 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
             if job.status == Status.COMPLETED:
                 return await run_in_threadpool(content, job, service)
             if Status(job.status).is_end:
-                raise APIError(500, job.error_code or job.status, job.error_message or f"the video was {job.status}")
+                code = job.error_code or job.status
+                raise APIError(UNMADE.get(code, 500), code, job.error_message or f"the video was {job.status}")
             await asyncio.sleep(EVENT_POLL_S)
     except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
         service.store.cancel(shown.id, owner)
@@ -199,7 +207,7 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
     raise APIError(499, "client_closed_request", "the client has gone")
 
 
-@_videos.get("/videos")
+@_videos.get("/videos", responses=errors(404))
 def list_videos(
     service: Served,
     owner: Owner,
@@ -216,19 +224,19 @@ def list_videos(
     return VideoList(data=data, has_more=page.has_more, first_id=first, last_id=last)
 
 
-@_videos.get("/videos/{video_id}")
+@_videos.get("/videos/{video_id}", responses=POLLED | errors(404))
 def retrieve(job: Own, response: Response, service: Served) -> Video:
     """Say how far a video is."""
     return _shown(service, job, response)
 
 
-@_videos.post("/videos/{video_id}/cancel")
+@_videos.post("/videos/{video_id}/cancel", responses=errors(404))
 def cancel(video_id: str, service: Served, owner: Owner) -> Video:
     """End a video that is not finished; nothing happens to one that has ended."""
     return _video(service, _found(service.store.cancel(video_id, owner), video_id))
 
 
-@_videos.delete("/videos/{video_id}")
+@_videos.delete("/videos/{video_id}", responses=errors(404))
 def delete(video_id: str, service: Served, owner: Owner) -> Deleted:
     """Forget a video and remove its files; one that is being made is cancelled."""
     job = _found(service.store.cancel(video_id, owner), video_id)
@@ -237,7 +245,7 @@ def delete(video_id: str, service: Served, owner: Owner) -> Deleted:
     return Deleted(id=video_id)
 
 
-@_videos.post("/videos/{video_id}/remix")
+@_videos.post("/videos/{video_id}/remix", responses=POLLED | NEW)
 async def remix(job: Own, request: Request, response: Response, service: Served) -> Video:
     """Ask for a video with another prompt, the same seed and image."""
     fields, _ = await body_fields(request)  # read after the key was checked, unlike a declared body
@@ -255,7 +263,11 @@ def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], 
     return _shown(service, again, response)
 
 
-@_videos.get("/videos/{video_id}/content", response_class=FileResponse)
+@_videos.get(
+    "/videos/{video_id}/content",
+    response_class=FileResponse,
+    responses=file("video/mp4", "image/webp") | errors(404, 409),
+)
 def content(job: Own, service: Served, variant: Literal["video", "thumbnail", "spritesheet"] = "video") -> Response:
     """Send a finished video, its first frame, or a strip of frames."""
     if job.result is None:
@@ -269,7 +281,7 @@ def content(job: Own, service: Served, variant: Literal["video", "thumbnail", "s
     return file_answer(data, media_type, name, job)
 
 
-@_videos.get("/videos/{video_id}/events", response_class=EventSourceResponse)
+@_videos.get("/videos/{video_id}/events", response_class=EventSourceResponse, responses=errors(404))
 async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
     """Tell each change of a video, as server-sent events, until it has ended or is deleted."""
     told: Video | None = None

@@ -10,13 +10,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import httpx2 as httpx
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -27,56 +25,19 @@ from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.store import Limits, Store
 from pipeline.storage import Storage
 from pyramid_flow import Preset
+from tests.pipeline.serving.running import VIDEO, Running, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # of the service the client is for
 
 PRESET = Preset(sizes=((64, 64),), max_num_frames=33)
-VIDEO, STRIP = bytes(range(256)) * 10, io.BytesIO()
-Image.new("RGB", (4 * 20, 10), (200, 0, 0)).save(STRIP, "WEBP")
-
-
-@dataclass(frozen=True)
-class Running:
-    """A service that runs, and what it stands on."""
-
-    url: str
-    service: Service
-    clients: ExitStack
-
-    def client(self, key: str = "secret") -> openai.OpenAI:
-        return self.clients.enter_context(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0))
-
-    def http(self, key: str | None = "secret") -> httpx.Client:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return self.clients.enter_context(httpx.Client(base_url=self.url, headers=headers))
-
-    def work(self) -> None:
-        """Make what waits."""
-        store, storage = self.service.store, self.service.storage
-        while jobs := store.claim(10, 60):
-            for job in jobs:
-                storage.put(f"videos/{job.id}.mp4", VIDEO)
-                storage.put(f"thumbnails/{job.id}.webp", STRIP.getvalue())
-                uris = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
-                store.complete(job.claim, {**uris, "sha256": "ab" * 32, "seconds": {"sample": 1.5}})
 
 
 @pytest.fixture
 def running(tmp_path) -> Iterator[Running]:
     store = Store(f"sqlite:///{tmp_path}/videos.db", limits=Limits(max_queued=50, max_per_minute=50))
     keys = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}")
-    service = Service(store, Storage(str(tmp_path / "out")), PRESET, "toy", "f00d", keys)
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    with ExitStack() as clients:
-        yield Running(f"http://127.0.0.1:{port}", service, clients)
-    server.should_exit = True
-    thread.join()
-    store.close()
+    with run(Service(store, Storage(str(tmp_path / "out")), PRESET, "toy", "f00d", keys)) as running:
+        yield running
 
 
 def picture() -> bytes:
@@ -252,6 +213,7 @@ def test_a_request_that_is_sent_again_makes_no_second_video(running):
         {"json": {"prompt": "a" * 20_000}},
         {"json": {"prompt": "a", "seconds": 10**400}},
         {"json": {"prompt": {"a": 1}}},
+        {"json": {"prompt": "a", "input_reference": "a.png"}},
         {"json": {"prompt": "a", "seed": 1e400}},
         {"json": {}},
     ],
@@ -311,6 +273,15 @@ def test_sync_answers_with_the_file(running):
     assert (answer.status_code, answer.content) == (200, VIDEO)
     assert answer.headers["content-type"] == "video/mp4"
     assert running.http().post("/v1/videos/sync", json={"prompt": " "}).status_code == 400
+
+
+def test_a_sync_client_is_told_that_its_video_was_cancelled(running):
+    store = running.service.store
+    canceller = threading.Timer(0.5, lambda: [store.cancel(job.id, "me") for job in store.list("me").jobs])
+    canceller.start()
+    answer = running.http().post("/v1/videos/sync", json={"prompt": "a fox"})
+    canceller.join()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
 
 
 def test_a_sync_client_that_goes_away_cancels_its_video(running):
