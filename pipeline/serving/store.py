@@ -120,6 +120,16 @@ class Job(Base):
         return Claim(self.id, self.fence)
 
 
+class Ask(Base):
+    """That a job was asked for: counts against its owner's limit for a minute, even if the job is deleted."""
+
+    __tablename__ = "asks"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    asked_at: Mapped[float] = mapped_column(index=True)
+
+
 @dataclass(frozen=True)
 class Claim:
     """The right to write about a job, until someone else claims it."""
@@ -194,7 +204,7 @@ class Store:
                 if known is not None:
                     return known
                 self._check_limits(session, job.owner)
-                session.add(job)
+                session.add_all([job, Ask(owner=job.owner, asked_at=job.created_at)])
         except IntegrityError:  # the same request came at the same moment
             with self.reader() as session:
                 winner: Job = session.scalars(_replayed(job)).one()
@@ -355,11 +365,12 @@ class Store:
 
     def _check_limits(self, session: Session, owner: str) -> None:
         own, limits = _count(Job.owner == owner), self.limits
-        since = self.clock() - MINUTE_S
+        session.execute(delete(Ask).where(Ask.asked_at <= self.clock() - MINUTE_S))
+        recent = select(func.count()).select_from(Ask).where(Ask.owner == owner)
         for query, limit, code, message, retry_after_s in (
             (_count(_WAITS), limits.max_queued, "queue_full", "videos wait already", 30),
             (own.where(_GOES_ON), limits.max_unfinished, "quota_exceeded", "of your videos are not finished yet", 30),
-            (own.where(Job.created_at > since), limits.max_per_minute, "rate_limited", "videos within a minute", 60),
+            (recent, limits.max_per_minute, "rate_limited", "videos within a minute", 60),
         ):
             if (session.scalar(query) or 0) >= limit:
                 raise BusyError(code, f"{limit} {message}", retry_after_s)
