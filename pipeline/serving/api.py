@@ -114,7 +114,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return answer
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -180,11 +180,20 @@ async def models(service: Served, _owner: Owner) -> ModelList:
 async def create(request: Request, response: Response, service: Served, owner: Owner) -> Video:
     """Ask for a video."""
     fields, upload = await body_fields(request)
-    video = await run_in_threadpool(new_video, fields, upload, service.preset, service.model)
-    asked = {**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()}
-    content = await run_in_threadpool(hash_of, asked)
-    job = await run_in_threadpool(_add, service, owner, video, content, request.headers)
-    return await run_in_threadpool(_shown, service, job, response)
+    return await run_in_threadpool(_create, service, owner, fields, upload, request.headers, response)
+
+
+def _create(
+    service: Service,
+    owner: str,
+    fields: Mapping[str, Any],
+    upload: bytes | None,
+    headers: Mapping[str, str],
+    response: Response,
+) -> Video:
+    video = new_video(fields, upload, service.preset, service.model)
+    content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
+    return _shown(service, _add(service, owner, video, content, headers), response)
 
 
 @_videos.post("/videos/sync", response_class=FileResponse, responses=file("video/mp4") | NEW | errors(500))

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
-from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+import ray
 from pipeline.logs import log_as_json
 from pipeline.plan import StageSpec
 from pipeline.serving.api import Service, create_app
@@ -21,6 +20,7 @@ from pipeline.serving.worker import DispatcherReplica, SampleReplica, StageRepli
 from pipeline.stages import Decode, Encode, ModelConfig, Publish
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
+from ray import serve
 
 STAGES = ("encode", "sample", "decode", "publish")
 OWN_LOG = {"enable_access_log": False}
@@ -67,10 +67,13 @@ class ServiceConfig(BaseModel):
         return Limits(self.max_queued, self.max_unfinished, self.max_per_minute)
 
 
-def build(config: ServiceConfig, webhook_secret: str | None = None) -> Application:
-    """Return the application, for `serve.run`; webhook_secret: messages to the webhook are signed with it.
+def build(
+    config: ServiceConfig, webhook_secret: str | None = None, stages: Mapping[str, StageSpec] | None = None
+) -> Application:
+    """Return the application, for `serve.run`.
 
-    Raises ValueError if there is a webhook and no secret.
+    webhook_secret: messages to the webhook are signed with it; stages: others in place of the model's, by name. Raises
+    ValueError if there is a webhook and no secret.
     """
     if config.webhook_url and not webhook_secret:
         raise ValueError("a webhook needs a secret to sign its messages with")
@@ -81,8 +84,9 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
         "decode": StageSpec(Decode, {"model": model} | decode),
         "publish": StageSpec(Publish, {"output": config.output, "node": "serve"}),
     }
-    handles = {name: _stage(config, name, StageReplica).bind(spec, config.render_s) for name, spec in specs.items()}
-    handles["sample"] = _stage(config, "sample", SampleReplica).bind(model, config.database, config.render_s)
+    handles = {"sample": _stage(config, "sample", SampleReplica).bind(model, config.database, config.render_s)}
+    for name, spec in {**specs, **(stages or {})}.items():
+        handles[name] = _stage(config, name, StageReplica).bind(spec, config.render_s)
     dispatcher = _deployment(DispatcherReplica, "dispatcher", graceful_shutdown_timeout_s=30).bind(
         config.database,
         config.retention_s,

@@ -25,8 +25,8 @@ from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-CAPACITY_S = 1.0
-"""How long a count of replicas is believed."""
+CAPACITY_S = 5.0
+"""How long a count of replicas is believed: Serve takes tens of milliseconds of CPU time to tell it."""
 
 Packed = dict[str, bytes]
 Handle = DeploymentHandle[Any]
@@ -95,7 +95,7 @@ class RemoteStages:
         return unpack(packed)
 
     async def capacity(self) -> int:
-        """Return the number of samplers that run, as of the last second."""
+        """Return the number of samplers that run, as of some seconds ago."""
         if time.monotonic() - self.counted_at >= CAPACITY_S:
             self.counted = await asyncio.to_thread(self._running_samplers)
             self.counted_at = time.monotonic()
