@@ -35,6 +35,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 from aiohttp import ClientError, ClientSession, ClientTimeout
+from ray import serve
 
 from benchmarks.report import ROOT, write_result
 from benchmarks.simulated import STAGES, Event, Site, Work, read_events, span_s
@@ -45,7 +46,6 @@ from pipeline.rows import Batch, Item, RenderRow
 from pipeline.serving.app import ServiceConfig, build
 from pipeline.serving.worker import RemoteStages
 from pyramid_flow import Checkpoint
-from ray import serve
 
 GOAL = 0.9
 PORT = 18447
@@ -271,8 +271,7 @@ def sleep(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 async def drive(batches: int, batch_size: int, samplers: int) -> None:
     """Pass batches through the stages' deployments, twice as many at once as there are samplers."""
-    handles = {name: serve.get_deployment_handle(name, APPLICATION) for name in STAGES}
-    stages = RemoteStages(list(handles.values()), handles["sample"])
+    stages = RemoteStages({name: serve.get_deployment_handle(name, APPLICATION) for name in STAGES})
     room = asyncio.Semaphore(2 * samplers)
     preset = Checkpoint.open("toy").preset
 

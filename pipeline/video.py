@@ -38,6 +38,12 @@ THUMBNAIL_FRAMES = 4
 THUMBNAIL_WIDTH = 256
 """Greatest width of one frame in a thumbnail strip, in pixels."""
 
+EXACT = ("-map_metadata", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact")
+"""What makes ffmpeg write the same bytes each time."""
+
+FINISHED = ("-movflags", "+faststart+use_metadata_tags")
+"""A finished mp4: it can be played before all of it has come, and keeps its tags."""
+
 _CONTAINER_TAGS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time"})
 _SCALE = "flags=bicubic+accurate_rnd+full_chroma_int+bitexact"
 _TO_BT709 = (
@@ -88,7 +94,7 @@ class VideoWriter:
         self.num_frames = 0
         self._partial = self.path.with_name(f".{secrets.token_hex(8)}.mp4.part")
         self._command = _encode_command(
-            self._partial, f"{width}x{height}", fps, _tag_arguments(tags or {}), threads, crf
+            self._partial, f"{width}x{height}", fps, tag_arguments(tags or {}), threads, crf
         )
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -173,7 +179,7 @@ class VideoWriter:
     def _failure(self, status: int) -> VideoError:
         assert self._log is not None
         self._log.seek(0)
-        return VideoError(f"{self.path}: ffmpeg failed with status {status}: {_last_lines(self._log.read())}")
+        return VideoError(f"{self.path}: ffmpeg failed with status {status}: {last_lines(self._log.read())}")
 
     def _release(self) -> None:
         assert self._log is not None
@@ -260,16 +266,24 @@ def _check_frames(frames: Frames, height: int | None = None, width: int | None =
 
 
 def _encode_command(path: Path, size: str, fps: float, tags: Sequence[str], threads: int, crf: int) -> list[str]:
+    return [*encoding(size, fps, threads, crf), *FINISHED, *tags, "-f", "mp4", _file_url(path)]
+
+
+def encoding(size: str, fps: float, threads: int, crf: int) -> list[str]:
+    """Return ffmpeg's arguments from raw RGB frames on stdin to H.264, all but those of the container."""
     rate = Fraction(fps).limit_denominator(10000)
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(rate), "-i", "pipe:0"]
     encode = ["-vf", _TO_BT709, "-c:v", "libx264", "-crf", str(crf), "-threads", str(threads), "-filter_threads", "1"]
-    exact = ["-map_metadata", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
-    target = ["-movflags", "+faststart+use_metadata_tags", *tags, "-f", "mp4", _file_url(path)]
-    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
-    return [ffmpeg, "-hide_banner", "-nostats", "-v", "warning", *source, "-an", *encode, *exact, *target]
+    return [*ffmpeg(), *source, "-an", *encode, *EXACT]
 
 
-def _tag_arguments(tags: Mapping[str, str]) -> list[str]:
+def ffmpeg() -> list[str]:
+    """Return the command and what it shall say: warnings only."""
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostats", "-v", "warning"]
+
+
+def tag_arguments(tags: Mapping[str, str]) -> list[str]:
+    """Return ffmpeg's arguments for container tags, see `VideoWriter`."""
     for key in tags:
         if key in _CONTAINER_TAGS or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", key):
             raise InvalidValueError("tag", repr(key), "is not a free name of a-z, 0-9 and _")
@@ -294,6 +308,7 @@ def _file_url(path: str | os.PathLike[str]) -> str:
     return f"file:{os.fspath(path)}"
 
 
-def _last_lines(log: bytes, count: int = 5) -> str:
+def last_lines(log: bytes, count: int = 5) -> str:
+    """Return the end of what ffmpeg said, on one line."""
     lines = [line.strip() for line in log.decode("utf-8", "replace").splitlines() if line.strip()]
     return " | ".join(lines[-count:]) or "it said nothing"

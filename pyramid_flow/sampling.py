@@ -94,7 +94,7 @@ class StepInfo:
     """Where the sampler is: told to `on_step` after every evaluation.
 
     latents [B',C,1,h,w]: the current frame at its level, of the rows that are still running; rows: their indices in
-    the batch as it was given.
+    the batch as it was given; finished: the frames before, at full size, oldest first.
     """
 
     unit: int
@@ -104,6 +104,7 @@ class StepInfo:
     num_steps: int
     latents: Tensor
     rows: tuple[int, ...]
+    finished: tuple[Tensor, ...]
 
 
 OnStep = Callable[[StepInfo], Tensor | None]
@@ -156,7 +157,9 @@ def generate_latents(
             for step, (timestep, delta) in enumerate(steps):
                 frame = frame + delta * velocity(frame, timestep)
                 if on_step is not None:
-                    info = StepInfo(unit, params.num_units, level.index, step, len(steps), frame, tuple(rows.tolist()))
+                    done = tuple(pyramid[-1] for pyramid in finished)
+                    indices = tuple(rows.tolist())
+                    info = StepInfo(unit, params.num_units, level.index, step, len(steps), frame, indices, done)
                     wanted = _still_wanted(wanted, on_step(info))
                     if not wanted.any():
                         return frame.new_empty((0, *shape[1:]))

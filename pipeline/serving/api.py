@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -21,7 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pipeline.request import hash_of
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
-from pipeline.serving.files import file_answer, first_of_strip, remove_files
+from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
 from pipeline.serving.keys import Keys
 from pipeline.serving.middleware import BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
 from pipeline.serving.openapi import POLLED, description, errors, file
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
-EVENT_POLL_S = 0.3
+EVENT_POLL_S, STREAM_POLL_S = 0.3, 0.1
 UNMADE = {"cancelled": 409, "invalid_request": 400}
 """How a request that waits is answered whose video was not made, unless it is the service's fault."""
 NEW = errors(404, 408, 409, 413, 429)
@@ -304,6 +304,34 @@ async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
             return
         await asyncio.sleep(EVENT_POLL_S)
         job = await run_in_threadpool(service.store.get, job.id, job.owner)
+
+
+@_videos.get(
+    "/videos/{video_id}/stream", response_class=StreamingResponse, responses=file("video/mp4") | errors(404, 409)
+)
+def stream(job: Own, service: Served) -> StreamingResponse:
+    """Send a video while it is made: a fragmented mp4, from its start, each part as soon as there is one."""
+    if Status(job.status) in (Status.FAILED, Status.CANCELLED):
+        raise APIError(409, "video_not_completed", f"the video is {job.status}")
+    service.store.follow(job.id, job.owner)
+    return StreamingResponse(_parts(service, job), media_type="video/mp4", headers={"Cache-Control": "no-store"})
+
+
+async def _parts(service: Service, first: Job) -> AsyncIterator[bytes]:
+    """Yield the fragments of a video, a new attempt's from where the one before was; its file if there are none."""
+    job: Job | None = first
+    sent = 0
+    while job is not None:
+        if sent < job.fragments:
+            yield await run_in_threadpool(service.storage.get, fragment_path(job.claim, sent))
+            sent += 1
+        elif Status(job.status).is_end:
+            if job.result and not sent:
+                yield await run_in_threadpool(service.storage.get, job.result["uri"])
+            return
+        else:
+            await asyncio.sleep(STREAM_POLL_S)
+            job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 
 def _add(

@@ -3,24 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
+from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-import ray
 from pipeline.logs import log_as_json
 from pipeline.plan import StageSpec
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.dispatcher import DispatchSettings
 from pipeline.serving.keys import Keys
+from pipeline.serving.live import LiveDecode
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.webhooks import Webhook
-from pipeline.serving.worker import DispatcherReplica, SampleReplica, StageReplica
-from pipeline.stages import Decode, Encode, ModelConfig, Publish
+from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
+from pipeline.stages import Encode, ModelConfig, Publish
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
-from ray import serve
 
 STAGES = ("encode", "sample", "decode", "publish")
 OWN_LOG = {"enable_access_log": False}
@@ -72,29 +73,21 @@ def build(
 ) -> Application:
     """Return the application, for `serve.run`.
 
-    webhook_secret: messages to the webhook are signed with it; stages: others in place of the model's, by name. Raises
-    ValueError if there is a webhook and no secret.
+    webhook_secret: messages to the webhook are signed with it; stages: others in place of all of the model's, by
+    name. Raises ValueError if there is a webhook and no secret.
     """
     if config.webhook_url and not webhook_secret:
         raise ValueError("a webhook needs a secret to sign its messages with")
-    model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
-    decode = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
-    specs = {
-        "encode": StageSpec(Encode, {"model": model, "image_root": NO_FOLDER, "image_hosts": frozenset()}),
-        "decode": StageSpec(Decode, {"model": model} | decode),
-        "publish": StageSpec(Publish, {"output": config.output, "node": "serve"}),
-    }
-    handles = {"sample": _stage(config, "sample", SampleReplica).bind(model, config.database, config.render_s)}
-    for name, spec in {**specs, **(stages or {})}.items():
-        handles[name] = _stage(config, name, StageReplica).bind(spec, config.render_s)
+    replicas = _model_stages(config)
+    for name, spec in (stages or {}).items():
+        replicas[name] = _stage(config, name, StageReplica).bind(spec, config.render_s)
     dispatcher = _deployment(DispatcherReplica, "dispatcher", graceful_shutdown_timeout_s=30).bind(
         config.database,
         config.retention_s,
         config.output,
         DispatchSettings(config.batch_size, config.max_attempts),
         Webhook(config.webhook_url, webhook_secret) if config.webhook_url and webhook_secret else None,
-        [handles[name] for name in STAGES],
-        handles["sample"],
+        replicas,
     )
 
     def interface() -> FastAPI:
@@ -108,6 +101,22 @@ def build(
 
 def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
     return serve.deployment(replica, name=name, ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus}, **options)
+
+
+def _model_stages(config: ServiceConfig) -> dict[str, Application]:
+    model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
+    places = {"database": config.database, "output": config.output}
+    frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
+    encode = StageSpec(Encode, {"model": model, "image_root": NO_FOLDER, "image_hosts": frozenset()})
+    decode = StageSpec(LiveDecode, {"model": model} | frames | places)
+    publish = StageSpec(Publish, {"output": config.output, "node": "serve"})
+    stages = {
+        "encode": _stage(config, "encode", StageReplica).bind(encode, config.render_s),
+        "decode": _stage(config, "decode", DecodeReplica).bind(decode, config.render_s),
+        "publish": _stage(config, "publish", StageReplica).bind(publish, config.render_s),
+    }
+    sample = _stage(config, "sample", SampleReplica)
+    return stages | {"sample": sample.bind(model, config.database, stages["decode"], config.render_s)}
 
 
 def _stage(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401 - as Serve's

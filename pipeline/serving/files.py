@@ -11,7 +11,7 @@ from PIL import Image
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pipeline.serving.store import Job
+from pipeline.serving.store import ID_PREFIX, Claim, Job
 from pipeline.storage import Storage
 from pipeline.video import THUMBNAIL_FRAMES
 
@@ -27,10 +27,23 @@ class PassingFileResponse(FileResponse):
             Path(self.path).unlink(missing_ok=True)
 
 
+def fragments_folder(job_id: str) -> str:
+    """Return where the fragments of a job lie, those of each claim in a folder of their own."""
+    return f"stream/{job_id.removeprefix(ID_PREFIX)}"
+
+
+def fragment_path(claim: Claim, index: int) -> str:
+    """Return where a fragment of a claimed job lies."""
+    return f"{fragments_folder(claim.id)}/{claim.fence}/{index}.m4s"
+
+
 def remove_files(storage: Storage, job: Job) -> None:
     """Remove everything that is stored of a job."""
     result = job.result or {}
-    for path in (job.image, result.get("uri"), result.get("thumbnail_uri")):
+    paths = [job.image, result.get("uri"), result.get("thumbnail_uri")]
+    if job.followed:
+        paths += storage.list(fragments_folder(job.id))
+    for path in paths:
         if path:
             storage.delete(path)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, Index, Select, delete, func, select, tuple_, update
+from sqlalchemy import JSON, ColumnElement, Index, Select, case, delete, func, inspect, select, tuple_, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
@@ -74,8 +74,9 @@ class Job(Base):
     owner: name of the API key that asked; replay: marks a request that may come twice, unique per owner; content: a
     hash of all that was asked for; request: the resolved request, and given: the one as it was asked for, both without
     image bytes; shape: what jobs of one sampling batch have in common; image: where its bytes lie in the storage. Times
-    in seconds since 1970. progress: percent; result: what the metadata say of a finished video; announced: whether its
-    end has been told to a webhook.
+    in seconds since 1970. progress: percent; result: what the metadata say of a finished video; followed: whether
+    someone wants to see the video while it is made; fragments: how many of it can be seen; announced: whether its end
+    has been told to a webhook.
     """
 
     __tablename__ = "videos"
@@ -101,6 +102,8 @@ class Job(Base):
     completed_at: Mapped[float | None] = mapped_column(default=None)
     expires_at: Mapped[float | None] = mapped_column(default=None)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    followed: Mapped[bool] = mapped_column(default=False)
+    fragments: Mapped[int] = mapped_column(default=0)
     announced: Mapped[bool] = mapped_column(default=False)
     announce_attempts: Mapped[int] = mapped_column(default=0)
     announce_after: Mapped[float] = mapped_column(default=0.0)
@@ -184,8 +187,12 @@ class Store:
         try:
             self.engine = connect(url)
             Base.metadata.create_all(self.engine)
+            columns = {column["name"] for column in inspect(self.engine).get_columns(Job.__tablename__)}
         except (SQLAlchemyError, ImportError) as error:
             raise DatabaseError(f"the database cannot be used: {str(error).splitlines()[0]}") from error
+        if columns != set(Job.__table__.columns.keys()):
+            self.close()
+            raise DatabaseError("the database was made by another version of this software: give a new one")
         self.writer = sessionmaker(self.engine, expire_on_commit=False)
         self.reader = sessionmaker(self.engine.execution_options(reads=True), expire_on_commit=False)
 
@@ -269,6 +276,7 @@ class Store:
                 jobs += session.scalars(mates.limit(limit - 1))
             for job in jobs:
                 job.status, job.progress, job.lease_until = Status.IN_PROGRESS, 0, self.clock() + lease_s
+                job.fragments = 0
                 job.fence += 1
                 job.attempts += 1
         return jobs
@@ -277,13 +285,31 @@ class Store:
         """Keep a claimed job for longer; False if it is lost."""
         return self._write(claim, lease_until=self.clock() + lease_s)
 
-    def report(self, claims: Sequence[Claim], progress: int) -> set[Claim]:
-        """Say how far claimed jobs are, in percent; returns the claims that still hold."""
-        own = tuple_(Job.id, Job.fence).in_([(claim.id, claim.fence) for claim in claims])
-        statement = update(Job).where(own, Job.status == Status.IN_PROGRESS).values(progress=progress)
+    def report(self, claims: Sequence[Claim], progress: int) -> dict[Claim, bool]:
+        """Say how far claimed jobs are, in percent; returns whether each is followed, of the claims that still hold."""
+        statement = update(Job).where(_held(claims)).values(progress=progress)
         with self.writer.begin() as session:
-            held = session.execute(statement.returning(Job.id, Job.fence)).all()
+            held = session.execute(statement.returning(Job.id, Job.fence, Job.followed)).all()
+        return {Claim(job_id, fence): followed for job_id, fence, followed in held}
+
+    def follow(self, job_id: str, owner: str) -> None:
+        """Remember that someone wants to see a job's video while it is made."""
+        with self.writer.begin() as session:
+            session.execute(update(Job).where(Job.id == job_id, Job.owner == owner).values(followed=True))
+
+    def followed(self, claims: Sequence[Claim]) -> set[Claim]:
+        """Return the claims that still hold of jobs that are followed."""
+        with self.reader() as session:
+            held = session.execute(select(Job.id, Job.fence).where(_held(claims), Job.followed)).all()
         return {Claim(job_id, fence) for job_id, fence in held}
+
+    def show(self, claim: Claim, fragments: int) -> bool:
+        """Say that so many fragments of a claimed job can be seen; never fewer than before. False if it is lost."""
+        return self._write(claim, fragments=case((Job.fragments < fragments, fragments), else_=Job.fragments))
+
+    def is_known(self, job_id: str) -> bool:
+        """Return whether there is such a job, of anyone."""
+        return self._one(Job.id == job_id) is not None
 
     def complete(self, claim: Claim, result: dict[str, Any]) -> bool:
         """End a claimed job with its video; False if it is lost, and then the video counts for nothing."""
@@ -376,9 +402,8 @@ class Store:
                 raise BusyError(code, f"{limit} {message}", retry_after_s)
 
     def _write(self, claim: Claim, **values: Any) -> bool:  # noqa: ANN401 - columns
-        own = (Job.id == claim.id, Job.fence == claim.fence, Job.status == Status.IN_PROGRESS)
         with self.writer.begin() as session:
-            done = session.execute(update(Job).where(*own).values(**values))
+            done = session.execute(update(Job).where(_held([claim])).values(**values))
         return bool(done.rowcount)  # type: ignore[attr-defined]
 
     def _end(self, status: Status) -> dict[str, Any]:
@@ -392,6 +417,11 @@ class Store:
 
 _WAITS = Job.status == Status.QUEUED
 _GOES_ON = Job.status.in_((Status.QUEUED, Status.IN_PROGRESS))
+
+
+def _held(claims: Sequence[Claim]) -> ColumnElement[bool]:
+    own = tuple_(Job.id, Job.fence).in_([(claim.id, claim.fence) for claim in claims])
+    return own & (Job.status == Status.IN_PROGRESS)
 
 
 def _count(condition: ColumnElement[bool]) -> Select[Any]:

@@ -1,8 +1,8 @@
-"""What a sampler tells the table of videos at each step, and what it hears: rows that nobody wants any more."""
+"""What a sampler tells the table of videos, and what it hears: which are followed, and which are not wanted."""
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from sqlalchemy.exc import SQLAlchemyError
@@ -24,13 +24,16 @@ class Watch:
     """The sampler's `on_step` for a batch of claimed jobs; see `generate_latents`.
 
     The table is told at most every `REPORT_S` seconds. Rows whose claim is lost, because they were cancelled or are
-    someone else's by now, leave the batch.
+    someone else's by now, leave the batch. The finished units of rows that are followed are handed to `relay`.
     """
 
-    def __init__(self, store: Store, items: Sequence[Item]) -> None:
-        self.store, self.claims = store, [Claim.of_row(item.row.id) for item in items]
+    def __init__(self, store: Store, relay: Callable[[Item, Sequence[Tensor]], None], items: Sequence[Item]) -> None:
+        self.store, self.relay, self.items = store, relay, items
+        self.claims = [Claim.of_row(item.row.id) for item in items]
         self.params = sampling_params([item.request for item in items])
         self.wanted = [True] * len(items)
+        self.followed: set[Claim] = set()
+        self.relayed = [0] * len(items)
         self.done, self.total = 0, 0
         self.told_at = -REPORT_S
 
@@ -42,6 +45,7 @@ class Watch:
         if time.monotonic() - self.told_at >= REPORT_S or self.done == self.total:
             self._tell(BEFORE + SAMPLING * self.done // self.total)
             self.told_at = time.monotonic()
+        self._relay(info)
         return torch.tensor(self.wanted)
 
     def _tell(self, progress: int) -> None:
@@ -50,7 +54,15 @@ class Watch:
         except SQLAlchemyError as error:  # a database that fails for a while must not cost the videos
             logger.warning("progress was not told: %s", type(error).__name__)
             return
+        self.followed = {claim for claim, is_followed in held.items() if is_followed}
         self.wanted = [is_wanted and claim in held for is_wanted, claim in zip(self.wanted, self.claims, strict=True)]
+
+    def _relay(self, info: StepInfo) -> None:
+        for place, row in enumerate(info.rows):
+            units = info.finished[self.relayed[row] :]
+            if units and self.claims[row] in self.followed:
+                self.relay(self.items[row], [unit[place : place + 1] for unit in units])
+                self.relayed[row] = len(info.finished)
 
     def _steps_from(self, first_unit: int) -> int:
         units = range(first_unit, self.params.num_units)

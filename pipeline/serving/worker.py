@@ -5,18 +5,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from pipeline.logs import log_as_json, log_fields
 from pipeline.metrics import StageMetrics
 from pipeline.plan import StageSpec
-from pipeline.rows import Batch, pack, unpack
+from pipeline.rows import Batch, Item, pack, unpack
 from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
+from pipeline.serving.live import MAX_LIVE, LiveDecode, Relay
 from pipeline.serving.store import Store
 from pipeline.serving.watch import Watch
 from pipeline.serving.webhooks import Webhook
@@ -49,17 +53,19 @@ class StageReplica:
 
     def _work(self, packed: Packed) -> Packed:
         batch = unpack(packed)
-        with log_fields(videos=[item.row.position for item in batch.items]):
-            return self._watched(batch)
+        with log_fields(videos=[item.row.position for item in batch.items]), self.guard():
+            done = self.stage(batch)
+            self.metrics.count(self.stage.name, batch, done)
+            return pack(done)
 
-    def _watched(self, batch: Batch) -> Packed:
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """End the process if what is done meanwhile takes too long or breaks."""
         watchdog = threading.Timer(self.render_s, _too_long)
         watchdog.daemon = True
         watchdog.start()
         try:
-            done = self.stage(batch)
-            self.metrics.count(self.stage.name, batch, done)
-            return pack(done)
+            yield
         except Exception:
             logger.exception("the stage broke: this worker ends")
             os._exit(1)
@@ -73,24 +79,60 @@ def _too_long() -> None:
 
 
 class SampleReplica(StageReplica):
-    """The sampler, which tells the table of videos how far it is, and lets go of what nobody wants any more."""
+    """The sampler, which tells the table of videos how far it is, and lets go of what nobody wants any more.
 
-    def __init__(self, model: ModelConfig, database: str, render_s: float) -> None:
-        watch = partial(Watch, Store(database))
+    decoder: shows the videos that are followed.
+    """
+
+    def __init__(self, model: ModelConfig, database: str, decoder: Handle, render_s: float) -> None:
+        store, executor = Store(database), ThreadPoolExecutor(1)
+
+        def watch(items: Sequence[Item]) -> Watch:
+            show = decoder.options(method_name="show", multiplexed_model_id=items[0].row.id)
+            return Watch(store, Relay(partial(_shown, show, render_s), executor), items)
+
         super().__init__(StageSpec(Sample, {"model": model, "watch": watch}), render_s)
 
 
-class RemoteStages:
-    """The stages as deployments, in their order; sampler: the one whose replicas are counted."""
+def _shown(show: Handle, timeout_s: float, item: Item, start: int) -> int:
+    wanted: int = show.remote(pack(Batch((item,), pa.table({}))), start).result(timeout_s=timeout_s)
+    return wanted
 
-    def __init__(self, stages: Sequence[Handle], sampler: Handle) -> None:
-        self.stages, self.sampler = stages, sampler
+
+class DecodeReplica(StageReplica):
+    """The decoder, which also shows videos while they are sampled; what belongs to one batch comes to one replica."""
+
+    stage: LiveDecode
+
+    @serve.multiplexed(max_num_models_per_replica=MAX_LIVE)  # type: ignore[untyped-decorator]
+    async def _attract(self, batch_id: str) -> str:
+        """Let Serve send what belongs to a batch here from now on."""
+        return batch_id
+
+    async def show(self, packed: Packed, start: int) -> int:
+        """See `LiveDecode.show`."""
+        await self._attract(serve.get_multiplexed_model_id())
+        [item] = unpack(packed).items
+        return await asyncio.to_thread(self._show, item, start)
+
+    def _show(self, item: Item, start: int) -> int:
+        with log_fields(videos=[item.row.position]), self.guard():
+            return self.stage.show(item, start)
+
+
+class RemoteStages:
+    """The stages as deployments, by their names."""
+
+    def __init__(self, stages: Mapping[str, Handle]) -> None:
+        self.stages = stages
         self.counted, self.counted_at = 0, -CAPACITY_S
 
     async def render(self, batch: Batch) -> Batch:
         """Pass a batch from stage to stage; raises whatever a lost replica makes of it."""
+        stages = self.stages
+        decode = stages["decode"].options(multiplexed_model_id=batch.items[0].row.id)
         packed = pack(batch)
-        for stage in self.stages:
+        for stage in (stages["encode"], stages["sample"], decode, stages["publish"]):
             packed = await stage.remote(packed)
         return unpack(packed)
 
@@ -102,7 +144,7 @@ class RemoteStages:
         return self.counted
 
     def _running_samplers(self) -> int:
-        name = self.sampler.deployment_id
+        name = self.stages["sample"].deployment_id
         deployments = serve.status().applications[name.app_name].deployments
         states: Mapping[Any, int] = deployments[name.name].replica_states
         return states.get("RUNNING", 0)
@@ -118,12 +160,11 @@ class DispatcherReplica:
         output: str,
         settings: DispatchSettings,
         webhook: Webhook | None,
-        stages: Sequence[Handle],
-        sampler: Handle,
+        stages: Mapping[str, Handle],
     ) -> None:
         log_as_json(deployment="dispatcher")
         store = Store(database, retention_s=retention_s)
-        self.dispatcher = Dispatcher(store, Storage(output), RemoteStages(stages, sampler), settings, webhook)
+        self.dispatcher = Dispatcher(store, Storage(output), RemoteStages(stages), settings, webhook)
         self.task = asyncio.get_running_loop().create_task(self.dispatcher.run())
 
     def check_health(self) -> None:

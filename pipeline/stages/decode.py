@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.request import ResolvedRequest
 from pipeline.rows import Item, as_tensor
 from pipeline.stages.stage import ModelConfig, Stage, release_memory
 from pipeline.video import ThumbnailStrip, VideoWriter
@@ -39,6 +40,10 @@ class Decode(Stage):
         """Decode the rows one after another."""
         return [self._decoded(item, self.tile) for item in items]
 
+    def tags(self, request: ResolvedRequest) -> dict[str, str]:
+        """Return the container tags of a video."""
+        return {"prompt": request.prompt, "seed": str(request.seed), "model": self.model_name, "render_id": request.id}
+
     def _decoded(self, item: Item, tile: int | None) -> Item:
         try:
             return self._decoded_with(item, tile)
@@ -52,7 +57,6 @@ class Decode(Stage):
 
     def _decoded_with(self, item: Item, tile: int | None) -> Item:
         request = item.request
-        tags = {"prompt": request.prompt, "seed": str(request.seed), "model": self.model_name, "render_id": request.id}
         strip = ThumbnailStrip(request.num_frames)
         frames = 0
         with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +66,7 @@ class Decode(Stage):
                 width=request.width,
                 height=request.height,
                 fps=request.fps,
-                tags=tags,
+                tags=self.tags(request),
                 threads=self.encoder_threads,
             ) as writer:
                 chunks = decode_frames(

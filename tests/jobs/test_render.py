@@ -250,7 +250,7 @@ def test_an_interrupted_job_keeps_what_is_done_and_resumes(cluster, tmp_path):
 
 
 FULL_DISK = """
-mount -t tmpfs -o size=1m tmpfs "$OUT" || exit 99
+mount -t tmpfs -o size=600k tmpfs "$OUT" || exit 99
 "$@"; echo "exit $?"; ls "$OUT"/metadata
 mount -o remount,size=64m "$OUT"
 "$@"; echo "exit $?"

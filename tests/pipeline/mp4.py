@@ -9,7 +9,7 @@ from fractions import Fraction
 import imageio_ffmpeg
 import numpy as np
 
-from pipeline.video import _CONTAINER_TAGS, _SCALE, Frames, VideoError, _file_url, _last_lines
+from pipeline.video import _CONTAINER_TAGS, _SCALE, Frames, VideoError, _file_url, last_lines
 
 # anchored to the line start: a line inside a printed tag begins with blanks and a colon
 _STREAM_LINE = re.compile(
@@ -110,5 +110,5 @@ def _run_ffmpeg(path: str | os.PathLike[str], *arguments: str) -> subprocess.Com
     except OSError as error:
         raise VideoError(f"cannot start ffmpeg: {error}") from error
     if result.returncode:
-        raise VideoError(f"{path}: ffmpeg failed with status {result.returncode}: {_last_lines(result.stderr)}")
+        raise VideoError(f"{path}: ffmpeg failed with status {result.returncode}: {last_lines(result.stderr)}")
     return result

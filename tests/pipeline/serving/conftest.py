@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +12,16 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from pipeline.serving.store import Limits, Store
+from pipeline.stages import Encode
+from tests.pipeline.serving.farm import MODEL, Farm
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """Run a PostgreSQL server of the session's own; yields the URL of its database `postgres`."""
     [*_, bin_folder] = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
     shutil.chown(folder, "postgres")
-    for parent in folder.parents[:2]:
-        parent.chmod(0o755)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,6 +39,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
     finally:
         run("pg_ctl", "-m", "immediate", "stop")
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.database)])
@@ -74,3 +76,15 @@ def store(database: str, clock: Clock) -> Iterator[Store]:
     store = Store(database, limits=Limits(20, 20, 20), retention_s=100, clock=clock)
     yield store
     store.close()
+
+
+@pytest.fixture(scope="session")
+def encode() -> Encode:
+    return Encode(MODEL, "nowhere", frozenset())
+
+
+@pytest.fixture
+def farm(tmp_path: Path, encode: Encode) -> Iterator[Farm]:
+    farm = Farm(tmp_path, encode)
+    yield farm
+    farm.store.close()

@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 from pipeline.logs import with_fields
 from pipeline.serving import fields
 from pipeline.serving.api import Service, create_app
+from pipeline.serving.files import fragment_path
 from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.store import Limits, Store
 from pipeline.storage import Storage
@@ -305,6 +306,50 @@ def test_a_field_that_is_a_text_and_an_object_is_refused(running):
     answer = running.http().post("/v1/videos", data={"prompt": "a", "image_reference": "x", "image_reference[k]": "y"})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "image_reference"
+
+
+def fragment(running, job, index: int) -> None:
+    running.service.storage.put(fragment_path(job.claim, index), f"{job.attempts}:{index};".encode())
+    assert running.service.store.show(job.claim, index + 1)
+
+
+def test_a_video_streams_while_it_is_made_and_a_new_attempt_goes_on_where_it_was(running):
+    store, http = running.service.store, running.http()
+    video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
+    with http.stream("GET", f"/v1/videos/{video['id']}/stream") as answer:
+        assert answer.headers["content-type"] == "video/mp4"
+        parts = answer.iter_raw()
+        [job] = store.claim(1, 60)
+        assert store.report([job.claim], 10) == {job.claim: True}
+        fragment(running, job, 0)
+        assert next(parts) == b"1:0;"
+        fragment(running, job, 1)
+        assert next(parts) == b"1:1;"
+        assert store.lose(job.claim, alone=True, max_deaths=3)
+        [job] = store.claim(1, 60)
+        for index in range(3):
+            fragment(running, job, index)
+        assert next(parts) == b"2:2;"
+        store.complete(job.claim, {"uri": "videos/a.mp4"})
+        assert list(parts) == []
+    assert http.get(f"/v1/videos/{video['id']}/stream").content == b"2:0;2:1;2:2;"
+    http.delete(f"/v1/videos/{video['id']}")
+    assert running.service.storage.list("stream") == []
+
+
+def test_a_finished_video_that_nobody_followed_streams_whole(running):
+    http = running.http()
+    video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
+    running.work()
+    assert http.get(f"/v1/videos/{video['id']}/stream").content == VIDEO
+
+
+def test_what_will_never_be_seen_does_not_stream(running):
+    http = running.http()
+    video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
+    http.post(f"/v1/videos/{video['id']}/cancel")
+    assert http.get(f"/v1/videos/{video['id']}/stream").status_code == 409
+    assert running.http("other").get(f"/v1/videos/{video['id']}/stream").status_code == 404
 
 
 def noise() -> bytes:

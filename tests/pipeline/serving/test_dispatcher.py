@@ -1,111 +1,13 @@
 """The dispatcher and the real stages, in this process: videos are made, cancelled, lost with a worker, and expire."""
 
-import asyncio
 import threading
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
-from pathlib import Path
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
 from pipeline.faults import StorageError
-from pipeline.rows import pack, unpack
-from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
-from pipeline.serving.schemas import new_video
-from pipeline.serving.store import Limits, Status, Store
-from pipeline.serving.watch import Watch
-from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
-from pipeline.storage import Storage
-from pyramid_flow import Checkpoint
+from pipeline.serving.store import Status, Store
 from tests.pipeline.mp4 import probe
-
-MODEL = ModelConfig("toy", None, "cpu", "float32", threads=1)
-QUICK = {"num_frames": 9, "num_inference_steps": 1, "video_num_inference_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def encode() -> Encode:
-    return Encode(MODEL, "nowhere", frozenset())
-
-
-class Local:
-    """The stages in this process, one batch at a time; before: called with each batch before it is sampled."""
-
-    def __init__(self, store: Store, encode: Encode, output: Path) -> None:
-        self.stages = (
-            encode,
-            Sample(MODEL, partial(Watch, store)),
-            Decode(MODEL, 1, None, 1),
-            Publish(str(output), "here"),
-        )
-        self.lock = threading.Lock()
-        self.sizes: list[int] = []
-        self.before: Callable[[list[str]], None] = lambda prompts: None
-
-    def work(self, batch):
-        with self.lock:
-            self.sizes.append(len(batch))
-            self.before([item.request.prompt for item in batch.items])
-            for stage in self.stages:
-                batch = unpack(pack(stage(batch)))
-            return batch
-
-    async def render(self, batch):
-        return await asyncio.to_thread(self.work, batch)
-
-    async def capacity(self):
-        return 1
-
-
-class Farm:
-    """A table, a place for files, the stages and a dispatcher."""
-
-    def __init__(self, folder: Path, encode: Encode) -> None:
-        self.store = Store(f"sqlite:///{folder}/videos.db", limits=Limits(), retention_s=1000)
-        self.storage = Storage(str(folder / "out"))
-        self.local = Local(self.store, encode, folder / "out")
-        self.preset = Checkpoint.open("toy").preset
-        settings = DispatchSettings(batch_size=3, lease_s=3, poll_s=0.02, expire_s=0.1)
-        self.dispatcher = Dispatcher(self.store, self.storage, self.local, settings)
-
-    def ask(self, prompt: str, **fields: object) -> str:
-        video = new_video({"prompt": prompt, **QUICK, **fields}, None, self.preset, "toy")
-        return self.store.add(video.job(self.preset, owner="me", model="toy", created_at=self.store.clock())).id
-
-    def job(self, video_id: str):
-        return self.store.get(video_id, "me")
-
-    def run(self, until: Callable[[], bool]) -> None:
-        """Dispatch until something has happened."""
-
-        async def both() -> None:
-            task = asyncio.create_task(self.dispatcher.run())
-            async with asyncio.timeout(60):
-                while not until():
-                    assert not task.done(), task.exception()
-                    await asyncio.sleep(0.02)
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-
-        asyncio.run(both())
-
-    def run_all(self) -> None:
-        """Dispatch until nothing waits or is made."""
-        self.run(lambda: not self.dispatcher.running and not self.going_on())
-
-    def going_on(self) -> int:
-        counts = self.store.counts()
-        return counts[Status.QUEUED] + counts[Status.IN_PROGRESS]
-
-
-@pytest.fixture
-def farm(tmp_path, encode):
-    farm = Farm(tmp_path, encode)
-    yield farm
-    farm.store.close()
 
 
 def test_videos_of_one_shape_are_made_together(farm):

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import pytest
+from sqlalchemy import text
 
 from pipeline.serving.database import DatabaseError
 from pipeline.serving.store import MAX_LOST_LEASES, BusyError, Claim, Job, Limits, Priority, Status, Store
@@ -123,7 +124,7 @@ def test_two_dispatchers_never_get_the_same_job(database, store):
 def test_a_finished_job_keeps_its_result_until_it_expires(store, clock):
     store.add(job(1))
     [taken] = store.claim(1, 10)
-    assert store.report([taken.claim, Claim("other", 1)], 40) == {taken.claim}
+    assert store.report([taken.claim, Claim("other", 1)], 40) == {taken.claim: False}
     assert store.get("video_001", "me").progress == 40
     assert store.complete(taken.claim, {"uri": "videos/a.mp4"})
     done = store.get("video_001", "me")
@@ -207,7 +208,7 @@ def test_cancelling_ends_a_job_and_stops_its_worker(store):
     assert store.cancel("video_001", "you") is None
     assert store.cancel("video_001", "me").status == Status.CANCELLED
     assert store.cancel("video_002", "me").status == Status.CANCELLED
-    assert store.report([taken.claim], 50) == set()
+    assert store.report([taken.claim], 50) == {}
     assert store.claim(1, 10) == []
     assert store.cancel("video_003", "me") is None
 
@@ -267,3 +268,29 @@ def test_a_job_that_was_lost_is_taken_alone(store):
     taken = store.claim(2, 10)
     assert all(store.lose(each.claim, alone=False, max_deaths=3) for each in taken)
     assert [ids(store.claim(4, 10)) for _ in range(3)] == [[0], [1], [2, 3]]
+
+
+def test_what_is_followed_and_seen_is_of_one_claim(store):
+    store.add(job(1))
+    store.follow("video_001", "you")
+    [taken] = store.claim(1, 10)
+    assert store.followed([taken.claim]) == set()
+    store.follow("video_001", "me")
+    assert store.followed([taken.claim]) == {taken.claim}
+    assert store.show(taken.claim, 2)
+    assert store.show(taken.claim, 1)
+    assert store.get("video_001", "me").fragments == 2
+    store.lose(taken.claim, alone=True, max_deaths=3)
+    assert store.followed([taken.claim]) == set()
+    assert not store.show(taken.claim, 3)
+    [again] = store.claim(1, 10)
+    assert (again.fragments, again.followed) == (0, True)
+    assert store.is_known("video_001")
+    assert not store.is_known("video_002")
+
+
+def test_a_database_of_another_version_is_refused(store, database):
+    with store.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE videos DROP COLUMN fragments"))
+    with pytest.raises(DatabaseError, match="another version"):
+        Store(database)

@@ -240,7 +240,7 @@ def test_examples_are_videos_of_the_rows_prompts(parts, table, tmp_path):
 @pytest.mark.slow
 @pytest.mark.compiler
 @pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler uses what torch deprecates
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")  # torch's
 def test_compiled_blocks_train_the_same_weights(parts, table, tmp_path):
     tasks = [SOURCE(), SOURCE()]
     tasks[1].model.load_state_dict(tasks[0].model.state_dict())

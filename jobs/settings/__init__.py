@@ -1,0 +1,23 @@
+"""Settings of the jobs, one module per kind of job; nothing else reads the environment."""
+
+from jobs.settings.base import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, parse
+from jobs.settings.render import CompactSettings, DemoSettings, RenderSettings, StatusSettings
+from jobs.settings.serve import ServeSettings, webhook_secret
+from jobs.settings.training import EncodeSettings, PhaseSettings, TrainSettings, WorldSettings
+
+__all__ = [
+    "EXIT_BROKEN",
+    "EXIT_INTERRUPTED",
+    "EXIT_WRONG_JOB",
+    "CompactSettings",
+    "DemoSettings",
+    "EncodeSettings",
+    "PhaseSettings",
+    "RenderSettings",
+    "ServeSettings",
+    "StatusSettings",
+    "TrainSettings",
+    "WorldSettings",
+    "parse",
+    "webhook_secret",
+]

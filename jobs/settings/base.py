@@ -1,0 +1,120 @@
+"""What all settings share: a YAML file and flags become one validated, frozen value."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic_settings
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
+
+EXIT_BROKEN, EXIT_WRONG_JOB, EXIT_INTERRUPTED = 1, 2, 130
+OWN_CLUSTER = "local"
+MODEL = 'checkpoint folder in the published layout, or "toy" for the bundled model'
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class SettingsError(Exception):
+    """The job is wrong; said in one message before anything is loaded."""
+
+
+class JobSettings(BaseSettings):
+    """Base of all settings: flags win over the YAML file, and unknown names are errors."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_enforce_required=False,
+        cli_exit_on_error=False,
+    )
+
+    config: Path | None = Field(None, description="YAML file with any of these settings; flags win over it")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take no setting from a variable of its name: a stray HEIGHT or MODEL must not change a job."""
+        return (init_settings,)
+
+
+class ClusterSettings(JobSettings):
+    """Base of the settings of jobs that run on Ray."""
+
+    address: str = Field(
+        default_factory=lambda: os.environ.get("RAY_ADDRESS") or OWN_CLUSTER,
+        description='a running Ray cluster, such as "auto", or "local" for one of its own (default: RAY_ADDRESS, '
+        "which is set in a submitted job, else local)",
+    )
+
+    @property
+    def own_cluster(self) -> bool:
+        """Whether the job starts a Ray cluster of its own on this machine."""
+        return self.address == OWN_CLUSTER
+
+
+Settings = TypeVar("Settings", bound=JobSettings)
+
+
+def parse(cls: type[Settings], argv: Sequence[str]) -> Settings:
+    """Parse flags over the YAML file that --config names; on a wrong setting print one message and exit with 2."""
+    try:
+        values = _yaml_values(_config_path(argv))
+        _check_names(cls, values)
+        return CliApp.run(cls, cli_args=list(argv), **values)
+    except (ValidationError, SettingsError, pydantic_settings.SettingsError) as error:
+        print(f"{cls.model_config.get('cli_prog_name')}: {_message(error)}", file=sys.stderr)
+        raise SystemExit(EXIT_WRONG_JOB) from error
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        path: str | None = parser.parse_known_args(argv)[0].config
+    except argparse.ArgumentError as error:
+        raise SettingsError(str(error)) from error
+    return path
+
+
+def _yaml_values(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise SettingsError(f"config {path} is not a mapping of settings")
+    return values
+
+
+def _check_names(cls: type[JobSettings], values: dict[str, Any]) -> None:
+    unknown = sorted(set(values) - set(cls.model_fields))
+    if unknown:
+        raise SettingsError(f"config has no setting {unknown[0]!r}; there are: {', '.join(cls.model_fields)}")
+
+
+def _message(error: ValidationError | SettingsError | pydantic_settings.SettingsError) -> str:
+    """Say in one line what is wrong first."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).removeprefix("error parsing CLI: ").split())
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+    if first["type"] == "missing":
+        return f"--{name} is missing (see --help)"
+    return f"{name} {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,163 @@
+"""Settings of the jobs that render, and of those that look after what was rendered."""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
+
+from jobs.settings.base import MODEL, ClusterSettings, Count, JobSettings
+from pipeline.fetch import host_name
+from pipeline.plan import Layout
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class DemoSettings(JobSettings):
+    """Render the sample table with the bundled model on this machine's CPU: shapes that move as the prompt says."""
+
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render demo")
+
+    output: str = Field("outputs/demo", min_length=1, description="folder for videos, ledger and gallery")
+
+
+class StatusSettings(JobSettings):
+    """Say how far the jobs of an output are: rows done, rate, time left, failures by reason."""
+
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render status")
+
+    output: CliPositionalArg[str] = Field(min_length=1, description="folder or URL that render writes to")
+
+
+class CompactSettings(JobSettings):
+    """Merge the parts of an output's ledger into few, and list its orphans: files that no row names.
+
+    The ledger says the same before, meanwhile and after. Jobs may go on: parts of a run that is alive are left alone.
+
+    Exit codes: 0 done, 1 it broke midway (nothing is lost, run it again), 2 there is no ledger or it is damaged,
+    130 interrupted.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render compact")
+
+    output: CliPositionalArg[str] = Field(min_length=1, description="folder or URL that render writes to")
+    delete_orphans: bool = Field(False, description="delete the orphans that are older than 24 hours")
+
+
+class RenderSettings(ClusterSettings):
+    """Render a table of prompts to videos.
+
+    The input's columns are the fields of a request: prompt (required), id, negative_prompt, image (bytes or a URI),
+    height, width, num_frames, fps, num_inference_steps, video_num_inference_steps, guidance_scale,
+    video_guidance_scale, seed, num_videos_per_prompt. Other columns are carried through to the ledger. Running the
+    same command again renders only what is missing.
+
+    Exit codes: 0 every row succeeded, 1 the job broke (run it again to resume), 2 the job is wrong, 3 some rows
+    failed, 130 or 143 interrupted.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render render")
+
+    input: list[str] = Field(
+        min_length=1, description=".parquet, .csv, .jsonl files or folders, local or URLs; may be repeated"
+    )
+    output: str = Field(min_length=1, description="folder or URL (s3://, gs://, ...) for videos, ledger and gallery")
+    model: str = Field(min_length=1, description=MODEL)
+    variant: str | None = Field(None, description='"384p", "768p", "image" or a folder name, if there are several')
+    image_root: str | None = Field(None, description="image URIs must lie below it (default: the input's folder)")
+    allow_image_host: list[str] = Field([], description="fetch http(s) images from this host; may be repeated")
+    shard: str | None = Field(None, description="i/n: render the i-th of n parts of the input, n jobs share one output")
+    allow_untrained: bool = Field(False, description="accept sizes and lengths the model was not trained for")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is a GPU")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = float32 on cpu, else bfloat16")
+    gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs to plan for (default: those there are)")
+    layout: Layout = Field(
+        "auto",
+        description="staged: workers that encode, others that sample and decode side by side, others that publish; "
+        "fused: workers that do it all in turn; auto: fused without GPUs",
+    )
+    batch_size: Count = Field(4, description="rows of one shape sampled together, at most")
+    encode_workers: Count | None = Field(None, description="pin the number of encode workers")
+    sample_workers: Count | None = Field(None, description="pin the number of workers that sample and decode")
+    publish_workers: Count | None = Field(None, description="pin the number of publish workers")
+    encode_gpus: Share | None = Field(None, description="pin the share of a GPU that an encode worker takes")
+    sample_gpus: Share | None = Field(None, description="pin the share of a GPU that a sample worker takes")
+    ffmpeg_threads: Count | None = Field(None, description="pin the threads of ffmpeg, which are also a worker's CPUs")
+    decode_window: Count = Field(1, description="latent frames decoded at a time")
+    tile: int | None = Field(None, ge=64, description="side of a VAE tile in pixels (default: no tiling)")
+    ledger_rows: Count = Field(1000, description="write a ledger part after this many rows")
+    ledger_seconds: Annotated[float, Field(gt=0)] = Field(30, description="or after this many seconds")
+    max_attempts: Count = Field(3, description="give a row up after its worker died this often while it ran alone")
+    row_timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="end a worker whose row takes longer than this in one stage (default: no limit)"
+    )
+    max_failures: Count = Field(20, description="end the job after so many failures in a row that are no row's fault")
+    grace_s: Annotated[float, Field(ge=0)] = Field(
+        60, description="seconds an interrupted job waits for rows in flight"
+    )
+    stall_s: Annotated[float, Field(gt=0)] = Field(
+        1800, description="end the job after so many seconds in which no worker had a row, such as for lack of GPUs"
+    )
+    retry_failed: bool = Field(False, description="render rows again that failed in an earlier run")
+    allow_failed: str = Field(
+        "0", coerce_numbers_to_str=True, description="exit 0 with up to this many failed rows: a count or a percentage"
+    )
+    calibrate: bool = Field(False, description="render two batches of each shape first, and plan by what they cost")
+    gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="price of an hour of one GPU, to print what the job is expected to cost"
+    )
+    dry_run: bool = Field(False, description="print the plan, its expected speed and cost, and stop")
+
+    @field_validator("allow_failed")
+    @classmethod
+    def _count_or_percentage(cls, value: str) -> str:
+        if not re.fullmatch(r"[0-9]+|([0-9]+(\.[0-9]*)?|\.[0-9]+)%", value):
+            raise ValueError("must be a count or a percentage, such as 10 or 5%")
+        return value
+
+    @field_validator("tile")
+    @classmethod
+    def _whole_latents(cls, value: int | None) -> int | None:
+        if value is not None and value % 32:
+            raise ValueError("must be a multiple of 32")
+        return value
+
+    @field_validator("allow_image_host")
+    @classmethod
+    def _hosts(cls, value: list[str]) -> list[str]:
+        return [host_name(host) for host in value]
+
+    @field_validator("shard")
+    @classmethod
+    def _one_of_several(cls, value: str | None) -> str | None:
+        if value is not None and not (re.fullmatch(r"[1-9][0-9]*/[1-9][0-9]*", value) and Fraction(value) <= 1):
+            raise ValueError("must be i/n with 1 <= i <= n, such as 1/4")
+        return value
+
+    @property
+    def shard_of(self) -> tuple[int, int]:
+        """The number of the part to render, from 1, and of how many."""
+        number, count = (self.shard or "1/1").split("/")
+        return int(number), int(count)
+
+    @property
+    def workers(self) -> dict[str, int]:
+        """Pinned pool sizes by the name of the first stage."""
+        return self._pinned("workers", ("encode", "sample", "publish"))
+
+    @property
+    def gpu_shares(self) -> dict[str, float]:
+        """Pinned shares of a GPU by the name of the first stage."""
+        return self._pinned("gpus", ("encode", "sample"))
+
+    def _pinned(self, what: str, pools: Sequence[str]) -> dict[str, Any]:
+        pinned = {pool: getattr(self, f"{pool}_{what}") for pool in pools}
+        return {pool: value for pool, value in pinned.items() if value is not None}
+
+    def tolerates(self, failed: int, total: int) -> bool:
+        """Tell whether so many failed rows are fine."""
+        if self.allow_failed.endswith("%"):
+            return failed <= total * float(self.allow_failed[:-1]) / 100
+        return failed <= int(self.allow_failed)

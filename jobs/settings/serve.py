@@ -1,0 +1,64 @@
+"""Settings of the service."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from jobs.settings.base import MODEL, ClusterSettings, Count
+
+
+class ServeSettings(ClusterSettings):
+    """Answer the Videos API: videos are asked for by HTTP, wait in a database, and are made by the farm's stages.
+
+    Without API keys it serves this machine only. Stop it with Ctrl-C: what is being made waits for the next start.
+
+    Exit codes: 1 it broke, 2 it cannot start as asked, 130 or 143 stopped.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render serve")
+
+    model: str = Field("toy", min_length=1, description=MODEL)
+    variant: str | None = Field(None, description="which transformer, if there are several")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is one")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = float32 on cpu, else bfloat16")
+    host: str = Field("127.0.0.1", description="address to listen at; any but this machine's own needs API keys")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen at")
+    output: str = Field("outputs/service", min_length=1, description="folder or URL for the videos")
+    database: str | None = Field(
+        None, description="postgresql://... or sqlite:///FILE (default: a file in the output folder)"
+    )
+    api_keys: str | None = Field(
+        default_factory=lambda: os.environ.get("PYRAMID_RENDER_API_KEYS"),
+        description="NAME:SHA256,... of the keys that are good (default: PYRAMID_RENDER_API_KEYS)",
+    )
+    keys_file: Path | None = Field(None, description="file with a line NAME:SHA256 per key")
+    webhook_url: str | None = Field(
+        None, description="is told the end of each video, signed with the secret in PYRAMID_RENDER_WEBHOOK_SECRET"
+    )
+    new_key: str | None = Field(None, description="make a key for a name, print it and its line, and end")
+    auth: bool = Field(True, description="ask for API keys, if there are some; without it on 127.0.0.1 only")
+    print_config: bool = Field(False, description="print the file for `serve deploy`, and end")
+    sample_replicas: Count = Field(1, description="workers that sample, at most")
+    min_sample_replicas: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="as few when nothing waits, 0 = none (default: as many as at most)"
+    )
+    encode_replicas: Count = Field(1, description="workers that encode prompts and images")
+    decode_replicas: Count = Field(1, description="workers that decode videos")
+    encode_gpus: Annotated[float, Field(ge=0)] = Field(0.1, description="share of a GPU of each")
+    sample_gpus: Annotated[float, Field(ge=0)] = Field(0.6, description="share of a GPU of each")
+    decode_gpus: Annotated[float, Field(ge=0)] = Field(0.3, description="share of a GPU of each")
+    threads: Count = Field(1, description="CPU threads of each worker")
+    batch_size: Count = Field(4, description="videos of one shape that are sampled together, at most")
+    max_queued: Count = Field(1000, description="videos that may wait; more are answered 429")
+    max_unfinished: Count = Field(100, description="unfinished videos of one key")
+    max_per_minute: Count = Field(60, description="videos that one key may ask for in a minute")
+    max_attempts: Count = Field(3, description="lost workers after which a video fails")
+    retention_h: Annotated[float, Field(gt=0)] = Field(24.0, description="hours that a finished video is kept")
+
+
+def webhook_secret() -> str | None:
+    """Return what webhooks are signed with: a secret has no flag, which others could read."""
+    return os.environ.get("PYRAMID_RENDER_WEBHOOK_SECRET")

@@ -1,0 +1,167 @@
+"""The video while it is made: finished units go from the sampler to a decoder, which stores them as fragments."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+
+import torch
+from torch import Tensor
+
+from pipeline.fragments import encode_fragment, join_fragments
+from pipeline.request import sampling_params
+from pipeline.rows import Item, as_tensor
+from pipeline.serving.files import fragment_path, fragments_folder
+from pipeline.serving.store import Claim, Store
+from pipeline.stages import Decode, ModelConfig
+from pipeline.stages.decode import THUMBNAIL, VIDEO
+from pipeline.storage import Storage
+from pipeline.video import ThumbnailStrip
+from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.pixels import as_uint8
+from pyramid_flow.vae import VAEState
+
+logger = logging.getLogger(__name__)
+
+MAX_LIVE = 8
+"""Videos whose state a decoder keeps between their units; the one that was longest without any goes first."""
+
+Show = Callable[[Item, int], int]
+"""Is given an item whose latents begin with unit number so-and-so; returns the number of the unit to send next."""
+
+
+class ClaimLostError(PyramidFlowError):
+    """Nobody waits for what is being shown any more."""
+
+
+class Relay:
+    """Hands the finished units of a batch to a decoder beside the sampler, which does not wait.
+
+    A decoder that has lost what it had, or is another one, wants unit 0 next, and is given all of them again. What is
+    not shown costs the video nothing.
+    """
+
+    def __init__(self, show: Show, executor: Executor) -> None:
+        self.show, self.executor = show, executor
+        self.units: dict[str, list[Tensor]] = {}
+        self.next: dict[str, int] = {}
+
+    def __call__(self, item: Item, units: Sequence[Tensor]) -> None:
+        """Hand on further units [1,16,1,h,w] of a row."""
+        self.units.setdefault(item.row.id, []).extend(unit.cpu() for unit in units)
+        self.executor.submit(self._send, item)
+
+    def _send(self, item: Item) -> None:
+        units, start = list(self.units[item.row.id]), self.next.get(item.row.id, 0)
+        if start >= len(units):
+            return  # they went with those of an earlier call
+        try:
+            wanted = self.show(_with_units(item, units[start:]), start)
+            if wanted < start:
+                wanted = self.show(_with_units(item, units), 0)
+            self.next[item.row.id] = wanted
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next unit may do better
+            logger.warning("not shown: %s", error, extra={"videos": [item.row.position]})
+
+
+def _with_units(item: Item, units: Sequence[Tensor]) -> Item:
+    return Item(item.row, {"latents": torch.cat(list(units), dim=2)})
+
+
+class LiveVideo:
+    """One video in the decoder: its fragments so far, and what its next unit needs of those before."""
+
+    def __init__(self, item: Item, decode: "LiveDecode") -> None:
+        self.request, self.claim, self.decode = item.request, Claim.of_row(item.row.id), decode
+        self.strip = ThumbnailStrip(self.request.num_frames)
+        self.fragments: list[bytes] = []
+        self.num_frames = 0
+        self._state: VAEState | None = None
+
+    @torch.no_grad()
+    def add(self, latents: Tensor) -> None:
+        """Decode and store the next units, normalised [1,16,n,h,w], each as one fragment.
+
+        Raises ClaimLostError if nobody waits for them any more.
+        """
+        for unit in latents.split(1, dim=2):
+            index = len(self.fragments)
+            raw = self.decode.statistics.denormalize(unit.float(), index)
+            pixels, self._state = self.decode.vae.decode_chunk(raw, self._state, tile=self.decode.tile)
+            frames = as_uint8(pixels)[0].cpu().numpy()
+            threads = self.decode.encoder_threads
+            fragment = encode_fragment(frames, index, self.num_frames, self.request.fps, threads=threads)
+            self.decode.storage.put(fragment_path(self.claim, index), fragment)
+            self.fragments.append(fragment)
+            self.num_frames += len(frames)
+            self.strip.add(frames)
+            if not self.decode.store.show(self.claim, len(self.fragments)):
+                self._forget()
+                raise ClaimLostError(f"{self.claim.id} is not waited for any more")
+
+    def files(self) -> dict[str, Tensor]:
+        """Return the finished files of a video whose units are all here."""
+        video = join_fragments(self.fragments, self.decode.tags(self.request))
+        return {VIDEO: as_tensor(video), THUMBNAIL: as_tensor(self.strip.webp())}
+
+    def _forget(self) -> None:
+        """Leave nothing behind of a video that was deleted meanwhile."""
+        if not self.decode.store.is_known(self.claim.id):
+            for path in self.decode.storage.list(fragments_folder(self.claim.id)):
+                self.decode.storage.delete(path)
+
+
+class LiveDecode(Decode):
+    """Decodes followed videos unit by unit, most of them before the sampler has made all; the others as ever."""
+
+    def __init__(
+        self, model: ModelConfig, window: int, tile: int | None, encoder_threads: int, database: str, output: str
+    ) -> None:
+        super().__init__(model, window, tile, encoder_threads)
+        self.store, self.storage = Store(database), Storage(output)
+        self.videos: OrderedDict[str, LiveVideo] = OrderedDict()
+
+    def show(self, item: Item, start: int) -> int:
+        """Decode units of a video from number `start`; returns the number of the one that is wanted next.
+
+        That is 0 if those before `start` are not known here, and beyond the last for a video that cannot be shown.
+        """
+        if start and item.row.id not in self.videos:
+            return 0
+        video = self._video(item)
+        try:
+            video.add(item.tensors["latents"][:, :, len(video.fragments) - start :])
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is decoded once more at its end, where a fault is its own
+            logger.warning("%s is not shown: %s", item.row.id, error)
+            self.videos.pop(item.row.id)
+            return sampling_params([item.request]).num_units
+        return len(video.fragments)
+
+    def process(self, items: Sequence[Item]) -> list[Item]:
+        """Decode what is left of the rows, one after another."""
+        followed = {claim.row_id for claim in self.store.followed([Claim.of_row(item.row.id) for item in items])}
+        return [self._finished(item) if item.row.id in followed else self._decoded(item, self.tile) for item in items]
+
+    def _video(self, item: Item) -> LiveVideo:
+        video = self.videos.setdefault(item.row.id, LiveVideo(item, self))
+        self.videos.move_to_end(item.row.id)
+        while len(self.videos) > MAX_LIVE:
+            self.videos.popitem(last=False)
+        return video
+
+    def _finished(self, item: Item) -> Item:
+        video = self._video(item)
+        try:
+            video.add(item.tensors["latents"][:, :, len(video.fragments) :])
+        except ClaimLostError:
+            return item.with_tensors({}, skipped=True)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - another way may do
+            logger.warning("%s is not shown to its end: %s", item.row.id, error)
+            return self._decoded(item, self.tile)
+        finally:
+            self.videos.pop(item.row.id)
+        return item.with_tensors(video.files(), frames=video.num_frames, tiling=self.tile)

@@ -1,0 +1,60 @@
+"""Fragments play one after another, as far as they have come; joined they are the video, with the same pictures."""
+
+import numpy as np
+import pytest
+
+from pipeline.fragments import encode_fragment, join_fragments
+from pipeline.video import VideoError
+from tests.pipeline.mp4 import probe, read_frames, read_tags
+from tests.pipeline.test_video import boxes, moving_gradient
+
+LENGTHS = (1, 8, 8, 8)
+FRAMES = moving_gradient(sum(LENGTHS))
+
+
+def fragments(fps=24):
+    starts = np.cumsum((0, *LENGTHS))
+    return [
+        encode_fragment(FRAMES[start : start + count], index, int(start), fps)
+        for index, (start, count) in enumerate(zip(starts, LENGTHS, strict=False))
+    ]
+
+
+@pytest.mark.parametrize("fps", [7, 24, 30])
+def test_fragments_in_order_are_a_video_at_every_moment(tmp_path, fps):
+    made = fragments(fps)
+    for count in range(1, len(made) + 1):
+        path = tmp_path / f"{count}.mp4"
+        path.write_bytes(b"".join(made[:count]))
+        expected = FRAMES[: sum(LENGTHS[:count])]
+        back = read_frames(path)
+        assert back.shape == expected.shape
+        assert np.abs(back.astype(int) - expected).mean() < 2
+    assert probe(path).fps == fps
+
+
+def test_only_the_first_fragment_has_a_head():
+    made = fragments()
+    assert boxes(made[0]) == ["ftyp", "moov", "moof", "mdat"]
+    assert [boxes(fragment) for fragment in made[1:]] == [["moof", "mdat"]] * 3
+
+
+def test_equal_frames_give_equal_fragments():
+    assert fragments() == fragments()
+
+
+def test_joined_fragments_have_the_same_pictures_and_tags(tmp_path):
+    made = fragments()
+    whole, joined = tmp_path / "whole.mp4", tmp_path / "joined.mp4"
+    whole.write_bytes(b"".join(made))
+    joined.write_bytes(join_fragments(made, {"prompt": "a fox"}))
+    np.testing.assert_array_equal(read_frames(joined), read_frames(whole))
+    assert read_tags(joined)["prompt"] == "a fox"
+    names = boxes(joined.read_bytes())
+    assert names.index("moov") < names.index("mdat")
+    assert "moof" not in names
+
+
+def test_what_is_no_video_cannot_be_joined():
+    with pytest.raises(VideoError, match="ffmpeg failed"):
+        join_fragments([b"nonsense"], {})
