@@ -1,14 +1,16 @@
 """The service as an application of Ray Serve: interface, dispatcher and stages, each with replicas of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from pipeline.logs import log_as_json
 from pipeline.plan import StageSpec
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.dispatcher import DispatchSettings
@@ -25,6 +27,8 @@ STAGES = ("encode", "sample", "decode", "publish")
 UPSCALE_S = 5.0
 """How long more must wait than the samplers work on until there is another one."""
 
+OWN_LOG = {"enable_access_log": False}
+"""Of the interface, which logs its requests itself."""
 NO_FOLDER = "/nonexistent"
 """Below which no image lies: pictures come with their requests."""
 
@@ -68,13 +72,42 @@ class ServiceConfig(BaseModel):
         return Limits(self.max_queued, self.max_unfinished, self.max_per_minute)
 
 
-def build(config: ServiceConfig, webhook_secret: str | None = None) -> Application:
-    """Return the application, for `serve.run`; webhook_secret: messages to the webhook are signed with it.
+def build(
+    config: ServiceConfig, webhook_secret: str | None = None, stages: Mapping[str, StageSpec] | None = None
+) -> Application:
+    """Return the application, for `serve.run`.
 
-    Raises ValueError if there is a webhook and no secret.
+    webhook_secret: messages to the webhook are signed with it; stages: others in place of all of the model's, by
+    name. Raises ValueError if there is a webhook and no secret.
     """
     if config.webhook_url and not webhook_secret:
         raise ValueError("a webhook needs a secret to sign its messages with")
+    replicas = _model_stages(config)
+    for name, spec in (stages or {}).items():
+        replicas[name] = _stage(config, name, StageReplica).bind(spec, config.render_s)
+    dispatcher = _deployment(DispatcherReplica, "dispatcher", graceful_shutdown_timeout_s=30).bind(
+        config.database,
+        config.retention_s,
+        config.output,
+        DispatchSettings(config.batch_size, config.max_attempts),
+        Webhook(config.webhook_url, webhook_secret) if config.webhook_url and webhook_secret else None,
+        replicas,
+    )
+
+    def interface() -> FastAPI:
+        log_as_json(deployment="api")
+        return create_app(_service(config))
+
+    ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000, logging_config=OWN_LOG)
+    application: Application = ingress.bind(dispatcher)
+    return application
+
+
+def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
+    return serve.deployment(replica, name=name, ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus}, **options)
+
+
+def _model_stages(config: ServiceConfig) -> dict[str, Application]:
     model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
     places = {"database": config.database, "output": config.output}
     frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
@@ -87,26 +120,7 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
         "publish": _stage(config, "publish", StageReplica).bind(publish, config.render_s),
     }
     sample = _stage(config, "sample", SampleReplica)
-    stages["sample"] = sample.bind(model, config.database, stages["decode"], config.render_s)
-    dispatcher = _deployment(DispatcherReplica, "dispatcher", graceful_shutdown_timeout_s=30).bind(
-        config.database,
-        config.retention_s,
-        config.output,
-        DispatchSettings(config.batch_size, config.max_attempts),
-        Webhook(config.webhook_url, webhook_secret) if config.webhook_url and webhook_secret else None,
-        stages,
-    )
-
-    def interface() -> FastAPI:
-        return create_app(_service(config))
-
-    ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000)
-    application: Application = ingress.bind(dispatcher)
-    return application
-
-
-def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
-    return serve.deployment(replica, name=name, ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus}, **options)
+    return stages | {"sample": sample.bind(model, config.database, stages["decode"], config.render_s)}
 
 
 def _stage(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401 - as Serve's
@@ -146,4 +160,11 @@ def _service(config: ServiceConfig) -> Service:
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
         keys=None if config.keys is None else Keys(config.keys),
+        nodes=_metrics_urls,
+        names_requests=False,  # Serve's proxy does
     )
+
+
+def _metrics_urls() -> Sequence[str]:
+    nodes = (node for node in ray.nodes() if node["Alive"])
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]

@@ -45,6 +45,21 @@ class APIError(PyramidFlowError):
         return {"error": {"code": self.code, "message": self.message, "param": self.param, "type": kind}}
 
 
+class ErrorDetail(BaseModel):
+    """What is said of an error."""
+
+    code: str
+    message: str
+    param: str | None
+    type: Literal["invalid_request_error", "server_error"]
+
+
+class ErrorBody(BaseModel):
+    """The body of an answer that is an error."""
+
+    error: ErrorDetail
+
+
 class VideoError(BaseModel):
     """Why a video failed."""
 
@@ -257,6 +272,8 @@ def _length(fields: Mapping[str, Any], preset: Preset) -> dict[str, int]:
 
 def _image(fields: Mapping[str, Any], upload: bytes | None) -> dict[str, bytes]:
     """Return the picture that a video starts from, which is decoded to see that it is one."""
+    if "input_reference" in fields:
+        raise invalid("input_reference is not a file", "input_reference")
     reference = fields.get("image_reference")
     if reference is not None and upload is not None:
         raise invalid("image_reference is given together with input_reference", "image_reference")
