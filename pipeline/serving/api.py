@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from pipeline.images import ImageRoot
 from pipeline.request import hash_of
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
@@ -26,6 +27,7 @@ from pipeline.serving.keys import Keys
 from pipeline.serving.middleware import BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
 from pipeline.serving.openapi import POLLED, description, errors, file
 from pipeline.serving.schemas import (
+    NO_IMAGES,
     APIError,
     Deleted,
     Model,
@@ -59,8 +61,9 @@ LOCAL_OWNER = "local"
 class Service:
     """What the interface stands on.
 
-    keys: who may ask; None = everyone, which is for one's own machine only. nodes: returns the URLs of the nodes'
-    metrics; names_requests: whether an answer tells the request's id, unless a proxy does.
+    keys: who may ask; None = everyone, which is for one's own machine only. images: what pictures may be fetched;
+    nodes: returns the URLs of the nodes' metrics; names_requests: whether an answer tells the request's id, unless a
+    proxy does.
     """
 
     store: Store
@@ -69,6 +72,7 @@ class Service:
     model: str
     fingerprint: str
     keys: Keys | None
+    images: ImageRoot = NO_IMAGES
     nodes: Callable[[], Sequence[str]] = tuple
     names_requests: bool = True
 
@@ -191,7 +195,7 @@ def _create(
     headers: Mapping[str, str],
     response: Response,
 ) -> Video:
-    video = new_video(fields, upload, service.preset, service.model)
+    video = new_video(fields, upload, service.preset, service.model, service.images)
     content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
     return _shown(service, _add(service, owner, video, content, headers), response)
 

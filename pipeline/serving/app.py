@@ -1,6 +1,7 @@
 """The service as an application of Ray Serve: interface, dispatcher and stages, each with replicas of its own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from pipeline.serving.api import Service, create_app
 from pipeline.serving.dispatcher import DispatchSettings
 from pipeline.serving.keys import Keys
 from pipeline.serving.live import LiveDecode
+from pipeline.serving.schemas import NO_IMAGES
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.webhooks import Webhook
 from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
@@ -29,16 +31,15 @@ UPSCALE_S = 5.0
 
 OWN_LOG = {"enable_access_log": False}
 """Of the interface, which logs its requests itself."""
-NO_FOLDER = "/nonexistent"
-"""Below which no image lies: pictures come with their requests."""
 
 
 class ServiceConfig(BaseModel):
     """What a service is made of; plain values, so that it can be written into a config file of Serve's.
 
-    keys: names by the hashes of API keys, None = no keys are asked for; replicas: of each stage, the sampler's at most,
-    if `min_samplers` is fewer: so few again after `scale_down_s` seconds without work; gpus: of a replica of each
-    stage. render_s: the longest that a batch may take; webhook_url: is told the end of each video.
+    keys: names by the hashes of API keys, None = no keys are asked for; image_hosts: from which pictures are fetched;
+    replicas: of each stage, the sampler's at most, if `min_samplers` is fewer: so few again after `scale_down_s`
+    seconds without work; gpus: of a replica of each stage. render_s: the longest that a batch may take; webhook_url: is
+    told the end of each video.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +51,7 @@ class ServiceConfig(BaseModel):
     database: str
     output: str
     keys: dict[str, str] | None = None
+    image_hosts: tuple[str, ...] = ()
     replicas: dict[str, int] = dict.fromkeys(STAGES, 1)
     min_samplers: int | None = None
     scale_down_s: float = 600.0
@@ -111,7 +113,7 @@ def _model_stages(config: ServiceConfig) -> dict[str, Application]:
     model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
     places = {"database": config.database, "output": config.output}
     frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
-    encode = StageSpec(Encode, {"model": model, "image_root": NO_FOLDER, "image_hosts": frozenset()})
+    encode = StageSpec(Encode, {"model": model, "image_root": NO_IMAGES.url, "image_hosts": frozenset()})
     decode = StageSpec(LiveDecode, {"model": model} | frames | places)
     publish = StageSpec(Publish, {"output": config.output, "node": "serve"})
     stages = {
@@ -159,6 +161,7 @@ def _service(config: ServiceConfig) -> Service:
         preset=checkpoint.preset,
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
+        images=replace(NO_IMAGES, allowed_hosts=frozenset(config.image_hosts)),
         keys=None if config.keys is None else Keys(config.keys),
         nodes=_metrics_urls,
         names_requests=False,  # Serve's proxy does

@@ -65,7 +65,10 @@ def _fields(preset: Preset, model: str) -> Schema:
         "size": {"description": "WIDTHxHEIGHT, instead of both", "enum": sizes},
         "num_frames": {"enum": lengths},
         "seconds": {"description": "The nearest number of frames, instead of it", "type": ["number", "string"]},
-        "image_reference": {"description": "A picture as a data: URL", "type": ["string", "object"]},
+        "image_reference": {
+            "description": "A picture's URL: data:, or of an allowed host",
+            "type": ["string", "object"],
+        },
         "priority": {"enum": list(PRIORITIES)},
         "num_videos_per_prompt": {"enum": [1]},
     }
