@@ -403,6 +403,7 @@ def test_without_keys_only_this_machines_own_pages_may_ask(running):
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         assert client.get("/v1/videos").status_code == 200
         assert client.get("/v1/videos", headers={"Host": "evil.example"}).status_code == 400
+        assert client.get("/metrics", headers={"Host": "evil.example"}).status_code == 400
         assert client.get("/v1/videos", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
         assert client.get("/v1/videos", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
 
