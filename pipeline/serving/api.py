@@ -3,12 +3,12 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import ValidationError
@@ -20,10 +20,12 @@ from pipeline.request import hash_of
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
 from pipeline.serving.keys import Keys
+from pipeline.serving.links import Links
 from pipeline.serving.middleware import BodyLimit, OwnPagesOnly, SecurityHeaders
 from pipeline.serving.schemas import (
     APIError,
     Deleted,
+    FileLinks,
     Model,
     ModelList,
     NewVideo,
@@ -40,13 +42,17 @@ from pyramid_flow import Preset
 REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
 EVENT_POLL_S, STREAM_POLL_S = 0.3, 0.1
+PAGE = "page/"
 LOCAL_OWNER = "local"
 """Owner of all videos when no keys are asked for."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the interface stands on. keys: who may ask; None = everyone, which is for one's own machine only."""
+    """What the interface stands on.
+
+    keys: who may ask; None = everyone, which is for one's own machine only. links: signs those to files.
+    """
 
     store: Store
     storage: Storage
@@ -54,6 +60,7 @@ class Service:
     model: str
     fingerprint: str
     keys: Keys | None
+    links: Links = field(default_factory=Links)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -105,10 +112,11 @@ def _service(request: Request) -> Service:
     return service
 
 
-async def _owner(
-    service: Annotated[Service, Depends(_service)],
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-) -> str:
+Served = Annotated[Service, Depends(_service)]
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+def _owner(service: Served, credentials: Credentials) -> str:
     """Return who asks."""
     if service.keys is None:
         return LOCAL_OWNER
@@ -118,7 +126,6 @@ async def _owner(
     return owner
 
 
-Served = Annotated[Service, Depends(_service)]
 Owner = Annotated[str, Depends(_owner)]
 
 
@@ -127,10 +134,35 @@ def _own(video_id: str, service: Served, owner: Owner) -> Job:
     return _found(service.store.get(video_id, owner), video_id)
 
 
+def _readable(
+    request: Request,
+    video_id: str,
+    service: Served,
+    credentials: Credentials,
+    variant: str | None = None,
+    expires: int = 0,
+    signature: str | None = None,
+) -> Job:
+    """Return the video whose file a path names, for its owner and for whoever has a signed link to the file."""
+    if signature is None:
+        return _own(video_id, service, _owner(service, credentials))
+    path = _path(video_id, request.url.path.rpartition("/")[2])
+    if not service.links.is_good(path, variant, expires, signature, service.store.clock()):
+        raise APIError(403, "link_not_valid", "the link is over, or not one of this service")
+    return _found(service.store.get(video_id), video_id)
+
+
 Own = Annotated[Job, Depends(_own)]
+Readable = Annotated[Job, Depends(_readable)]
 
 _health = APIRouter()
 _videos = APIRouter(prefix="/v1", responses={401: {}, 404: {}, 429: {}})
+
+
+@_health.get("/", response_class=RedirectResponse)
+async def start() -> str:
+    """Lead people to the page."""
+    return PAGE
 
 
 @_health.get("/health")
@@ -148,7 +180,7 @@ def ready(service: Served) -> dict[str, int]:
 @_videos.get("/models")
 async def models(service: Served, _owner: Owner) -> ModelList:
     """List the model."""
-    return ModelList(data=[Model(id=service.model, fingerprint=service.fingerprint)])
+    return ModelList(data=[Model.of(service.preset, id=service.model, fingerprint=service.fingerprint)])
 
 
 @_videos.post("/videos")
@@ -237,8 +269,17 @@ def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], 
     return _shown(service, again, response)
 
 
+@_videos.post("/videos/{video_id}/links")
+def links(job: Own, service: Served) -> FileLinks:
+    """Sign links to a video's files, which work without a key for some minutes."""
+    now = service.store.clock()
+    content, stream = _path(job.id, "content"), _path(job.id, "stream")
+    variants = {name: service.links.signed(content, name, now) for name in ("video", "thumbnail", "spritesheet")}
+    return FileLinks(stream=service.links.signed(stream, None, now), **variants)
+
+
 @_videos.get("/videos/{video_id}/content", response_class=FileResponse)
-def content(job: Own, service: Served, variant: Literal["video", "thumbnail", "spritesheet"] = "video") -> Response:
+def content(job: Readable, service: Served, variant: Literal["video", "thumbnail", "spritesheet"] = "video") -> Response:
     """Send a finished video, its first frame, or a strip of frames."""
     if job.result is None:
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
@@ -329,6 +370,10 @@ def _add(
         if added.content != content:
             raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
     return added
+
+
+def _path(video_id: str, name: str) -> str:
+    return f"/v1/videos/{video_id}/{name}"
 
 
 def _found(job: Job | None, video_id: str) -> Job:

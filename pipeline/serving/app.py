@@ -13,6 +13,7 @@ from pipeline.plan import StageSpec
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.dispatcher import DispatchSettings
 from pipeline.serving.keys import Keys
+from pipeline.serving.links import Links
 from pipeline.serving.live import LiveDecode
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.webhooks import Webhook
@@ -97,8 +98,10 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
         stages,
     )
 
+    links = Links()  # drawn once, for all replicas
+
     def interface() -> FastAPI:
-        return create_app(_service(config))
+        return create_app(_service(config, links))
 
     ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000)
     application: Application = ingress.bind(dispatcher)
@@ -137,7 +140,7 @@ def _size(config: ServiceConfig, name: str) -> Mapping[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def _service(config: ServiceConfig) -> Service:
+def _service(config: ServiceConfig, links: Links) -> Service:
     checkpoint = Checkpoint.open(config.model, config.variant)
     return Service(
         store=Store(config.database, limits=config.limits, retention_s=config.retention_s),
@@ -146,4 +149,5 @@ def _service(config: ServiceConfig) -> Service:
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
         keys=None if config.keys is None else Keys(config.keys),
+        links=links,
     )
