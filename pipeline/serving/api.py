@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +21,7 @@ from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
 from pipeline.serving.keys import Keys
 from pipeline.serving.links import Links
-from pipeline.serving.middleware import BodyLimit, OwnPagesOnly, SecurityHeaders
+from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, SecurityHeaders
 from pipeline.serving.schemas import (
     APIError,
     Deleted,
@@ -43,6 +43,7 @@ REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
 EVENT_POLL_S, STREAM_POLL_S = 0.3, 0.1
 PAGE = "page/"
+Variant = Literal["video", "thumbnail", "spritesheet"]
 LOCAL_OWNER = "local"
 """Owner of all videos when no keys are asked for."""
 
@@ -72,7 +73,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(SecurityHeaders)
     if service.keys is None:  # else any page in the user's browser could ask
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
         app.add_middleware(OwnPagesOnly)
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
@@ -274,12 +275,14 @@ def links(job: Own, service: Served) -> FileLinks:
     """Sign links to a video's files, which work without a key for some minutes."""
     now = service.store.clock()
     content, stream = _path(job.id, "content"), _path(job.id, "stream")
-    variants = {name: service.links.signed(content, name, now) for name in ("video", "thumbnail", "spritesheet")}
+    variants = {name: service.links.signed(content, name, now) for name in get_args(Variant)}
     return FileLinks(stream=service.links.signed(stream, None, now), **variants)
 
 
 @_videos.get("/videos/{video_id}/content", response_class=FileResponse)
-def content(job: Readable, service: Served, variant: Literal["video", "thumbnail", "spritesheet"] = "video") -> Response:
+def content(
+    job: Readable, service: Served, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+) -> Response:
     """Send a finished video, its first frame, or a strip of frames."""
     if job.result is None:
         raise APIError(409, "video_not_completed", f"the video is {job.status}")

@@ -141,7 +141,7 @@ class FileLinks(BaseModel):
 
 
 class Model(BaseModel):
-    """The model that is served: its trained sizes (WIDTHxHEIGHT) and greatest length, and what a request gets by itself.
+    """The model that is served: its trained sizes (WIDTHxHEIGHT) and greatest length, and its own settings.
 
     The first size and `max_num_frames` are the defaults of a request.
     """
