@@ -69,6 +69,15 @@ class ServiceConfig(BaseModel):
         return Limits(self.max_queued, self.max_unfinished, self.max_per_minute)
 
 
+class PageConfig(BaseModel):
+    """Where the page finds the API, and whether that asks for keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    api_url: str
+    asks_keys: bool
+
+
 def build(config: ServiceConfig, webhook_secret: str | None = None) -> Application:
     """Return the application, for `serve.run`; webhook_secret: messages to the webhook are signed with it.
 
@@ -105,6 +114,18 @@ def build(config: ServiceConfig, webhook_secret: str | None = None) -> Applicati
 
     ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000)
     application: Application = ingress.bind(dispatcher)
+    return application
+
+
+def build_page(config: PageConfig) -> Application:
+    """Return the page's application, for `serve.run` below a prefix; its one replica knows all visitors."""
+
+    def interface() -> FastAPI:
+        from pipeline.serving.page import create_page  # here, so that nothing else loads Gradio
+
+        return create_page(config.api_url, asks_keys=config.asks_keys)
+
+    application: Application = _deployment(serve.ingress(interface)(), "page", max_ongoing_requests=1000).bind()
     return application
 
 

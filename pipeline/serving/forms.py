@@ -25,7 +25,7 @@ def form(*, from_image: bool) -> Form:
     fields["prompt"] = gr.Textbox(label="Prompt", placeholder="What to show", lines=3, max_lines=8)
     with gr.Row():
         fields["size"] = gr.Dropdown(label="Size", min_width=120)
-        fields["num_frames"] = gr.Dropdown(label="Duration", min_width=160)
+        fields["num_frames"] = gr.Dropdown(label="Duration", min_width=120)
         fields["seed"] = gr.Textbox(label="Seed", placeholder="drawn", max_lines=1, min_width=120)
     with gr.Row():
         if not from_image:  # whose first frame is given
@@ -71,4 +71,4 @@ def _slider(label: str) -> gr.Slider:
 
 
 def _length(num_frames: int, fps: int) -> str:
-    return "still" if num_frames == 1 else f"{(num_frames - 1) / fps:.2g} s ({num_frames} frames)"
+    return "still" if num_frames == 1 else f"{(num_frames - 1) / fps:.3g} s"

@@ -21,22 +21,31 @@ SETTINGS = (
     "seed",
 )
 NO_VIDEO = '<div class="pr-player">The video plays here while it is made.</div>'
+TITLE = '<h2 class="pr-title">Your videos</h2>'
 NO_VIDEOS = '<p class="pr-note">No videos yet.</p>'
-SIGN_OUT = '<form class="pr-sign-out" method="post" action="sign-out"><button>Sign out</button></form>'
+SIGN_OUT = '<form method="post" action="sign-out"><button>Sign out</button></form>'
 ON_CARD = """
 element.addEventListener('click', event => {
     const card = event.target.closest('[data-id]');
-    if (card) trigger('select', {id: card.dataset.id});
+    if (!card) return;
+    trigger('select', {id: card.dataset.id});
+    document.querySelector('.pr-player').scrollIntoView({behavior: 'smooth', block: 'nearest'});
 });
 """
 CSS = """
+.gradio-container .html-container { padding: 0; }
+.pr-head { display: flex; justify-content: space-between; align-items: center; margin: 0.5rem 0; }
+.pr-head h1 { font-size: 1.5rem; font-weight: 600; }
+.pr-head button { cursor: pointer; text-decoration: underline; }
+.pr-title { font-size: 1.2rem; font-weight: 600; }
 .pr-player {
     aspect-ratio: 16 / 10; width: 100%; display: flex; align-items: center; justify-content: center;
     border-radius: var(--block-radius); background: var(--background-fill-secondary);
     color: var(--body-text-color-subdued);
 }
 video.pr-player { background: black; object-fit: contain; }
-.pr-status progress { width: 100%; height: 0.6rem; accent-color: var(--color-accent); }
+.pr-bar { height: 0.5rem; overflow: hidden; border-radius: 0.25rem; background: var(--border-color-primary); }
+.pr-bar div { height: 100%; background: var(--color-accent); }
 .pr-status p { margin: 0.2rem 0; overflow-wrap: anywhere; }
 .pr-status .pr-error { color: var(--error-text-color); }
 .pr-note { color: var(--body-text-color-subdued); }
@@ -54,8 +63,6 @@ video.pr-player { background: black; object-fit: contain; }
 .pr-card .pr-prompt { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden;
     padding-bottom: 0; font-size: var(--text-sm); }
 .pr-card .pr-state { font-size: var(--text-xs); color: var(--body-text-color-subdued); }
-.pr-sign-out { text-align: right; }
-.pr-sign-out button { cursor: pointer; text-decoration: underline; }
 """
 
 SIGN_IN = """<!doctype html>
@@ -91,6 +98,11 @@ def sign_in(error: str | None = None) -> str:
     return SIGN_IN.replace("%s", f'<p role="alert">{escape(error)}</p>' if error else "")
 
 
+def head(*, is_signed_in: bool) -> str:
+    """Return the page's head line, with a way out for whoever came in with a key."""
+    return f'<header class="pr-head"><h1>pyramid-render</h1>{SIGN_OUT if is_signed_in else ""}</header>'
+
+
 def has_ended(video: Fields) -> bool:
     """Say whether nothing happens to a video any more."""
     return video["status"] in ENDS
@@ -106,7 +118,10 @@ def status(video: Fields, now: float) -> str:
         return _status("<p>Cancelled</p>")
     percent, seconds = video["progress"], max(0, round(now - video["created_at"]))
     text = f"{_waiting(video)}, since {seconds} s" if video["status"] == "queued" else f"{percent} % after {seconds} s"
-    return _status(f'<progress max="100" value="{percent}"></progress><p>{text}</p>')
+    bar = (
+        f'<div class="pr-bar" role="progressbar" aria-valuenow="{percent}"><div style="width: {percent}%"></div></div>'
+    )
+    return _status(f"{bar}<p>{text}</p>")
 
 
 def trouble(message: str) -> str:
@@ -150,5 +165,5 @@ def _card(video: Fields, thumbnail: str | None) -> str:
     return (
         f'<button class="pr-card" data-id="{escape(video["id"])}" data-status="{video["status"]}" title="{prompt}">'
         f'{picture}<span class="pr-prompt">{prompt}</span>'
-        f'<span class="pr-state">{state}, {video["seconds"]} s, {video["size"]}</span></button>'
+        f'<span class="pr-state">{state}, {float(video["seconds"]):.3g} s, {video["size"]}</span></button>'
     )

@@ -50,6 +50,7 @@ def create_page(api_url: str, *, asks_keys: bool) -> FastAPI:
         Page(client).blocks,
         path="/",
         auth_dependency=_reader(client) if asks_keys else None,
+        theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
         css=markup.CSS,
         footer_links=[],
         run_history=False,

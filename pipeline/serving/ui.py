@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -19,7 +20,6 @@ WATCH_S, REFRESH_S = 1.0, 3.0
 """How often a video that is being made is looked at, and the gallery while it holds one."""
 UPLOAD_S = 3600
 """How long uploaded pictures are kept here; the service has copies of its own."""
-TITLES = {401: "Signed out", 429: "Try again later"}
 
 Cursors = tuple[str, ...]
 """The last video of each page of the gallery before the one that is shown."""
@@ -41,14 +41,12 @@ class Page:
             self._connect_viewer()
             self._connect_gallery()
             forms = [*self.text.values(), *self.image.values()]
-            self._on(blocks.load, self.load, None, [self.sign_out, *forms, *self.viewer, *self.gallery])
+            self._on(blocks.load, self.load, None, [self.head, *forms, *self.viewer, *self.gallery])
             self._on(self.use.click, self.use_settings, [self.shown], forms)
         self.blocks = blocks.queue(api_open=False, default_concurrency_limit=None)
 
     def _place(self) -> None:
-        with gr.Row():
-            gr.Markdown("# pyramid-render")
-            self.sign_out = gr.HTML()
+        self.head = _html(markup.head(is_signed_in=False))
         with gr.Row():
             with gr.Column():
                 with gr.Tab("Text to video"):
@@ -58,15 +56,15 @@ class Page:
                     self.image = form(from_image=True)
                     self.make_from_image = gr.Button("Make video", variant="primary")
             with gr.Column():
-                self.player, self.status = gr.HTML(markup.NO_VIDEO), gr.HTML()
+                self.player, self.status = _html(markup.NO_VIDEO), _html()
                 with gr.Row(visible=False) as self.actions:
                     self.cancel = gr.Button("Cancel", variant="stop", min_width=80)
-                    self.use = gr.Button("Use settings", min_width=80)
+                    self.use = gr.Button("Reuse", min_width=80)
                     self.delete = gr.Button("Delete", min_width=80)
                 with gr.Accordion("Settings", open=False, visible=False) as self.details:
                     self.settings = gr.Code(language="json", show_label=False, interactive=False)
-        gr.Markdown("## Your videos")
-        self.cards = gr.HTML(js_on_load=markup.ON_CARD)
+        _html(markup.TITLE)
+        self.cards = _html(js_on_load=markup.ON_CARD)
         with gr.Row():
             self.newer, self.older = gr.Button("Newer", visible=False), gr.Button("Older", visible=False)
 
@@ -101,7 +99,7 @@ class Page:
             going = next((video for video in listed["data"] if not markup.has_ended(video)), None)
             if going:
                 values |= await self._viewed(key, going, "")
-        return values | {self.sign_out: markup.SIGN_OUT if key else ""}
+        return values | {self.head: markup.head(is_signed_in=key is not None)}
 
     async def create_from_text(self, values: Values, request: gr.Request) -> Values:
         """Ask for a video of a prompt."""
@@ -110,7 +108,7 @@ class Page:
     async def create_from_image(self, values: Values, request: gr.Request) -> Values:
         """Ask for a video that goes on from a picture."""
         if values[self.image[IMAGE]] is None:
-            raise gr.Error("Choose a picture first.", title="No first frame", print_exception=False)
+            raise gr.Error("choose a picture first", print_exception=False)
         return await self._create(_key(request), self.image, values)
 
     async def _create(self, key: str | None, fields: Form, values: Values) -> Values:
@@ -213,14 +211,16 @@ class Page:
         }
 
 
+_html = partial(gr.HTML, apply_default_css=False)
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """Show to the asker what the service refuses."""
     try:
         yield
     except ServiceError as error:
-        title = TITLES.get(error.status or 0, "Not possible")
-        raise gr.Error(escape(str(error)), title=title, print_exception=False) from error
+        raise gr.Error(escape(str(error)), print_exception=False) from error
 
 
 def _key(request: gr.Request) -> str | None:
