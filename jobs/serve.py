@@ -23,6 +23,7 @@ from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, ServeSe
 from pipeline import runner
 from pipeline.inputs import full_url
 from pipeline.plan import Resources
+from pipeline.serving.api import PAGE_PREFIX
 from pipeline.serving.app import PageConfig, ServiceConfig, build, build_page
 from pipeline.serving.keys import Keys, hashed, new_key
 from pipeline.serving.store import Store
@@ -31,7 +32,6 @@ from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
 
 APPLICATION, PAGE = "pyramid-render", "pyramid-render-page"
-PAGE_PREFIX = "/page"
 MIN_SECRET_BYTES = 24
 
 logger = logging.getLogger("pyramid-render")
@@ -210,9 +210,12 @@ def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
         signal.signal(number, take)
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
-        serve.run(application(config), name=APPLICATION, route_prefix="/")
         shown = page_config(settings, config)
-        serve.run(page(shown), name=PAGE, route_prefix=PAGE_PREFIX)
+        both = (
+            serve.RunTarget(application(config), APPLICATION, "/"),
+            serve.RunTarget(page(shown), PAGE, PAGE_PREFIX),
+        )
+        serve.run_many(both)
         running.set()
         logger.info("%s serves at %s/v1/videos, its page is %s/page/", config.model, shown.api_url, shown.api_url)
         stop.wait()

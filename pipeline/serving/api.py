@@ -42,7 +42,7 @@ from pyramid_flow import Preset
 REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
 EVENT_POLL_S, STREAM_POLL_S = 0.3, 0.1
-PAGE = "page/"
+PAGE_PREFIX = "/page"
 Variant = Literal["video", "thumbnail", "spritesheet"]
 LOCAL_OWNER = "local"
 """Owner of all videos when no keys are asked for."""
@@ -163,7 +163,7 @@ _videos = APIRouter(prefix="/v1", responses={401: {}, 404: {}, 429: {}})
 @_health.get("/", response_class=RedirectResponse)
 async def start() -> str:
     """Lead people to the page."""
-    return PAGE
+    return f".{PAGE_PREFIX}/"
 
 
 @_health.get("/health")

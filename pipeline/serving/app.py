@@ -125,7 +125,8 @@ def build_page(config: PageConfig) -> Application:
 
         return create_page(config.api_url, asks_keys=config.asks_keys)
 
-    application: Application = _deployment(serve.ingress(interface)(), "page", max_ongoing_requests=1000).bind()
+    options = {"max_ongoing_requests": 1000, "graceful_shutdown_timeout_s": 1}  # open pages do not keep it
+    application: Application = _deployment(serve.ingress(interface)(), "page", **options).bind()
     return application
 
 
