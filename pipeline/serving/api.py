@@ -312,7 +312,7 @@ async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
 
 
 @_videos.get("/videos/{video_id}/stream", response_class=StreamingResponse)
-def stream(job: Own, service: Served) -> StreamingResponse:
+def stream(job: Readable, service: Served) -> StreamingResponse:
     """Send a video while it is made: a fragmented mp4, from its start, each part as soon as there is one."""
     if Status(job.status) in (Status.FAILED, Status.CANCELLED):
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
