@@ -40,6 +40,8 @@ class VideosClient:
         now = time.monotonic()
         if now < self.accepted.get(key, 0.0):
             return True
+        if not key.isprintable():  # what no header can hold
+            return False
         try:
             await self.model(key)
         except ServiceError as error:

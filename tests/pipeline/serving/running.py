@@ -1,0 +1,60 @@
+"""An interface that answers on a port of this machine; a worker is played by hand on its table."""
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import httpx2 as httpx
+import openai
+import uvicorn
+from PIL import Image
+
+from pipeline.serving.api import Service, create_app
+
+VIDEO, STRIP = bytes(range(256)) * 10, io.BytesIO()
+Image.new("RGB", (4 * 20, 10), (200, 0, 0)).save(STRIP, "WEBP")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that runs, and what it stands on."""
+
+    url: str
+    service: Service
+    clients: ExitStack
+
+    def client(self, key: str = "secret") -> openai.OpenAI:
+        return self.clients.enter_context(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0))
+
+    def http(self, key: str | None = "secret") -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return self.clients.enter_context(httpx.Client(base_url=self.url, headers=headers))
+
+    def work(self) -> None:
+        """Make what waits."""
+        store, storage = self.service.store, self.service.storage
+        while jobs := store.claim(10, 60):
+            for job in jobs:
+                storage.put(f"videos/{job.id}.mp4", VIDEO)
+                storage.put(f"thumbnails/{job.id}.webp", STRIP.getvalue())
+                uris = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
+                store.complete(job.claim, {**uris, "sha256": "ab" * 32, "seconds": {"sample": 1.5}})
+
+
+@contextmanager
+def run(service: Service) -> Iterator[Running]:
+    """Let a service answer."""
+    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    with ExitStack() as clients:
+        yield Running(f"http://127.0.0.1:{port}", service, clients)
+    server.should_exit = True
+    thread.join()
+    service.store.close()
