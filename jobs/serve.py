@@ -13,6 +13,7 @@ from contextlib import suppress
 import ray
 import torch
 import yaml
+from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
 from sqlalchemy.engine import make_url
@@ -22,14 +23,15 @@ from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, ServeSe
 from pipeline import runner
 from pipeline.inputs import full_url
 from pipeline.plan import Resources
-from pipeline.serving.app import ServiceConfig, build
+from pipeline.serving.api import PAGE_PREFIX
+from pipeline.serving.app import PageConfig, ServiceConfig, build, build_page
 from pipeline.serving.keys import Keys, hashed, new_key
 from pipeline.serving.store import Store
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
 
-APPLICATION = "pyramid-render"
+APPLICATION, PAGE = "pyramid-render", "pyramid-render-page"
 MIN_SECRET_BYTES = 24
 
 logger = logging.getLogger("pyramid-render")
@@ -123,6 +125,18 @@ def application(config: ServiceConfig) -> Application:
     return build(config, webhook_secret())
 
 
+def page(config: PageConfig) -> Application:
+    """Return the page of the service."""
+    return build_page(config)
+
+
+def page_config(settings: ServeSettings, config: ServiceConfig) -> PageConfig:
+    """Return the page's part of a service: it calls the API on its own machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    url = URL.build(scheme="http", host=host, port=settings.port)
+    return PageConfig(api_url=str(url.origin()), asks_keys=config.keys is not None)
+
+
 def _database_in(output: str) -> str:
     if not _is_local(output):
         raise ServeError(f"output {output} is no folder of this machine: say where the --database is")
@@ -167,14 +181,17 @@ def _is_loopback(host: str) -> bool:
 
 def config_file(settings: ServeSettings, config: ServiceConfig) -> str:
     """Return the service as a file for `serve deploy`."""
-    entry = {
-        "name": APPLICATION,
-        "import_path": "jobs.serve:application",
-        "route_prefix": "/",
-        "args": config.model_dump(mode="json"),
-    }
     http = {"host": settings.host, "port": settings.port}
-    return yaml.safe_dump({"http_options": http, "applications": [entry]}, sort_keys=False)
+    applications = [
+        _entry(APPLICATION, "jobs.serve:application", "/", config),
+        _entry(PAGE, "jobs.serve:page", PAGE_PREFIX, page_config(settings, config)),
+    ]
+    return yaml.safe_dump({"http_options": http, "applications": applications}, sort_keys=False)
+
+
+def _entry(name: str, import_path: str, route_prefix: str, config: BaseModel) -> dict[str, object]:
+    args = config.model_dump(mode="json")
+    return {"name": name, "import_path": import_path, "route_prefix": route_prefix, "args": args}
 
 
 def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
@@ -194,16 +211,22 @@ def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
         signal.signal(number, take)
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
-        serve.run(application(config), name=APPLICATION, route_prefix="/")
+        shown = page_config(settings, config)
+        both = (
+            serve.RunTarget(application(config), APPLICATION, "/"),
+            serve.RunTarget(page(shown), PAGE, PAGE_PREFIX),
+        )
+        serve.run_many(both)
         running.set()
-        logger.info("%s serves at http://%s:%d/v1/videos", config.model, settings.host, settings.port)
+        logger.info("%s serves at %s/v1/videos, its page is %s/page/", config.model, shown.api_url, shown.api_url)
         stop.wait()
         logger.info("stopping: what is being made waits for the next start")
     finally:
         if settings.own_cluster:
             serve.shutdown()
         else:
-            serve.delete(APPLICATION)
+            for name in (PAGE, APPLICATION):
+                serve.delete(name)
     return codes[0]
 
 

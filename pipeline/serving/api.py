@@ -4,13 +4,13 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -24,12 +24,14 @@ from pipeline.request import hash_of
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
 from pipeline.serving.keys import Keys
-from pipeline.serving.middleware import BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
+from pipeline.serving.links import Links
+from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
 from pipeline.serving.openapi import POLLED, description, errors, file
 from pipeline.serving.schemas import (
     NO_IMAGES,
     APIError,
     Deleted,
+    FileLinks,
     Model,
     ModelList,
     NewVideo,
@@ -53,6 +55,8 @@ UNMADE = {"cancelled": 409, "invalid_request": 400}
 """How a request that waits is answered whose video was not made, unless it is the service's fault."""
 NEW = errors(404, 408, 409, 413, 429)
 """What may be wrong with a request for a video."""
+PAGE_PREFIX = "/page"
+Variant = Literal["video", "thumbnail", "spritesheet"]
 LOCAL_OWNER = "local"
 """Owner of all videos when no keys are asked for."""
 
@@ -61,9 +65,9 @@ LOCAL_OWNER = "local"
 class Service:
     """What the interface stands on.
 
-    keys: who may ask; None = everyone, which is for one's own machine only. images: what pictures may be fetched;
-    nodes: returns the URLs of the nodes' metrics; names_requests: whether an answer tells the request's id, unless a
-    proxy does.
+    keys: who may ask; None = everyone, which is for one's own machine only. links: signs those to files; images: what
+    pictures may be fetched; nodes: returns the URLs of the nodes' metrics; names_requests: whether an answer tells the
+    request's id, unless a proxy does.
     """
 
     store: Store
@@ -72,6 +76,7 @@ class Service:
     model: str
     fingerprint: str
     keys: Keys | None
+    links: Links = field(default_factory=Links)
     images: ImageRoot = NO_IMAGES
     nodes: Callable[[], Sequence[str]] = tuple
     names_requests: bool = True
@@ -86,7 +91,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(_videos)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     if service.keys is None:  # else any page in the user's browser could ask
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
         app.add_middleware(OwnPagesOnly)
     app.add_middleware(RequestLog, names_requests=service.names_requests)
     app.add_middleware(SecurityHeaders)
@@ -123,11 +128,11 @@ async def _service(request: Request) -> Service:
     return service
 
 
-async def _owner(
-    request: Request,
-    service: Annotated[Service, Depends(_service)],
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-) -> str:
+Served = Annotated[Service, Depends(_service)]
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+def _asker(request: Request, service: Service, credentials: HTTPAuthorizationCredentials | None) -> str:
     """Return who asks."""
     if service.keys is None:
         owner: str | None = LOCAL_OWNER
@@ -139,7 +144,10 @@ async def _owner(
     return owner
 
 
-Served = Annotated[Service, Depends(_service)]
+async def _owner(request: Request, service: Served, credentials: Credentials) -> str:
+    return _asker(request, service, credentials)
+
+
 Owner = Annotated[str, Depends(_owner)]
 
 
@@ -148,10 +156,35 @@ def _own(video_id: str, service: Served, owner: Owner) -> Job:
     return _found(service.store.get(video_id, owner), video_id)
 
 
+def _readable(
+    request: Request,
+    video_id: str,
+    service: Served,
+    credentials: Credentials,
+    variant: str | None = None,
+    expires: int = 0,
+    signature: str | None = None,
+) -> Job:
+    """Return the video whose file a path names, for its owner and for whoever has a signed link to the file."""
+    if signature is None:
+        return _own(video_id, service, _asker(request, service, credentials))
+    path = _path(video_id, request.url.path.rpartition("/")[2])
+    if not service.links.is_good(path, variant, expires, signature, service.store.clock()):
+        raise APIError(403, "link_not_valid", "the link is over, or not one of this service")
+    return _found(service.store.get(video_id), video_id)
+
+
 Own = Annotated[Job, Depends(_own)]
+Readable = Annotated[Job, Depends(_readable)]
 
 _health = APIRouter()
 _videos = APIRouter(prefix="/v1", responses=errors(400, 401, 403))
+
+
+@_health.get("/", response_class=RedirectResponse)
+async def start() -> str:
+    """Lead people to the page."""
+    return f".{PAGE_PREFIX}/"
 
 
 @_health.get("/health")
@@ -177,7 +210,7 @@ async def metrics(service: Served) -> Response:
 @_videos.get("/models")
 async def models(service: Served, _owner: Owner) -> ModelList:
     """List the model."""
-    return ModelList(data=[Model(id=service.model, fingerprint=service.fingerprint)])
+    return ModelList(data=[Model.of(service.preset, id=service.model, fingerprint=service.fingerprint)])
 
 
 @_videos.post("/videos", responses=POLLED | NEW)
@@ -276,12 +309,21 @@ def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], 
     return _shown(service, again, response)
 
 
+@_videos.post("/videos/{video_id}/links", responses=errors(404))
+def links(job: Own, service: Served) -> FileLinks:
+    """Sign links to a video's files, which work without a key for some minutes."""
+    now = service.store.clock()
+    content, stream = _path(job.id, "content"), _path(job.id, "stream")
+    variants = {name: service.links.signed(content, name, now) for name in get_args(Variant)}
+    return FileLinks(stream=service.links.signed(stream, None, now), **variants)
+
+
 @_videos.get(
     "/videos/{video_id}/content",
     response_class=FileResponse,
     responses=file("video/mp4", "image/webp") | errors(404, 409),
 )
-def content(job: Own, service: Served, variant: Literal["video", "thumbnail", "spritesheet"] = "video") -> Response:
+def content(job: Readable, service: Served, variant: Variant = "video") -> Response:
     """Send a finished video, its first frame, or a strip of frames."""
     if job.result is None:
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
@@ -313,7 +355,7 @@ async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
 @_videos.get(
     "/videos/{video_id}/stream", response_class=StreamingResponse, responses=file("video/mp4") | errors(404, 409)
 )
-def stream(job: Own, service: Served) -> StreamingResponse:
+def stream(job: Readable, service: Served) -> StreamingResponse:
     """Send a video while it is made: a fragmented mp4, from its start, each part as soon as there is one."""
     if Status(job.status) in (Status.FAILED, Status.CANCELLED):
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
@@ -376,6 +418,10 @@ def _add(
         return added
     logger.info("created", extra={"video": added.id})
     return added
+
+
+def _path(video_id: str, name: str) -> str:
+    return f"/v1/videos/{video_id}/{name}"
 
 
 def _found(job: Job | None, video_id: str) -> Job:

@@ -16,6 +16,7 @@ from pipeline.plan import StageSpec
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.dispatcher import DispatchSettings
 from pipeline.serving.keys import Keys
+from pipeline.serving.links import Links
 from pipeline.serving.live import LiveDecode
 from pipeline.serving.schemas import NO_IMAGES
 from pipeline.serving.store import Limits, Store
@@ -74,6 +75,15 @@ class ServiceConfig(BaseModel):
         return Limits(self.max_queued, self.max_unfinished, self.max_per_minute)
 
 
+class PageConfig(BaseModel):
+    """Where the page finds the API, and whether that asks for keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    api_url: str
+    asks_keys: bool
+
+
 def build(
     config: ServiceConfig, webhook_secret: str | None = None, stages: Mapping[str, StageSpec] | None = None
 ) -> Application:
@@ -96,12 +106,27 @@ def build(
         replicas,
     )
 
+    links = Links()  # drawn once, for all replicas
+
     def interface() -> FastAPI:
         log_as_json(deployment="api")
-        return create_app(_service(config))
+        return create_app(_service(config, links))
 
     ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000, logging_config=OWN_LOG)
     application: Application = ingress.bind(dispatcher)
+    return application
+
+
+def build_page(config: PageConfig) -> Application:
+    """Return the page's application, for `serve.run` below a prefix; its one replica knows all visitors."""
+
+    def interface() -> FastAPI:
+        from pipeline.serving.page import create_page  # here, so that nothing else loads Gradio
+
+        return create_page(config.api_url, asks_keys=config.asks_keys)
+
+    options = {"max_ongoing_requests": 1000, "graceful_shutdown_timeout_s": 1}  # open pages do not keep it
+    application: Application = _deployment(serve.ingress(interface)(), "page", **options).bind()
     return application
 
 
@@ -153,7 +178,7 @@ def _size(config: ServiceConfig, name: str) -> Mapping[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def _service(config: ServiceConfig) -> Service:
+def _service(config: ServiceConfig, links: Links) -> Service:
     checkpoint = Checkpoint.open(config.model, config.variant)
     return Service(
         store=Store(config.database, limits=config.limits, retention_s=config.retention_s),
@@ -165,6 +190,7 @@ def _service(config: ServiceConfig) -> Service:
         keys=None if config.keys is None else Keys(config.keys),
         nodes=_metrics_urls,
         names_requests=False,  # Serve's proxy does
+        links=links,
     )
 
 

@@ -20,9 +20,10 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+"""Names that a browser on this machine has for it."""
 
 
 class BodyLimit:
@@ -94,10 +95,10 @@ class RequestLog:
 
 
 class SecurityHeaders:
-    """Adds headers that keep a browser from guessing types, framing and leaking."""
+    """Adds headers that keep a browser from guessing types, framing and leaking; policy: what a page may load."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, policy: str = "default-src 'none'; frame-ancestors 'none'") -> None:
+        self.app, self.headers = app, SECURITY_HEADERS | {"Content-Security-Policy": policy}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and add to the head of its answer."""
@@ -105,7 +106,7 @@ class SecurityHeaders:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
+                for name, value in self.headers.items():
                     headers.setdefault(name, value)
             await send(message)
 
@@ -113,14 +114,19 @@ class SecurityHeaders:
 
 
 class OwnPagesOnly:
-    """Refuses what a page of another site makes a browser send."""
+    """Refuses what a page of another site makes a browser send, except that it follows a link."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, unless the browser says that another site sent it."""
-        if scope["type"] == "http" and dict(scope["headers"]).get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
+        if scope["type"] == "http" and _is_foreign(dict(scope["headers"]), scope["method"]):
             error = APIError(403, "cross_site", "pages of other sites may not ask")
             return await JSONResponse(error.body, error.status)(scope, receive, send)
         return await self.app(scope, receive, send)
+
+
+def _is_foreign(headers: dict[bytes, bytes], method: str) -> bool:
+    is_link = method == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
+    return headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and not is_link

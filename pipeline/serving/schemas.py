@@ -4,7 +4,7 @@ import base64
 import binascii
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import nan
 from typing import Annotated, Any, Literal
 
@@ -151,14 +151,42 @@ class Deleted(BaseModel):
     deleted: Literal[True] = True
 
 
+class FileLinks(BaseModel):
+    """Relative URLs of a video's files that work without a key, for some minutes."""
+
+    video: str
+    thumbnail: str
+    spritesheet: str
+    stream: str
+
+
 class Model(BaseModel):
-    """The model that is served."""
+    """The model that is served: its trained sizes (WIDTHxHEIGHT) and greatest length, and its own settings.
+
+    The first size and `max_num_frames` are the defaults of a request.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "pyramid-render"
     fingerprint: str
+    sizes: list[str]
+    max_num_frames: int
+    fps: int
+    num_inference_steps: tuple[int, ...]
+    video_num_inference_steps: tuple[int, ...]
+    guidance_scale: float
+    video_guidance_scale: float
+    image_to_video_guidance_scale: float
+    negative_prompt: str
+
+    @classmethod
+    def of(cls, preset: Preset, **values: str) -> "Model":
+        """Show a model with its preset."""
+        facts = {name: value for name, value in asdict(preset).items() if name in cls.model_fields}
+        sizes = [f"{width}x{height}" for height, width in preset.sizes]
+        return cls.model_validate(facts | {"sizes": sizes} | values)
 
 
 class ModelList(BaseModel):

@@ -225,9 +225,9 @@ class Store:
         with self.reader() as session:
             return session.scalar(query.limit(1))
 
-    def get(self, job_id: str, owner: str) -> Job | None:
-        """Return a job of an owner, or None."""
-        return self._one(Job.id == job_id, Job.owner == owner)
+    def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        """Return a job of an owner (None = whoever's), or None."""
+        return self._one(Job.id == job_id, *([] if owner is None else [Job.owner == owner]))
 
     def list(self, owner: str, *, after: str | None = None, limit: int = 20, newest_first: bool = True) -> Page:
         """Return a page of an owner's jobs, from the one after job `after`."""

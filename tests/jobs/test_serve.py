@@ -41,6 +41,23 @@ def test_a_new_key_comes_with_its_line(capsys):
 def test_the_printed_config_is_one_of_serves(tmp_path, capsys):
     assert serve.main(["--output", str(tmp_path), "--print-config", "--api-keys", f"me:{'a' * 64}"]) == 0
     values = yaml.safe_load(capsys.readouterr().out)
-    [application] = ServeDeploySchema.model_validate(values).applications
-    assert application.args["keys"] == {"a" * 64: "me"}
-    assert application.import_path == "jobs.serve:application"
+    api, page = ServeDeploySchema.model_validate(values).applications
+    assert api.args["keys"] == {"a" * 64: "me"}
+    assert (api.import_path, api.route_prefix) == ("jobs.serve:application", "/")
+    assert (page.import_path, page.route_prefix) == ("jobs.serve:page", "/page")
+    assert page.args == {"api_url": "http://127.0.0.1:8000", "asks_keys": True}
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:9000"),
+        ("::", "http://[::1]:9000"),
+        ("10.1.2.3", "http://10.1.2.3:9000"),
+    ],
+)
+def test_the_page_calls_the_api_on_its_own_machine(tmp_path, capsys, host, url):
+    flags = ["--print-config", "--host", host, "--port", "9000", "--api-keys", f"me:{'a' * 64}"]
+    assert serve.main(["--output", str(tmp_path), *flags]) == 0
+    _, page = yaml.safe_load(capsys.readouterr().out)["applications"]
+    assert page["args"]["api_url"] == url

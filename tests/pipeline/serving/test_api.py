@@ -264,6 +264,7 @@ def test_answers_are_safe_in_a_browser(running):
 def test_the_model_is_listed(running):
     [model] = running.client().models.list().data
     assert (model.id, model.object) == ("toy", "model")
+    assert (model.sizes, model.max_num_frames, model.fps) == (["64x64"], PRESET.max_num_frames, PRESET.fps)
 
 
 def test_sync_answers_with_the_file(running):
