@@ -170,7 +170,7 @@ def _readable(
         return _own(video_id, service, _asker(request, service, credentials))
     path = _path(video_id, request.url.path.rpartition("/")[2])
     if not service.links.is_good(path, variant, expires, signature, service.store.clock()):
-        raise APIError(403, "link_not_valid", "the link is over, or not one of this service")
+        raise APIError(401, "link_not_valid", "the link is over, or not one of this service")
     return _found(service.store.get(video_id), video_id)
 
 
@@ -181,7 +181,7 @@ _health = APIRouter()
 _videos = APIRouter(prefix="/v1", responses=errors(400, 401, 403))
 
 
-@_health.get("/", response_class=RedirectResponse)
+@_health.get("/", response_class=RedirectResponse, include_in_schema=False)
 async def start() -> str:
     """Lead people to the page."""
     return f".{PAGE_PREFIX}/"
