@@ -42,7 +42,8 @@ from pipeline.serving.schemas import (
     remixed,
 )
 from pipeline.serving.scrape import scraped
-from pipeline.serving.store import BusyError, Job, Status, Store
+from pipeline.serving.store import BusyError, Store
+from pipeline.serving.tables import Job, Status
 from pipeline.storage import Storage
 from pyramid_flow import Preset
 

@@ -19,7 +19,8 @@ from pipeline.metrics import ServiceMetrics
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Batch, Item, RenderRow, as_tensor
 from pipeline.serving.files import remove_files
-from pipeline.serving.store import Job, Status, Store
+from pipeline.serving.store import Store
+from pipeline.serving.tables import Job, Status
 from pipeline.serving.webhooks import Webhook, WebhookError
 from pipeline.storage import Storage
 

@@ -11,7 +11,7 @@ from PIL import Image
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pipeline.serving.store import ID_PREFIX, Claim, Job
+from pipeline.serving.tables import ID_PREFIX, Claim, Job
 from pipeline.storage import Storage
 from pipeline.video import THUMBNAIL_FRAMES
 

@@ -14,7 +14,8 @@ from pipeline.metrics import ServiceMetrics
 from pipeline.request import sampling_params
 from pipeline.rows import Item, as_tensor
 from pipeline.serving.files import fragment_path, fragments_folder
-from pipeline.serving.store import Claim, Store
+from pipeline.serving.store import Store
+from pipeline.serving.tables import Claim
 from pipeline.stages import Decode, ModelConfig
 from pipeline.stages.decode import THUMBNAIL, VIDEO
 from pipeline.storage import Storage

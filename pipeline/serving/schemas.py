@@ -14,7 +14,7 @@ from pipeline.faults import StorageError
 from pipeline.fetch import ImageError, is_web
 from pipeline.images import ImageRoot
 from pipeline.request import MAX_NUM_FRAMES, MAX_SEED, RenderRequest, RequestError, ResolvedRequest
-from pipeline.serving.store import ID_PREFIX, Job, Priority, Status
+from pipeline.serving.tables import ID_PREFIX, Job, Priority, Status
 from pyramid_flow import InvalidValueError, Preset
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.pixels import open_image

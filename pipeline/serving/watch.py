@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pipeline.request import sampling_params
 from pipeline.rows import Item
-from pipeline.serving.store import Claim, Store
+from pipeline.serving.store import Store
+from pipeline.serving.tables import Claim
 from pyramid_flow import StepInfo
 
 logger = logging.getLogger(__name__)

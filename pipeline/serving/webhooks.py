@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from aiohttp import ClientError, ClientSession, ClientTimeout
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from pipeline.serving.store import Job
+from pipeline.serving.tables import Job
 
 TIMEOUT_S = 10.0
 ATTEMPTS = 5

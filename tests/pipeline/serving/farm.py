@@ -11,7 +11,8 @@ from pipeline.rows import pack, unpack
 from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
 from pipeline.serving.live import LiveDecode, Relay
 from pipeline.serving.schemas import new_video
-from pipeline.serving.store import Limits, Status, Store
+from pipeline.serving.store import Limits, Store
+from pipeline.serving.tables import Status
 from pipeline.serving.watch import Watch
 from pipeline.stages import Encode, ModelConfig, Publish, Sample
 from pipeline.storage import Storage

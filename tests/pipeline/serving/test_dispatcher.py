@@ -6,7 +6,8 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from pipeline.faults import StorageError
-from pipeline.serving.store import Status, Store
+from pipeline.serving.store import Store
+from pipeline.serving.tables import Status
 from tests.pipeline.mp4 import probe
 
 

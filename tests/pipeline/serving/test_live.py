@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.serving import live
 from pipeline.serving.files import fragment_path, fragments_folder, remove_files
-from pipeline.serving.store import Status
+from pipeline.serving.tables import Status
 from pyramid_flow.toy.world import draw_scene
 from tests.pipeline.mp4 import probe, read_frames, read_tags
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.images import ImageRoot
 from pipeline.serving.schemas import APIError, Video, new_id, new_video, remixed
-from pipeline.serving.store import Priority, Status
+from pipeline.serving.tables import Priority, Status
 from pyramid_flow import Preset
 
 PRESET = Preset(sizes=((384, 640), (64, 64)))

@@ -9,7 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.serving.scrape import scraped
-from pipeline.serving.store import Census, Priority, Status
+from pipeline.serving.store import Census
+from pipeline.serving.tables import Priority, Status
 
 NODE = """\
 # HELP ray_node_disk_free Of Ray itself

@@ -7,7 +7,8 @@ import pytest
 from sqlalchemy import text
 
 from pipeline.serving.database import DatabaseError
-from pipeline.serving.store import MAX_LOST_LEASES, BusyError, Claim, Job, Limits, Priority, Status, Store
+from pipeline.serving.store import MAX_LOST_LEASES, BusyError, Limits, Store
+from pipeline.serving.tables import Claim, Job, Priority, Status
 
 
 def job(number: int, **values: object) -> Job:

@@ -12,7 +12,8 @@ import pytest
 from aiohttp import web
 
 from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
-from pipeline.serving.store import Job, Store
+from pipeline.serving.store import Store
+from pipeline.serving.tables import Job
 from pipeline.serving.webhooks import ATTEMPTS, Webhook, WebhookError
 from pipeline.storage import Storage
 
