@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2 as httpx
@@ -32,19 +33,23 @@ PROMPT = "a large red circle moves slowly left on a dark background"
 def main() -> None:
     arguments = parse_arguments()
     seconds: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder, serving(service(Path(folder)), cpus=8):
-        with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=600) as client:
-            for number in range(arguments.rounds + 1):  # the first one warms up
-                for name, value in one_round(client, arguments.num_frames).items():
-                    if number:
-                        seconds[name].append(value)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(serving(service(Path(folder)), cpus=8))
+        client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=600))
+        for number in range(arguments.rounds + 1):  # the first one warms up
+            for name, value in one_round(client, arguments.num_frames).items():
+                if number:
+                    seconds[name].append(value)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     first = medians["followed, first fragment"] / medians["one frame"]
     whole = medians["followed, whole"] / medians["plain"]
     print(f"\n{'seconds from the request':>26} {'median':>8} {'least':>8} {'most':>8}")
     for name, values in seconds.items():
         print(f"{name:>26} {medians[name]:>8.2f} {min(values):>8.2f} {max(values):>8.2f}")
-    print(f"first fragment: {first:.2f} of one frame alone ({'met' if first <= FIRST_GOAL else 'MISSED'}: {FIRST_GOAL})")
+    print(
+        f"first fragment: {first:.2f} of one frame alone ({'met' if first <= FIRST_GOAL else 'MISSED'}: {FIRST_GOAL})"
+    )
     print(f"whole video: {whole:.2f} of a plain one ({'met' if whole <= WHOLE_GOAL else 'MISSED'}: {WHOLE_GOAL})")
     figures = {
         "rounds": arguments.rounds,

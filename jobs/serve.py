@@ -92,6 +92,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
         database=database,
         output=output,
         keys=_keys(settings),
+        image_hosts=tuple(settings.allow_image_host),
         replicas={
             "encode": settings.encode_replicas,
             "sample": settings.sample_replicas,

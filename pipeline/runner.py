@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-from pythonjsonlogger.json import JsonFormatter
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from pipeline.batching import read_batches, read_units
 from pipeline.inputs import InputPart
+from pipeline.logs import log_as_json
 from pipeline.metrics import QueueMetrics, StageMetrics
 from pipeline.plan import Plan, PlanError, Pool, Resources, StageSpec
 from pipeline.quarantine import MAX_ATTEMPTS, Guarded, start_watch
@@ -47,7 +47,7 @@ class Worker:
 
     def __init__(self, pool: Pool, watch: Any, limits: Limits) -> None:  # noqa: ANN401 - an actor handle
         node = ray.get_runtime_context().get_node_id()
-        _log_as_json(node)
+        log_as_json(node=node)
         self.metrics = StageMetrics()
         turns = {spec.name: threading.Lock() for spec in pool.stages}
         self.stages = [Guarded(_made(spec, node), watch, node, limits.row_timeout_s, turns) for spec in pool.stages]
@@ -61,13 +61,6 @@ class Worker:
             before, batch = batch, guarded(batch)
             self.metrics.count(guarded.stage.name, before, batch)
         return batch
-
-
-def _log_as_json(node: str) -> None:
-    """Write this process's log as a JSON object per line, into Ray's log file of the worker."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter("%(asctime)s%(levelname)s%(name)s%(message)s", static_fields={"node": node}))
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
 
 
 def _made(spec: StageSpec, node: str) -> Stage:

@@ -9,14 +9,17 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic_settings
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
+
+from pipeline.fetch import host_name
 
 EXIT_BROKEN, EXIT_WRONG_JOB, EXIT_INTERRUPTED = 1, 2, 130
 OWN_CLUSTER = "local"
 MODEL = 'checkpoint folder in the published layout, or "toy" for the bundled model'
 
 Count = Annotated[int, Field(ge=1)]
+Hosts = Annotated[list[str], AfterValidator(lambda hosts: [host_name(host) for host in hosts])]
 
 
 class SettingsError(Exception):

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from jobs.settings.base import MODEL, ClusterSettings, Count, JobSettings
-from pipeline.fetch import host_name
+from jobs.settings.base import MODEL, ClusterSettings, Count, Hosts, JobSettings
 from pipeline.plan import Layout
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -67,7 +66,7 @@ class RenderSettings(ClusterSettings):
     model: str = Field(min_length=1, description=MODEL)
     variant: str | None = Field(None, description='"384p", "768p", "image" or a folder name, if there are several')
     image_root: str | None = Field(None, description="image URIs must lie below it (default: the input's folder)")
-    allow_image_host: list[str] = Field([], description="fetch http(s) images from this host; may be repeated")
+    allow_image_host: Hosts = Field([], description="fetch http(s) images from this host; may be repeated")
     shard: str | None = Field(None, description="i/n: render the i-th of n parts of the input, n jobs share one output")
     allow_untrained: bool = Field(False, description="accept sizes and lengths the model was not trained for")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is a GPU")
@@ -123,11 +122,6 @@ class RenderSettings(ClusterSettings):
         if value is not None and value % 32:
             raise ValueError("must be a multiple of 32")
         return value
-
-    @field_validator("allow_image_host")
-    @classmethod
-    def _hosts(cls, value: list[str]) -> list[str]:
-        return [host_name(host) for host in value]
 
     @field_validator("shard")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from jobs.settings.base import MODEL, ClusterSettings, Count
+from jobs.settings.base import MODEL, ClusterSettings, Count, Hosts
 
 
 class ServeSettings(ClusterSettings):
@@ -35,6 +35,7 @@ class ServeSettings(ClusterSettings):
         description="NAME:SHA256,... of the keys that are good (default: PYRAMID_RENDER_API_KEYS)",
     )
     keys_file: Path | None = Field(None, description="file with a line NAME:SHA256 per key")
+    allow_image_host: Hosts = Field([], description="fetch pictures by URL from this host; may be repeated")
     webhook_url: str | None = Field(
         None, description="is told the end of each video, signed with the secret in PYRAMID_RENDER_WEBHOOK_SECRET"
     )

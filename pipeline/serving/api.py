@@ -2,27 +2,33 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from pipeline.images import ImageRoot
 from pipeline.request import hash_of
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
 from pipeline.serving.keys import Keys
 from pipeline.serving.links import Links
-from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, SecurityHeaders
+from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
+from pipeline.serving.openapi import POLLED, description, errors, file
 from pipeline.serving.schemas import (
+    NO_IMAGES,
     APIError,
     Deleted,
     FileLinks,
@@ -35,15 +41,22 @@ from pipeline.serving.schemas import (
     new_video,
     remixed,
 )
+from pipeline.serving.scrape import scraped
 from pipeline.serving.store import BusyError, Job, Status, Store
 from pipeline.storage import Storage
 from pyramid_flow import Preset
+
+logger = logging.getLogger(__name__)
 
 REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
 EVENT_POLL_S, STREAM_POLL_S = 0.3, 0.1
 PAGE_PREFIX = "/page"
 Variant = Literal["video", "thumbnail", "spritesheet"]
+UNMADE = {"cancelled": 409, "invalid_request": 400}
+"""How a request that waits is answered whose video was not made, unless it is the service's fault."""
+NEW = errors(404, 408, 409, 413, 429)
+"""What may be wrong with a request for a video."""
 LOCAL_OWNER = "local"
 """Owner of all videos when no keys are asked for."""
 
@@ -52,7 +65,9 @@ LOCAL_OWNER = "local"
 class Service:
     """What the interface stands on.
 
-    keys: who may ask; None = everyone, which is for one's own machine only. links: signs those to files.
+    keys: who may ask; None = everyone, which is for one's own machine only. images: what pictures may be fetched;
+    nodes: returns the URLs of the nodes' metrics; names_requests: whether an answer tells the request's id, unless a
+    proxy does; links: signs those to files.
     """
 
     store: Store
@@ -61,6 +76,9 @@ class Service:
     model: str
     fingerprint: str
     keys: Keys | None
+    images: ImageRoot = NO_IMAGES
+    nodes: Callable[[], Sequence[str]] = tuple
+    names_requests: bool = True
     links: Links = field(default_factory=Links)
 
 
@@ -68,17 +86,18 @@ def create_app(service: Service) -> FastAPI:
     """Return the interface of a service; without keys it answers to names of this machine only."""
     app = FastAPI(title="pyramid-render", docs_url=None, redoc_url=None)
     app.state.service = service
+    app.openapi = partial(description, app, service.preset, service.model)  # type: ignore[method-assign]
     app.include_router(_health)
     app.include_router(_videos)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
-    app.add_middleware(SecurityHeaders)
     if service.keys is None:  # else any page in the user's browser could ask
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
         app.add_middleware(OwnPagesOnly)
+    app.add_middleware(RequestLog, names_requests=service.names_requests)
+    app.add_middleware(SecurityHeaders)
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _broken)
     return app
 
 
@@ -104,11 +123,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return answer
 
 
-async def _broken(request: Request, _error: Exception) -> Response:
-    return await _api_error(request, APIError(500, "internal_error", "the service failed; its log says why"))
-
-
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -117,13 +132,15 @@ Served = Annotated[Service, Depends(_service)]
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def _owner(service: Served, credentials: Credentials) -> str:
+async def _owner(request: Request, service: Served, credentials: Credentials) -> str:
     """Return who asks."""
     if service.keys is None:
-        return LOCAL_OWNER
-    owner = service.keys.owner(credentials.credentials) if credentials else None
+        owner: str | None = LOCAL_OWNER
+    else:
+        owner = service.keys.owner(credentials.credentials) if credentials else None
     if owner is None:
         raise APIError(401, "invalid_api_key", "an API key is needed: Authorization: Bearer KEY")
+    request.state.owner = owner
     return owner
 
 
@@ -135,7 +152,7 @@ def _own(video_id: str, service: Served, owner: Owner) -> Job:
     return _found(service.store.get(video_id, owner), video_id)
 
 
-def _readable(
+async def _reader(
     request: Request,
     video_id: str,
     service: Served,
@@ -143,24 +160,27 @@ def _readable(
     variant: str | None = None,
     expires: int = 0,
     signature: str | None = None,
-) -> Job:
-    """Return the video whose file a path names, for its owner and for whoever has a signed link to the file."""
-    if signature is None:
-        return _own(video_id, service, _owner(service, credentials))
+) -> str | None:
+    """Return who asks for a file, None for whoever has a good link to it."""
     path = _path(video_id, request.url.path.rpartition("/")[2])
-    if not service.links.is_good(path, variant, expires, signature, service.store.clock()):
-        raise APIError(403, "link_not_valid", "the link is over, or not one of this service")
-    return _found(service.store.get(video_id), video_id)
+    if signature and service.links.is_good(path, variant, expires, signature, service.store.clock()):
+        return None
+    return await _owner(request, service, credentials)
+
+
+def _readable(video_id: str, service: Served, reader: Annotated[str | None, Depends(_reader)]) -> Job:
+    """Return the video whose file a path names, if the asker may read it."""
+    return _found(service.store.get(video_id, reader), video_id)
 
 
 Own = Annotated[Job, Depends(_own)]
 Readable = Annotated[Job, Depends(_readable)]
 
 _health = APIRouter()
-_videos = APIRouter(prefix="/v1", responses={401: {}, 404: {}, 429: {}})
+_videos = APIRouter(prefix="/v1", responses=errors(400, 401, 403))
 
 
-@_health.get("/", response_class=RedirectResponse)
+@_health.get("/", response_class=RedirectResponse, include_in_schema=False)
 async def start() -> str:
     """Lead people to the page."""
     return f".{PAGE_PREFIX}/"
@@ -178,24 +198,41 @@ def ready(service: Served) -> dict[str, int]:
     return {status.value: count for status, count in service.store.counts().items()}
 
 
+@_health.get("/metrics", response_class=PlainTextResponse)
+async def metrics(service: Served) -> Response:
+    """Tell Prometheus what waits, and what the farm does."""
+    census = await run_in_threadpool(service.store.census)
+    nodes = await run_in_threadpool(service.nodes)
+    return Response(await scraped(census, nodes), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
 @_videos.get("/models")
 async def models(service: Served, _owner: Owner) -> ModelList:
     """List the model."""
     return ModelList(data=[Model.of(service.preset, id=service.model, fingerprint=service.fingerprint)])
 
 
-@_videos.post("/videos")
+@_videos.post("/videos", responses=POLLED | NEW)
 async def create(request: Request, response: Response, service: Served, owner: Owner) -> Video:
     """Ask for a video."""
     fields, upload = await body_fields(request)
-    video = await run_in_threadpool(new_video, fields, upload, service.preset, service.model)
-    asked = {**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()}
-    content = await run_in_threadpool(hash_of, asked)
-    job = await run_in_threadpool(_add, service, owner, video, content, request.headers)
-    return await run_in_threadpool(_shown, service, job, response)
+    return await run_in_threadpool(_create, service, owner, fields, upload, request.headers, response)
 
 
-@_videos.post("/videos/sync", response_class=FileResponse)
+def _create(
+    service: Service,
+    owner: str,
+    fields: Mapping[str, Any],
+    upload: bytes | None,
+    headers: Mapping[str, str],
+    response: Response,
+) -> Video:
+    video = new_video(fields, upload, service.preset, service.model, service.images)
+    content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
+    return _shown(service, _add(service, owner, video, content, headers), response)
+
+
+@_videos.post("/videos/sync", response_class=FileResponse, responses=file("video/mp4") | NEW | errors(500))
 async def create_and_wait(request: Request, service: Served, owner: Owner) -> Response:
     """Ask for a video and wait for its file; a client that goes away cancels it."""
     shown = await create(request, Response(), service, owner)
@@ -205,7 +242,8 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
             if job.status == Status.COMPLETED:
                 return await run_in_threadpool(content, job, service)
             if Status(job.status).is_end:
-                raise APIError(500, job.error_code or job.status, job.error_message or f"the video was {job.status}")
+                code = job.error_code or job.status
+                raise APIError(UNMADE.get(code, 500), code, job.error_message or f"the video was {job.status}")
             await asyncio.sleep(EVENT_POLL_S)
     except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
         service.store.cancel(shown.id, owner)
@@ -214,7 +252,7 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
     raise APIError(499, "client_closed_request", "the client has gone")
 
 
-@_videos.get("/videos")
+@_videos.get("/videos", responses=errors(404))
 def list_videos(
     service: Served,
     owner: Owner,
@@ -231,19 +269,19 @@ def list_videos(
     return VideoList(data=data, has_more=page.has_more, first_id=first, last_id=last)
 
 
-@_videos.get("/videos/{video_id}")
+@_videos.get("/videos/{video_id}", responses=POLLED | errors(404))
 def retrieve(job: Own, response: Response, service: Served) -> Video:
     """Say how far a video is."""
     return _shown(service, job, response)
 
 
-@_videos.post("/videos/{video_id}/cancel")
+@_videos.post("/videos/{video_id}/cancel", responses=errors(404))
 def cancel(video_id: str, service: Served, owner: Owner) -> Video:
     """End a video that is not finished; nothing happens to one that has ended."""
     return _video(service, _found(service.store.cancel(video_id, owner), video_id))
 
 
-@_videos.delete("/videos/{video_id}")
+@_videos.delete("/videos/{video_id}", responses=errors(404))
 def delete(video_id: str, service: Served, owner: Owner) -> Deleted:
     """Forget a video and remove its files; one that is being made is cancelled."""
     job = _found(service.store.cancel(video_id, owner), video_id)
@@ -252,7 +290,7 @@ def delete(video_id: str, service: Served, owner: Owner) -> Deleted:
     return Deleted(id=video_id)
 
 
-@_videos.post("/videos/{video_id}/remix")
+@_videos.post("/videos/{video_id}/remix", responses=POLLED | NEW)
 async def remix(job: Own, request: Request, response: Response, service: Served) -> Video:
     """Ask for a video with another prompt, the same seed and image."""
     fields, _ = await body_fields(request)  # read after the key was checked, unlike a declared body
@@ -270,7 +308,7 @@ def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], 
     return _shown(service, again, response)
 
 
-@_videos.post("/videos/{video_id}/links")
+@_videos.post("/videos/{video_id}/links", responses=errors(404))
 def links(job: Own, service: Served) -> FileLinks:
     """Sign links to a video's files, which work without a key for some minutes."""
     now = service.store.clock()
@@ -279,10 +317,12 @@ def links(job: Own, service: Served) -> FileLinks:
     return FileLinks(stream=service.links.signed(stream, None, now), **variants)
 
 
-@_videos.get("/videos/{video_id}/content", response_class=FileResponse)
-def content(
-    job: Readable, service: Served, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
-) -> Response:
+@_videos.get(
+    "/videos/{video_id}/content",
+    response_class=FileResponse,
+    responses=file("video/mp4", "image/webp") | errors(404, 409),
+)
+def content(job: Readable, service: Served, variant: Variant = "video") -> Response:
     """Send a finished video, its first frame, or a strip of frames."""
     if job.result is None:
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
@@ -295,7 +335,7 @@ def content(
     return file_answer(data, media_type, name, job)
 
 
-@_videos.get("/videos/{video_id}/events", response_class=EventSourceResponse)
+@_videos.get("/videos/{video_id}/events", response_class=EventSourceResponse, responses=errors(404))
 async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
     """Tell each change of a video, as server-sent events, until it has ended or is deleted."""
     told: Video | None = None
@@ -311,7 +351,9 @@ async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
         job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 
-@_videos.get("/videos/{video_id}/stream", response_class=StreamingResponse)
+@_videos.get(
+    "/videos/{video_id}/stream", response_class=StreamingResponse, responses=file("video/mp4") | errors(404, 409)
+)
 def stream(job: Readable, service: Served) -> StreamingResponse:
     """Send a video while it is made: a fragmented mp4, from its start, each part as soon as there is one."""
     if Status(job.status) in (Status.FAILED, Status.CANCELLED):
@@ -372,6 +414,8 @@ def _add(
         remove_files(service.storage, job)
         if added.content != content:
             raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
+        return added
+    logger.info("created", extra={"video": added.id})
     return added
 
 

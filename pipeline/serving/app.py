@@ -1,20 +1,24 @@
 """The service as an application of Ray Serve: interface, dispatcher and stages, each with replicas of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from pipeline.logs import log_as_json
 from pipeline.plan import StageSpec
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.dispatcher import DispatchSettings
 from pipeline.serving.keys import Keys
 from pipeline.serving.links import Links
 from pipeline.serving.live import LiveDecode
+from pipeline.serving.schemas import NO_IMAGES
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.webhooks import Webhook
 from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
@@ -26,16 +30,17 @@ STAGES = ("encode", "sample", "decode", "publish")
 UPSCALE_S = 5.0
 """How long more must wait than the samplers work on until there is another one."""
 
-NO_FOLDER = "/nonexistent"
-"""Below which no image lies: pictures come with their requests."""
+OWN_LOG = {"enable_access_log": False}
+"""Of the interface, which logs its requests itself."""
 
 
 class ServiceConfig(BaseModel):
     """What a service is made of; plain values, so that it can be written into a config file of Serve's.
 
-    keys: names by the hashes of API keys, None = no keys are asked for; replicas: of each stage, the sampler's at most,
-    if `min_samplers` is fewer: so few again after `scale_down_s` seconds without work; gpus: of a replica of each
-    stage. render_s: the longest that a batch may take; webhook_url: is told the end of each video.
+    keys: names by the hashes of API keys, None = no keys are asked for; image_hosts: from which pictures are fetched;
+    replicas: of each stage, the sampler's at most, if `min_samplers` is fewer: so few again after `scale_down_s`
+    seconds without work; gpus: of a replica of each stage. render_s: the longest that a batch may take; webhook_url: is
+    told the end of each video.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +52,7 @@ class ServiceConfig(BaseModel):
     database: str
     output: str
     keys: dict[str, str] | None = None
+    image_hosts: tuple[str, ...] = ()
     replicas: dict[str, int] = dict.fromkeys(STAGES, 1)
     min_samplers: int | None = None
     scale_down_s: float = 600.0
@@ -78,41 +84,35 @@ class PageConfig(BaseModel):
     asks_keys: bool
 
 
-def build(config: ServiceConfig, webhook_secret: str | None = None) -> Application:
-    """Return the application, for `serve.run`; webhook_secret: messages to the webhook are signed with it.
+def build(
+    config: ServiceConfig, webhook_secret: str | None = None, stages: Mapping[str, StageSpec] | None = None
+) -> Application:
+    """Return the application, for `serve.run`.
 
-    Raises ValueError if there is a webhook and no secret.
+    webhook_secret: messages to the webhook are signed with it; stages: others in place of all of the model's, by
+    name. Raises ValueError if there is a webhook and no secret.
     """
     if config.webhook_url and not webhook_secret:
         raise ValueError("a webhook needs a secret to sign its messages with")
-    model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
-    places = {"database": config.database, "output": config.output}
-    frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
-    encode = StageSpec(Encode, {"model": model, "image_root": NO_FOLDER, "image_hosts": frozenset()})
-    decode = StageSpec(LiveDecode, {"model": model} | frames | places)
-    publish = StageSpec(Publish, {"output": config.output, "node": "serve"})
-    stages = {
-        "encode": _stage(config, "encode", StageReplica).bind(encode, config.render_s),
-        "decode": _stage(config, "decode", DecodeReplica).bind(decode, config.render_s),
-        "publish": _stage(config, "publish", StageReplica).bind(publish, config.render_s),
-    }
-    sample = _stage(config, "sample", SampleReplica)
-    stages["sample"] = sample.bind(model, config.database, stages["decode"], config.render_s)
+    replicas = _model_stages(config)
+    for name, spec in (stages or {}).items():
+        replicas[name] = _stage(config, name, StageReplica).bind(spec, config.render_s)
     dispatcher = _deployment(DispatcherReplica, "dispatcher", graceful_shutdown_timeout_s=30).bind(
         config.database,
         config.retention_s,
         config.output,
         DispatchSettings(config.batch_size, config.max_attempts),
         Webhook(config.webhook_url, webhook_secret) if config.webhook_url and webhook_secret else None,
-        stages,
+        replicas,
     )
 
     links = Links()  # drawn once, for all replicas
 
     def interface() -> FastAPI:
+        log_as_json(deployment="api")
         return create_app(_service(config, links))
 
-    ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000)
+    ingress = _deployment(serve.ingress(interface)(), "api", max_ongoing_requests=1000, logging_config=OWN_LOG)
     application: Application = ingress.bind(dispatcher)
     return application
 
@@ -132,6 +132,22 @@ def build_page(config: PageConfig) -> Application:
 
 def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
     return serve.deployment(replica, name=name, ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus}, **options)
+
+
+def _model_stages(config: ServiceConfig) -> dict[str, Application]:
+    model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
+    places = {"database": config.database, "output": config.output}
+    frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
+    encode = StageSpec(Encode, {"model": model, "image_root": NO_IMAGES.url, "image_hosts": frozenset()})
+    decode = StageSpec(LiveDecode, {"model": model} | frames | places)
+    publish = StageSpec(Publish, {"output": config.output, "node": "serve"})
+    stages = {
+        "encode": _stage(config, "encode", StageReplica).bind(encode, config.render_s),
+        "decode": _stage(config, "decode", DecodeReplica).bind(decode, config.render_s),
+        "publish": _stage(config, "publish", StageReplica).bind(publish, config.render_s),
+    }
+    sample = _stage(config, "sample", SampleReplica)
+    return stages | {"sample": sample.bind(model, config.database, stages["decode"], config.render_s)}
 
 
 def _stage(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401 - as Serve's
@@ -170,6 +186,14 @@ def _service(config: ServiceConfig, links: Links) -> Service:
         preset=checkpoint.preset,
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
+        images=replace(NO_IMAGES, allowed_hosts=frozenset(config.image_hosts)),
         keys=None if config.keys is None else Keys(config.keys),
         links=links,
+        nodes=_metrics_urls,
+        names_requests=False,  # Serve's proxy does
     )
+
+
+def _metrics_urls() -> Sequence[str]:
+    nodes = (node for node in ray.nodes() if node["Alive"])
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]

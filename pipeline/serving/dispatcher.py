@@ -14,10 +14,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from pipeline.batching import IMAGE
+from pipeline.logs import log_fields
+from pipeline.metrics import ServiceMetrics
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Batch, Item, RenderRow, as_tensor
 from pipeline.serving.files import remove_files
-from pipeline.serving.store import Claim, Job, Store
+from pipeline.serving.store import Job, Status, Store
 from pipeline.serving.webhooks import Webhook, WebhookError
 from pipeline.storage import Storage
 
@@ -69,6 +71,7 @@ class Dispatcher:
     stages: Stages
     settings: DispatchSettings = DispatchSettings()
     webhook: Webhook | None = None
+    metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
     running: dict[asyncio.Task[None], Sequence[Job]] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -109,6 +112,9 @@ class Dispatcher:
         jobs = await self._claim()
         if not jobs:
             return False
+        for job in jobs:
+            if job.attempts == 1:
+                self.metrics.queued(self.store.clock() - job.created_at)
         task = asyncio.create_task(self._render(jobs))
         self.running[task] = jobs
         task.add_done_callback(self.running.pop)
@@ -126,17 +132,24 @@ class Dispatcher:
             raise
 
     async def _render(self, jobs: Sequence[Job]) -> None:
-        try:
-            batch = await run_in_threadpool(self._batch, jobs)
-            done = await self.stages.render(batch)
-            await run_in_threadpool(self._finish, jobs, done)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the jobs must not be forgotten
-            logger.warning("a batch was lost: %s", error, extra={"rows": [job.id for job in jobs]})
-            for job in jobs:
-                await run_in_threadpool(self._lose, job.claim, alone=len(jobs) == 1)
+        with log_fields(videos=[job.id for job in jobs]):
+            try:
+                batch = await run_in_threadpool(self._batch, jobs)
+                done = await self.stages.render(batch)
+                await run_in_threadpool(self._finish, jobs, done)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the jobs must not be forgotten
+                logger.warning("a batch was lost: %s", error)
+                for job in jobs:
+                    await run_in_threadpool(self._lose, job, alone=len(jobs) == 1)
 
-    def _lose(self, claim: Claim, *, alone: bool, **reason: str) -> None:
-        self.store.lose(claim, alone=alone, max_deaths=self.settings.max_attempts, **reason)
+    def _lose(self, job: Job, *, alone: bool, **reason: str) -> None:
+        status = self.store.lose(job.claim, alone=alone, max_deaths=self.settings.max_attempts, **reason)
+        if status == Status.FAILED:
+            self._ended(job, status, "worker_lost")
+
+    def _ended(self, job: Job, status: Status, reason: str = "") -> None:
+        self.metrics.ended(status, reason)
+        logger.info("%s", status, extra={"video": job.id, "reason": reason})
 
     def _batch(self, jobs: Sequence[Job]) -> Batch:
         return Batch(tuple(self._item(job) for job in jobs), pa.table({"video": [job.id for job in jobs]}))
@@ -153,14 +166,17 @@ class Dispatcher:
             if row.error is None and not row.skipped:
                 self._complete(job, {name: getattr(row, name) for name in RESULT})
             elif row.error and row.error.is_own_fault:
-                self.store.fail(job.claim, "invalid_request", f"{row.error.stage}: {row.error.message}")
+                if self.store.fail(job.claim, "invalid_request", f"{row.error.stage}: {row.error.message}"):
+                    self._ended(job, Status.FAILED, "invalid_request")
             elif row.error:  # what went wrong is for the log, not for the client
-                logger.warning("%s: %s failed: %s", job.id, row.error.stage, row.error.message)
-                self._lose(job.claim, alone=True, reason=f"{row.error.stage} failed ({row.error.type})")
+                logger.warning("%s failed: %s", row.error.stage, row.error.message, extra={"video": job.id})
+                self._lose(job, alone=True, reason=f"{row.error.stage} failed ({row.error.type})")
 
     def _complete(self, job: Job, result: dict[str, Any]) -> None:
         """Write down what was made; if someone else has the job by now, or nobody wants it, its files go."""
-        if not self.store.complete(job.claim, result):
+        if self.store.complete(job.claim, result):
+            self._ended(job, Status.COMPLETED)
+        else:
             job.result, job.image = result, None
             remove_files(self.storage, job)
 
@@ -183,7 +199,7 @@ class Dispatcher:
             again_in_s = None
         except (WebhookError, ClientError, TimeoutError) as error:
             is_over = self.store.clock() - (job.completed_at or 0.0) > ANNOUNCE_FOR_S
-            logger.warning("the end of %s was not told: %s", job.id, error)
+            logger.warning("the end was not told: %s", error, extra={"video": job.id})
             again_in_s = None if is_over else min(ANNOUNCE_MOST_S, ANNOUNCE_AGAIN_S * 2**job.announce_attempts)
         await run_in_threadpool(self.store.announce, job, again_in_s=again_in_s)
 

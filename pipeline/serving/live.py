@@ -4,11 +4,13 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
 
 from pipeline.fragments import encode_fragment, join_fragments
+from pipeline.metrics import ServiceMetrics
 from pipeline.request import sampling_params
 from pipeline.rows import Item, as_tensor
 from pipeline.serving.files import fragment_path, fragments_folder
@@ -61,7 +63,7 @@ class Relay:
                 wanted = self.show(_with_units(item, units), 0)
             self.next[item.row.id] = wanted
         except Exception as error:  # noqa: BLE001 - whatever it was, the next unit may do better
-            logger.warning("%s is not shown: %s", item.row.id, error)
+            logger.warning("not shown: %s", error, extra={"videos": [item.row.position]})
 
 
 def _with_units(item: Item, units: Sequence[Tensor]) -> Item:
@@ -73,6 +75,7 @@ class LiveVideo:
 
     def __init__(self, item: Item, decode: "LiveDecode") -> None:
         self.request, self.claim, self.decode = item.request, Claim.of_row(item.row.id), decode
+        self.started_at = item.row.started_at or datetime.now(UTC)
         self.strip = ThumbnailStrip(self.request.num_frames)
         self.fragments: list[bytes] = []
         self.num_frames = 0
@@ -98,6 +101,8 @@ class LiveVideo:
             if not self.decode.store.show(self.claim, len(self.fragments)):
                 self._forget()
                 raise ClaimLostError(f"{self.claim.id} is not waited for any more")
+            if index == 0:
+                self.decode.metrics.first_fragment((datetime.now(UTC) - self.started_at).total_seconds())
 
     def files(self) -> dict[str, Tensor]:
         """Return the finished files of a video whose units are all here."""
@@ -118,7 +123,7 @@ class LiveDecode(Decode):
         self, model: ModelConfig, window: int, tile: int | None, encoder_threads: int, database: str, output: str
     ) -> None:
         super().__init__(model, window, tile, encoder_threads)
-        self.store, self.storage = Store(database), Storage(output)
+        self.store, self.storage, self.metrics = Store(database), Storage(output), ServiceMetrics()
         self.videos: OrderedDict[str, LiveVideo] = OrderedDict()
 
     def show(self, item: Item, start: int) -> int:

@@ -1,11 +1,21 @@
-"""Middleware that keeps requests small and answers safe in a browser."""
+"""Middleware that logs requests, keeps them small, and makes answers safe in a browser."""
 
-from starlette.datastructures import MutableHeaders
+import logging
+import re
+import time
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipeline.logs import log_fields
 from pipeline.serving.schemas import APIError
 
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+CLIENT_GONE = 499
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -41,6 +51,47 @@ class BodyLimit:
             return message
 
         return await self.app(scope, counted, send)
+
+
+class RequestLog:
+    """Logs each request under an id, the caller's own if it is a plain one; answers what breaks with a 500.
+
+    names_requests: whether to tell the id in the answer.
+    """
+
+    def __init__(self, app: ASGIApp, *, names_requests: bool) -> None:
+        self.app, self.names_requests = app, names_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and log how it went."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        state = scope.setdefault("state", {})
+        began, status = time.monotonic(), CLIENT_GONE
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.names_requests:
+                    MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        with log_fields(request_id=request_id):
+            try:
+                await self.app(scope, receive, noted)
+            except Exception:
+                logger.exception("a request broke")
+                if status != CLIENT_GONE:
+                    raise  # what has begun can only be cut off
+                error = APIError(500, "internal_error", "the service failed; its log says why")
+                await JSONResponse(error.body, error.status)(scope, receive, noted)
+            finally:
+                asked = {"method": scope["method"], "path": scope["path"], "owner": state.get("owner")}
+                taken_ms = round(1000 * (time.monotonic() - began), 1)
+                logger.info("request", extra={**asked, "status": status, "milliseconds": taken_ms})
 
 
 class SecurityHeaders:

@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.faults import StorageError
+from pipeline.fetch import ImageError, is_web
+from pipeline.images import ImageRoot
 from pipeline.request import MAX_NUM_FRAMES, MAX_SEED, RenderRequest, RequestError, ResolvedRequest
 from pipeline.serving.store import ID_PREFIX, Job, Priority, Status
 from pyramid_flow import InvalidValueError, Preset
@@ -24,6 +27,8 @@ PRIORITIES = {"interactive": Priority.INTERACTIVE, "batch": Priority.BATCH}
 REQUEST_FIELDS = frozenset(RenderRequest.model_fields) - {"image"}
 OWN_FIELDS = frozenset({"model", "seconds", "size", "input_reference", "image_reference", "priority"})
 DATA_URL = "data:image/"
+NO_IMAGES = ImageRoot("/nonexistent")
+"""No folder, and no web server: pictures come with their requests."""
 MAX_PROMPT = 10_000
 """Characters; encoders read some hundred."""
 
@@ -43,6 +48,21 @@ class APIError(PyramidFlowError):
         """The error as the dialect has it."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"code": self.code, "message": self.message, "param": self.param, "type": kind}}
+
+
+class ErrorDetail(BaseModel):
+    """What is said of an error."""
+
+    code: str
+    message: str
+    param: str | None
+    type: Literal["invalid_request_error", "server_error"]
+
+
+class ErrorBody(BaseModel):
+    """The body of an answer that is an error."""
+
+    error: ErrorDetail
 
 
 class VideoError(BaseModel):
@@ -218,10 +238,13 @@ def invalid(message: str, param: str | None = None) -> APIError:
     return APIError(400, "invalid_value", message, param)
 
 
-def new_video(fields: Mapping[str, Any], upload: bytes | None, preset: Preset, model: str) -> NewVideo:
+def new_video(
+    fields: Mapping[str, Any], upload: bytes | None, preset: Preset, model: str, images: ImageRoot = NO_IMAGES
+) -> NewVideo:
     """Read the fields of a create call; a seed is drawn if none is given. Raises APIError.
 
-    fields: of a form, where every value is text and lists are called `name[]`, or of JSON; upload: `input_reference`.
+    fields: of a form, where every value is text and lists are called `name[]`, or of JSON; upload: `input_reference`;
+    images: fetches `image_reference` if it is a URL.
     """
     known = {name.removesuffix("[]"): value for name, value in fields.items() if value is not None}
     for name in known.keys() - REQUEST_FIELDS - OWN_FIELDS:
@@ -235,7 +258,7 @@ def new_video(fields: Mapping[str, Any], upload: bytes | None, preset: Preset, m
     if values.get("num_videos_per_prompt") not in (None, 1, "1"):
         raise invalid("num_videos_per_prompt is more than 1: ask for each video by itself", "num_videos_per_prompt")
     values |= _size(known) | _length(known, preset)
-    image = _image(known, upload)
+    image = _image(known, upload, images)
     return NewVideo(_request({"seed": secrets.randbelow(MAX_SEED + 1), **values} | image), priority)
 
 
@@ -283,14 +306,16 @@ def _length(fields: Mapping[str, Any], preset: Preset) -> dict[str, int]:
     return {"num_frames": 1 + TEMPORAL_FACTOR * round((count - 1) / TEMPORAL_FACTOR)}
 
 
-def _image(fields: Mapping[str, Any], upload: bytes | None) -> dict[str, bytes]:
+def _image(fields: Mapping[str, Any], upload: bytes | None, images: ImageRoot) -> dict[str, bytes]:
     """Return the picture that a video starts from, which is decoded to see that it is one."""
+    if "input_reference" in fields:
+        raise invalid("input_reference is not a file", "input_reference")
     reference = fields.get("image_reference")
     if reference is not None and upload is not None:
         raise invalid("image_reference is given together with input_reference", "image_reference")
     if reference is None and upload is None:
         return {}
-    data = upload if upload is not None else _from_data_url(reference)
+    data = upload if upload is not None else _referenced(reference, images)
     try:
         open_image(data)
     except InvalidValueError as error:
@@ -298,12 +323,22 @@ def _image(fields: Mapping[str, Any], upload: bytes | None) -> dict[str, bytes]:
     return {"image": data}
 
 
-def _from_data_url(reference: object) -> bytes:
+def _referenced(reference: object, images: ImageRoot) -> bytes:
+    """Return the picture that a data: URL holds, or the web server of an allowed host."""
     if isinstance(reference, Mapping):
         reference = reference.get("image_url")
-    if not isinstance(reference, str) or not reference.startswith(DATA_URL):
-        raise invalid("image_reference is not a data:image/... URL", "image_reference")
-    _, separator, payload = reference.partition(";base64,")
+    if isinstance(reference, str) and reference.startswith(DATA_URL):
+        return _from_data_url(reference)
+    if not isinstance(reference, str) or not is_web(reference):
+        raise invalid("image_reference is neither a data:image/... nor an http(s) URL", "image_reference")
+    try:
+        return images.read(reference)
+    except (RequestError, ImageError, StorageError) as error:
+        raise invalid(str(error), "image_reference") from error
+
+
+def _from_data_url(url: str) -> bytes:
+    _, separator, payload = url.partition(";base64,")
     try:
         return base64.b64decode(payload if separator else "!", validate=True)
     except binascii.Error as error:

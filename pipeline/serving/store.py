@@ -123,6 +123,16 @@ class Job(Base):
         return Claim(self.id, self.fence)
 
 
+class Ask(Base):
+    """That a job was asked for: counts against its owner's limit for a minute, even if the job is deleted."""
+
+    __tablename__ = "asks"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    asked_at: Mapped[float] = mapped_column(index=True)
+
+
 @dataclass(frozen=True)
 class Claim:
     """The right to write about a job, until someone else claims it."""
@@ -140,6 +150,14 @@ class Claim:
         """Inverse of `row_id`."""
         name, _, fence = row_id.rpartition("-")
         return cls(ID_PREFIX + name, int(fence))
+
+
+@dataclass(frozen=True)
+class Census:
+    """How many jobs there are of each status and priority, and for how many seconds the oldest has waited."""
+
+    counts: dict[tuple[Status, int], int]
+    oldest_wait_s: float
 
 
 @dataclass(frozen=True)
@@ -193,7 +211,7 @@ class Store:
                 if known is not None:
                     return known
                 self._check_limits(session, job.owner)
-                session.add(job)
+                session.add_all([job, Ask(owner=job.owner, asked_at=job.created_at)])
         except IntegrityError:  # the same request came at the same moment
             with self.reader() as session:
                 winner: Job = session.scalars(_replayed(job)).one()
@@ -231,10 +249,17 @@ class Store:
 
     def counts(self) -> dict[Status, int]:
         """Return how many jobs there are of each status."""
+        found = self.census().counts.items()
+        return {status: sum(count for (of, _), count in found if of == status) for status in Status}
+
+    def census(self) -> Census:
+        """Count all jobs."""
+        kinds = select(Job.status, Job.priority, func.count()).group_by(Job.status, Job.priority)
         with self.reader() as session:
-            rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).all()
-        found = {Status(status): int(count) for status, count in rows}
-        return {status: found.get(status, 0) for status in Status}
+            rows = session.execute(kinds).all()
+            oldest = session.scalar(select(func.min(Job.created_at)).where(_WAITS))
+        counts = {(Status(status), priority): int(count) for status, priority, count in rows}
+        return Census(counts, 0.0 if oldest is None else self.clock() - oldest)
 
     def claim(self, limit: int, lease_s: float) -> Sequence[Job]:
         """Take the job that waits in front, by priority and then age, and others of its shape, as one batch.
@@ -331,37 +356,47 @@ class Store:
             attempts = {"announce_attempts": Job.announce_attempts + 1}
             session.execute(update(Job).where(Job.id == job.id).values(**told, **attempts))
 
-    def lose(self, claim: Claim, *, alone: bool, max_deaths: int, reason: str = "its worker was lost") -> bool:
-        """Let a claimed job wait again whose worker died or failed; False if the claim is lost.
+    def lose(self, claim: Claim, *, alone: bool, max_deaths: int, reason: str = "its worker was lost") -> Status | None:
+        """Let a claimed job wait again whose worker died or failed; returns its status, None if the claim is lost.
 
         alone: whether it was the only job there, so that the fault may be its own; after `max_deaths` such losses it
         ends with the reason.
         """
         condition = (Job.id == claim.id) & (Job.fence == claim.fence)
         deaths = Job.deaths + int(alone)
-        return bool(self._give_back(condition, deaths >= max_deaths, f"{reason} {max_deaths} times", deaths=deaths))
+        why = f"{reason} {max_deaths} times"
+        failed, waiting = self._give_back(condition, deaths >= max_deaths, why, deaths=deaths)
+        return Status.FAILED if failed else Status.QUEUED if waiting else None
 
     def recover(self) -> int:
         """Let jobs wait again whose lease has ended, since their dispatcher is gone; returns how many there were."""
         reason = f"its dispatcher was lost {MAX_LOST_LEASES} times"
-        return self._give_back(Job.lease_until <= self.clock(), Job.attempts >= MAX_LOST_LEASES, reason)
+        return sum(self._give_back(Job.lease_until <= self.clock(), Job.attempts >= MAX_LOST_LEASES, reason))
 
-    def _give_back(self, condition: ColumnElement[bool], is_over: ColumnElement[bool], why: str, **values: Any) -> int:  # noqa: ANN401 - columns
+    def _give_back(
+        self,
+        condition: ColumnElement[bool],
+        is_over: ColumnElement[bool],
+        why: str,
+        **values: Any,  # noqa: ANN401 - columns
+    ) -> tuple[int, int]:
+        """Return how many jobs have failed, and how many wait again."""
         lost = (Job.status == Status.IN_PROGRESS) & condition
         given_up = {**self._end(Status.FAILED), "error_code": "worker_lost", "error_message": why}
         again = {"status": Status.QUEUED, "lease_until": None, "progress": 0, "fence": Job.fence + 1, **values}
         with self.writer.begin() as session:
             ended = session.execute(update(Job).where(lost, is_over).values(**given_up))
             waiting = session.execute(update(Job).where(lost).values(**again))
-        return int(ended.rowcount + waiting.rowcount)  # type: ignore[attr-defined]
+        return ended.rowcount, waiting.rowcount  # type: ignore[attr-defined]
 
     def _check_limits(self, session: Session, owner: str) -> None:
         own, limits = _count(Job.owner == owner), self.limits
-        since = self.clock() - MINUTE_S
+        session.execute(delete(Ask).where(Ask.asked_at <= self.clock() - MINUTE_S))
+        recent = select(func.count()).select_from(Ask).where(Ask.owner == owner)
         for query, limit, code, message, retry_after_s in (
             (_count(_WAITS), limits.max_queued, "queue_full", "videos wait already", 30),
             (own.where(_GOES_ON), limits.max_unfinished, "quota_exceeded", "of your videos are not finished yet", 30),
-            (own.where(Job.created_at > since), limits.max_per_minute, "rate_limited", "videos within a minute", 60),
+            (recent, limits.max_per_minute, "rate_limited", "videos within a minute", 60),
         ):
             if (session.scalar(query) or 0) >= limit:
                 raise BusyError(code, f"{limit} {message}", retry_after_s)

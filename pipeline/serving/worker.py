@@ -15,6 +15,7 @@ import pyarrow as pa
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from pipeline.logs import log_as_json, log_fields
 from pipeline.metrics import StageMetrics
 from pipeline.plan import StageSpec
 from pipeline.rows import Batch, Item, pack, unpack
@@ -28,8 +29,8 @@ from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-CAPACITY_S = 1.0
-"""How long a count of replicas is believed."""
+CAPACITY_S = 5.0
+"""How long a count of replicas is believed: Serve takes tens of milliseconds of CPU time to tell it."""
 
 Packed = dict[str, bytes]
 Handle = DeploymentHandle[Any]
@@ -43,6 +44,7 @@ class StageReplica:
     """
 
     def __init__(self, spec: StageSpec, render_s: float) -> None:
+        log_as_json(deployment=spec.stage.name)
         self.stage, self.render_s, self.metrics = spec.stage(**spec.arguments), render_s, StageMetrics()
 
     async def __call__(self, packed: Packed) -> Packed:
@@ -50,8 +52,8 @@ class StageReplica:
         return await asyncio.to_thread(self._work, packed)
 
     def _work(self, packed: Packed) -> Packed:
-        with self.guard():
-            batch = unpack(packed)
+        batch = unpack(packed)
+        with log_fields(videos=[item.row.position for item in batch.items]), self.guard():
             done = self.stage(batch)
             self.metrics.count(self.stage.name, batch, done)
             return pack(done)
@@ -114,7 +116,7 @@ class DecodeReplica(StageReplica):
         return await asyncio.to_thread(self._show, item, start)
 
     def _show(self, item: Item, start: int) -> int:
-        with self.guard():
+        with log_fields(videos=[item.row.position]), self.guard():
             return self.stage.show(item, start)
 
 
@@ -135,7 +137,7 @@ class RemoteStages:
         return unpack(packed)
 
     async def capacity(self) -> int:
-        """Return the number of samplers that run, as of the last second."""
+        """Return the number of samplers that run, as of some seconds ago."""
         if time.monotonic() - self.counted_at >= CAPACITY_S:
             self.counted = await asyncio.to_thread(self._running_samplers)
             self.counted_at = time.monotonic()
@@ -160,6 +162,7 @@ class DispatcherReplica:
         webhook: Webhook | None,
         stages: Mapping[str, Handle],
     ) -> None:
+        log_as_json(deployment="dispatcher")
         store = Store(database, retention_s=retention_s)
         self.dispatcher = Dispatcher(store, Storage(output), RemoteStages(stages), settings, webhook)
         self.task = asyncio.get_running_loop().create_task(self.dispatcher.run())

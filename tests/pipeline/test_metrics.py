@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 import ray
 
-from pipeline.metrics import QueueMetrics, StageMetrics
+from pipeline.metrics import QueueMetrics, ServiceMetrics, StageMetrics
 from pipeline.rows import Batch, RowError
 from pyramid_flow import Preset
 from tests.pipeline.tables import batch, item
@@ -44,6 +44,10 @@ def test_rows_failures_seconds_and_bytes_are_exported(cluster):
     metrics.count("test-b", rows, changed(rows, bytes=100))
     metrics.count("test-b", rows, changed(rows, skipped=True))
     queue.finished(3)
+    service = ServiceMetrics()
+    service.queued(0.2)
+    service.first_fragment(2)
+    service.ended("failed", "worker_lost")
 
     deadline = time.monotonic() + 60
     while not {"test-a/succeeded", "test-b/skipped"} <= set(exported("rows_total")):
@@ -55,5 +59,8 @@ def test_rows_failures_seconds_and_bytes_are_exported(cluster):
     assert exported("failures_total")["test-a/ArithmeticError"] == 3
     assert exported("busy_seconds_total")["test-a"] == pytest.approx(4.5)
     assert exported("batch_seconds_count")["test-a"] == 2
+    assert exported("batch_rows_count")["test-a"] == 2
+    assert exported("queue_seconds_count")[""] == exported("first_fragment_seconds_count")[""] == 1
+    assert exported("videos_total")["failed/worker_lost"] == 1
     assert exported("published_bytes_total")[""] >= 300
     assert 7 in exported("rows_left").values()

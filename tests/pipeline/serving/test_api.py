@@ -3,21 +3,22 @@
 import base64
 import io
 import json
+import logging
+import re
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import httpx2 as httpx
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
+from pipeline.logs import with_fields
 from pipeline.serving import fields
 from pipeline.serving.api import Service, create_app
 from pipeline.serving.files import fragment_path
@@ -25,56 +26,19 @@ from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.store import Limits, Store
 from pipeline.storage import Storage
 from pyramid_flow import Preset
+from tests.pipeline.serving.running import VIDEO, Running, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # of the service the client is for
 
 PRESET = Preset(sizes=((64, 64),), max_num_frames=33)
-VIDEO, STRIP = bytes(range(256)) * 10, io.BytesIO()
-Image.new("RGB", (4 * 20, 10), (200, 0, 0)).save(STRIP, "WEBP")
-
-
-@dataclass(frozen=True)
-class Running:
-    """A service that runs, and what it stands on."""
-
-    url: str
-    service: Service
-    clients: ExitStack
-
-    def client(self, key: str = "secret") -> openai.OpenAI:
-        return self.clients.enter_context(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0))
-
-    def http(self, key: str | None = "secret") -> httpx.Client:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return self.clients.enter_context(httpx.Client(base_url=self.url, headers=headers))
-
-    def work(self) -> None:
-        """Make what waits."""
-        store, storage = self.service.store, self.service.storage
-        while jobs := store.claim(10, 60):
-            for job in jobs:
-                storage.put(f"videos/{job.id}.mp4", VIDEO)
-                storage.put(f"thumbnails/{job.id}.webp", STRIP.getvalue())
-                uris = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
-                store.complete(job.claim, {**uris, "sha256": "ab" * 32, "seconds": {"sample": 1.5}})
 
 
 @pytest.fixture
 def running(tmp_path) -> Iterator[Running]:
     store = Store(f"sqlite:///{tmp_path}/videos.db", limits=Limits(max_queued=50, max_per_minute=50))
     keys = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}")
-    service = Service(store, Storage(str(tmp_path / "out")), PRESET, "toy", "f00d", keys)
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    with ExitStack() as clients:
-        yield Running(f"http://127.0.0.1:{port}", service, clients)
-    server.should_exit = True
-    thread.join()
-    store.close()
+    with run(Service(store, Storage(str(tmp_path / "out")), PRESET, "toy", "f00d", keys)) as running:
+        yield running
 
 
 def picture() -> bytes:
@@ -250,6 +214,7 @@ def test_a_request_that_is_sent_again_makes_no_second_video(running):
         {"json": {"prompt": "a" * 20_000}},
         {"json": {"prompt": "a", "seconds": 10**400}},
         {"json": {"prompt": {"a": 1}}},
+        {"json": {"prompt": "a", "input_reference": "a.png"}},
         {"json": {"prompt": "a", "seed": 1e400}},
         {"json": {}},
     ],
@@ -310,6 +275,15 @@ def test_sync_answers_with_the_file(running):
     assert (answer.status_code, answer.content) == (200, VIDEO)
     assert answer.headers["content-type"] == "video/mp4"
     assert running.http().post("/v1/videos/sync", json={"prompt": " "}).status_code == 400
+
+
+def test_a_sync_client_is_told_that_its_video_was_cancelled(running):
+    store = running.service.store
+    canceller = threading.Timer(0.5, lambda: [store.cancel(job.id, "me") for job in store.list("me").jobs])
+    canceller.start()
+    answer = running.http().post("/v1/videos/sync", json={"prompt": "a fox"})
+    canceller.join()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
 
 
 def test_a_sync_client_that_goes_away_cancels_its_video(running):
@@ -430,5 +404,59 @@ def test_without_keys_only_this_machines_own_pages_may_ask(running):
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         assert client.get("/v1/videos").status_code == 200
         assert client.get("/v1/videos", headers={"Host": "evil.example"}).status_code == 400
+        assert client.get("/metrics", headers={"Host": "evil.example"}).status_code == 400
         assert client.get("/v1/videos", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
         assert client.get("/v1/videos", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+
+
+@pytest.fixture
+def log(caplog) -> pytest.LogCaptureFixture:
+    """Catch what the interface logs, with the fields of its requests."""
+    caplog.set_level("INFO", "pipeline.serving")
+    caplog.handler.addFilter(with_fields)
+    return caplog
+
+
+def requests(log: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in log.records if record.message == "request"]
+
+
+def test_each_request_is_logged_with_its_id_and_owner(running, log):
+    http = running.http()
+    video = http.post("/v1/videos?a=b", json={"prompt": "a secret"}, headers={"X-Request-ID": "mine-1"})
+    assert video.headers["x-request-id"] == "mine-1"
+    [created] = [record for record in log.records if record.message == "created"]
+    assert (created.video, created.request_id) == (video.json()["id"], "mine-1")
+    drawn = running.http("wrong").get("/v1/videos").headers["x-request-id"]
+    first, second = requests(log)
+    assert (first.method, first.path, first.status, first.owner) == ("POST", "/v1/videos", 200, "me")
+    assert (second.status, second.owner, second.request_id) == (401, None, drawn)
+    assert first.milliseconds > 0
+    assert "secret" not in str([vars(record) for record in log.records])
+
+
+@pytest.mark.parametrize("given", ["", "a" * 65, "a b", "a\tb", "a/b"])
+def test_an_id_that_is_not_plain_is_replaced(running, given):
+    told = running.http().get("/health", headers={"X-Request-ID": given}).headers["x-request-id"]
+    assert len(told) == 32
+    assert told != given
+
+
+def test_what_breaks_is_a_500_with_its_id(running, log, monkeypatch):
+    monkeypatch.setattr(running.service.store, "census", lambda: 1 / 0)
+    answer = running.http().get("/ready", headers={"X-Request-ID": "mine-1"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    [broken] = [record for record in log.records if record.levelname == "ERROR"]
+    assert (broken.request_id, broken.exc_info[0]) == ("mine-1", ZeroDivisionError)
+    assert requests(log)[-1].status == 500
+
+
+def test_metrics_tell_what_waits_and_of_whom_nothing(running):
+    running.http().post("/v1/videos", json={"prompt": "a secret", "priority": "batch"})
+    answer = running.http(None).get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'pyramid_service_videos{priority="batch",status="queued"} 1.0' in answer.text
+    assert "secret" not in answer.text
+    assert "me" not in re.findall(r'"([^"]*)"', answer.text)

@@ -58,6 +58,23 @@ def test_what_kills_its_worker_fails_and_its_neighbours_do_not(farm):
     assert jobs[1].error_code == "worker_lost"
 
 
+def test_waits_and_ends_are_counted_once(farm, monkeypatch):
+    waits, ends = [], []
+    monkeypatch.setattr(farm.dispatcher.metrics, "queued", waits.append)
+    monkeypatch.setattr(farm.dispatcher.metrics, "ended", lambda *end: ends.append(end))
+    for prompt in ("good", "poison"):
+        farm.ask(prompt)
+
+    def dies(prompts: list[str]) -> None:
+        if "poison" in prompts:
+            raise ConnectionError("the worker is gone")
+
+    farm.local.before = dies
+    farm.run_all()
+    assert len(waits) == 2
+    assert sorted(ends) == [("completed", ""), ("failed", "worker_lost")]
+
+
 def test_a_fault_that_passes_costs_nothing_and_one_that_lasts_is_said_without_its_text(farm):
     ids = [farm.ask("once", seed=1), farm.ask("always", seed=2)]
     publish, calls = farm.local.stages[-1], []

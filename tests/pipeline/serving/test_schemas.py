@@ -2,10 +2,13 @@
 
 import base64
 import io
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from threading import Thread
 
 import pytest
 from PIL import Image
 
+from pipeline.images import ImageRoot
 from pipeline.serving.schemas import APIError, Video, new_id, new_video, remixed
 from pipeline.serving.store import Priority, Status
 from pyramid_flow import Preset
@@ -69,7 +72,14 @@ def test_a_seed_is_drawn_if_none_is_given():
         ({"priority": "now"}, "priority", "interactive, batch"),
         ({"priority": ["now"]}, "priority", "interactive, batch"),
         ({"num_videos_per_prompt": 3}, "num_videos_per_prompt", "by itself"),
-        ({"image_reference": "http://example.com/a.png"}, "image_reference", "data:image"),
+        (
+            {"image_reference": "http://example.com/a.png"},
+            "image_reference",
+            "host 'example.com', which is",
+        ),
+        ({"image_reference": "file:///etc/passwd"}, "image_reference", "data:image"),
+        ({"image_reference": "../secret.png"}, "image_reference", "data:image"),
+        ({"image_reference": 7}, "image_reference", "data:image"),
         ({"image_reference": "data:image/png;base64,***"}, "image_reference", "base64"),
         ({"image_reference": "data:image/png;base64,aGVsbG8="}, "image_reference", "picture format"),
         ({"id": "../up"}, "id", "letters"),
@@ -133,3 +143,25 @@ def test_a_remix_keeps_everything_but_the_prompt():
     assert (again.prompt, again.num_frames, again.seed) == ("a wolf", 33, job.request["seed"])
     assert again.image == data
     assert again.id is None
+
+
+def test_a_picture_of_an_allowed_host_is_fetched_and_no_private_address_asked():
+    class Pictures(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            data = png("RGB")
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    with HTTPServer(("127.0.0.1", 0), Pictures) as server:
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/a.png"
+        fields, hosts = {"prompt": "a fox", "image_reference": url}, frozenset({"127.0.0.1"})
+        with pytest.raises(APIError, match="public") as caught:
+            new_video(fields, None, PRESET, "toy", ImageRoot("/nonexistent", hosts))
+        assert caught.value.param == "image_reference"
+        images = ImageRoot("/nonexistent", hosts, is_public=lambda _: True)
+        assert new_video(fields, None, PRESET, "toy", images).request.image == png("RGB")
+        thread.join()

@@ -41,6 +41,18 @@ def test_a_request_that_comes_twice_is_one_job(store):
     assert store.add(job(5)).id == "video_005"
 
 
+def test_a_deleted_job_counts_for_its_minute(store, clock):
+    store.limits = Limits(max_per_minute=2)
+    for number in range(2):
+        store.add(job(number, created_at=clock.now))
+        store.delete(f"video_{number:03d}", "me")
+    with pytest.raises(BusyError, match="within a minute"):
+        store.add(job(2, created_at=clock.now))
+    store.add(job(2, created_at=clock.now, owner="you"))
+    clock.now += 61
+    store.add(job(3, created_at=clock.now))
+
+
 @pytest.mark.parametrize(
     ("limits", "code"),
     [(Limits(3, 9, 9), "queue_full"), (Limits(9, 3, 9), "quota_exceeded"), (Limits(9, 9, 3), "rate_limited")],
