@@ -3,15 +3,13 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import ValidationError
@@ -19,16 +17,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from pipeline.images import ImageRoot
 from pipeline.request import hash_of
+from pipeline.serving.access import Own, Owner, Readable, Served, Service, file_path, found
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
-from pipeline.serving.keys import Keys
-from pipeline.serving.links import Links
 from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
 from pipeline.serving.openapi import POLLED, description, errors, file
 from pipeline.serving.schemas import (
-    NO_IMAGES,
     APIError,
     Deleted,
     FileLinks,
@@ -42,10 +37,8 @@ from pipeline.serving.schemas import (
     remixed,
 )
 from pipeline.serving.scrape import scraped
-from pipeline.serving.store import BusyError, Store
+from pipeline.serving.store import BusyError
 from pipeline.serving.tables import Job, Status
-from pipeline.storage import Storage
-from pyramid_flow import Preset
 
 logger = logging.getLogger(__name__)
 
@@ -58,29 +51,6 @@ NEW = errors(404, 408, 409, 413, 429)
 """What may be wrong with a request for a video."""
 PAGE_PREFIX = "/page"
 Variant = Literal["video", "thumbnail", "spritesheet"]
-LOCAL_OWNER = "local"
-"""Owner of all videos when no keys are asked for."""
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the interface stands on.
-
-    keys: who may ask; None = everyone, which is for one's own machine only. links: signs those to files; images: what
-    pictures may be fetched; nodes: returns the URLs of the nodes' metrics; names_requests: whether an answer tells the
-    request's id, unless a proxy does.
-    """
-
-    store: Store
-    storage: Storage
-    preset: Preset
-    model: str
-    fingerprint: str
-    keys: Keys | None
-    links: Links = field(default_factory=Links)
-    images: ImageRoot = NO_IMAGES
-    nodes: Callable[[], Sequence[str]] = tuple
-    names_requests: bool = True
 
 
 def create_app(service: Service) -> FastAPI:
@@ -123,60 +93,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     answer.headers.update(error.headers or {})
     return answer
 
-
-async def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-Served = Annotated[Service, Depends(_service)]
-Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
-
-
-def _asker(request: Request, service: Service, credentials: HTTPAuthorizationCredentials | None) -> str:
-    """Return who asks."""
-    if service.keys is None:
-        owner: str | None = LOCAL_OWNER
-    else:
-        owner = service.keys.owner(credentials.credentials) if credentials else None
-    if owner is None:
-        raise APIError(401, "invalid_api_key", "an API key is needed: Authorization: Bearer KEY")
-    request.state.owner = owner
-    return owner
-
-
-async def _owner(request: Request, service: Served, credentials: Credentials) -> str:
-    return _asker(request, service, credentials)
-
-
-Owner = Annotated[str, Depends(_owner)]
-
-
-def _own(video_id: str, service: Served, owner: Owner) -> Job:
-    """Return the video that a path names, if it is the asker's."""
-    return _found(service.store.get(video_id, owner), video_id)
-
-
-def _readable(
-    request: Request,
-    video_id: str,
-    service: Served,
-    credentials: Credentials,
-    variant: str | None = None,
-    expires: int = 0,
-    signature: str | None = None,
-) -> Job:
-    """Return the video whose file a path names, for its owner and for whoever has a signed link to the file."""
-    if signature is None:
-        return _own(video_id, service, _asker(request, service, credentials))
-    path = _path(video_id, request.url.path.rpartition("/")[2])
-    if not service.links.is_good(path, variant, expires, signature, service.store.clock()):
-        raise APIError(401, "link_not_valid", "the link is over, or not one of this service")
-    return _found(service.store.get(video_id), video_id)
-
-
-Own = Annotated[Job, Depends(_own)]
-Readable = Annotated[Job, Depends(_readable)]
 
 _health = APIRouter()
 _videos = APIRouter(prefix="/v1", responses=errors(400, 401, 403))
@@ -240,7 +156,7 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
     shown = await create(request, Response(), service, owner)
     try:
         while not await request.is_disconnected():
-            job = _found(await run_in_threadpool(service.store.get, shown.id, owner), shown.id)
+            job = found(await run_in_threadpool(service.store.get, shown.id, owner), shown.id)
             if job.status == Status.COMPLETED:
                 return await run_in_threadpool(content, job, service)
             if Status(job.status).is_end:
@@ -264,7 +180,7 @@ def list_videos(
 ) -> VideoList:
     """List one's own videos, page by page."""
     if after is not None:
-        _found(service.store.get(after, owner), after)
+        found(service.store.get(after, owner), after)
     page = service.store.list(owner, after=after, limit=limit, newest_first=order == "desc")
     data = [_video(service, job) for job in page.jobs]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
@@ -280,13 +196,13 @@ def retrieve(job: Own, response: Response, service: Served) -> Video:
 @_videos.post("/videos/{video_id}/cancel", responses=errors(404))
 def cancel(video_id: str, service: Served, owner: Owner) -> Video:
     """End a video that is not finished; nothing happens to one that has ended."""
-    return _video(service, _found(service.store.cancel(video_id, owner), video_id))
+    return _video(service, found(service.store.cancel(video_id, owner), video_id))
 
 
 @_videos.delete("/videos/{video_id}", responses=errors(404))
 def delete(video_id: str, service: Served, owner: Owner) -> Deleted:
     """Forget a video and remove its files; one that is being made is cancelled."""
-    job = _found(service.store.cancel(video_id, owner), video_id)
+    job = found(service.store.cancel(video_id, owner), video_id)
     remove_files(service.storage, job)  # before the row, so that no file is left that nobody knows
     service.store.delete(video_id, owner)
     return Deleted(id=video_id)
@@ -314,7 +230,7 @@ def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], 
 def links(job: Own, service: Served) -> FileLinks:
     """Sign links to a video's files, which work without a key for some minutes."""
     now = service.store.clock()
-    content, stream = _path(job.id, "content"), _path(job.id, "stream")
+    content, stream = file_path(job.id, "content"), file_path(job.id, "stream")
     variants = {name: service.links.signed(content, name, now) for name in get_args(Variant)}
     return FileLinks(stream=service.links.signed(stream, None, now), **variants)
 
@@ -419,16 +335,6 @@ def _add(
         return added
     logger.info("created", extra={"video": added.id})
     return added
-
-
-def _path(video_id: str, name: str) -> str:
-    return f"/v1/videos/{video_id}/{name}"
-
-
-def _found(job: Job | None, video_id: str) -> Job:
-    if job is None:
-        raise APIError(404, "video_not_found", f"there is no video {video_id!r}")
-    return job
 
 
 def _video(service: Service, job: Job) -> Video:

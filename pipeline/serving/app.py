@@ -13,7 +13,8 @@ from ray.serve.config import AutoscalingConfig
 
 from pipeline.logs import log_as_json
 from pipeline.plan import StageSpec
-from pipeline.serving.api import Service, create_app
+from pipeline.serving.access import Service
+from pipeline.serving.api import create_app
 from pipeline.serving.dispatcher import DispatchSettings
 from pipeline.serving.keys import Keys
 from pipeline.serving.links import Links

@@ -12,7 +12,8 @@ import openai
 import uvicorn
 from PIL import Image
 
-from pipeline.serving.api import Service, create_app
+from pipeline.serving.access import Service
+from pipeline.serving.api import create_app
 
 VIDEO, STRIP = bytes(range(256)) * 10, io.BytesIO()
 Image.new("RGB", (4 * 20, 10), (200, 0, 0)).save(STRIP, "WEBP")

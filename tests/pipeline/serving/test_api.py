@@ -20,7 +20,8 @@ from starlette.testclient import TestClient
 
 from pipeline.logs import with_fields
 from pipeline.serving import fields
-from pipeline.serving.api import Service, create_app
+from pipeline.serving.access import Service
+from pipeline.serving.api import create_app
 from pipeline.serving.files import fragment_path
 from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.store import Limits, Store

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.serving.api import Service
+from pipeline.serving.access import Service
 from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.links import VALID_S, Links
 from pipeline.serving.store import Store
@@ -81,7 +81,8 @@ def test_a_link_opens_nothing_else(running, video):
         f"{video}/stream?signature={parts(links['stream'])[1]}",
     ):
         answer = anyone.get(path)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "link_not_valid"), path
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
+        assert running.http("other").get(path).status_code == 404, path
     for path in ("", "/events"):
         assert anyone.get(f"{video}{path}?{query}").status_code == 401
     assert anyone.delete(f"{video}?{query}").status_code == 401

@@ -12,7 +12,8 @@ from schemathesis.specs.openapi.checks import (
     positive_data_acceptance,
 )
 
-from pipeline.serving.api import Service, create_app
+from pipeline.serving.access import Service
+from pipeline.serving.api import create_app
 from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.store import Limits, Store
 from pipeline.storage import Storage

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from pipeline.serving.api import Service
+from pipeline.serving.access import Service
 from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.page import create_page
 from pipeline.serving.store import Store

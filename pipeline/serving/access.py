@@ -1,0 +1,109 @@
+"""What requests stand on, and who may ask for what: dependencies of the interface's routes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from pipeline.images import ImageRoot
+from pipeline.serving.keys import Keys
+from pipeline.serving.links import Links
+from pipeline.serving.schemas import NO_IMAGES, APIError
+from pipeline.serving.store import Store
+from pipeline.serving.tables import Job
+from pipeline.storage import Storage
+from pyramid_flow import Preset
+
+LOCAL_OWNER = "local"
+"""Owner of all videos when no keys are asked for."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the interface stands on.
+
+    keys: who may ask; None = everyone, which is for one's own machine only. links: signs those to files; images: what
+    pictures may be fetched; nodes: returns the URLs of the nodes' metrics; names_requests: whether an answer tells the
+    request's id, unless a proxy does.
+    """
+
+    store: Store
+    storage: Storage
+    preset: Preset
+    model: str
+    fingerprint: str
+    keys: Keys | None
+    links: Links = field(default_factory=Links)
+    images: ImageRoot = NO_IMAGES
+    nodes: Callable[[], Sequence[str]] = tuple
+    names_requests: bool = True
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Served = Annotated[Service, Depends(_service)]
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+async def _owner(request: Request, service: Served, credentials: Credentials) -> str:
+    """Return who asks."""
+    if service.keys is None:
+        owner: str | None = LOCAL_OWNER
+    else:
+        owner = service.keys.owner(credentials.credentials) if credentials else None
+    if owner is None:
+        raise APIError(401, "invalid_api_key", "an API key is needed: Authorization: Bearer KEY")
+    request.state.owner = owner
+    return owner
+
+
+Owner = Annotated[str, Depends(_owner)]
+"""Name of the key that asks."""
+
+
+async def _reader(
+    request: Request,
+    video_id: str,
+    service: Served,
+    credentials: Credentials,
+    variant: str | None = None,
+    expires: int = 0,
+    signature: str | None = None,
+) -> str | None:
+    """Return who asks for a file, None for whoever has a good link to it."""
+    path = file_path(video_id, request.url.path.rpartition("/")[2])
+    if signature and service.links.is_good(path, variant, expires, signature, service.store.clock()):
+        return None
+    return await _owner(request, service, credentials)
+
+
+def _own(video_id: str, service: Served, owner: Owner) -> Job:
+    return found(service.store.get(video_id, owner), video_id)
+
+
+def _readable(video_id: str, service: Served, reader: Annotated[str | None, Depends(_reader)]) -> Job:
+    return found(service.store.get(video_id, reader), video_id)
+
+
+Own = Annotated[Job, Depends(_own)]
+"""The video that a path names, if it is the asker's."""
+
+Readable = Annotated[Job, Depends(_readable)]
+"""The video whose file a path names, for its owner and for whoever has a signed link to the file."""
+
+
+def file_path(video_id: str, name: str) -> str:
+    """Return the path of a video's file in the interface."""
+    return f"/v1/videos/{video_id}/{name}"
+
+
+def found(job: Job | None, video_id: str) -> Job:
+    """Return a job; raises APIError if there is none."""
+    if job is None:
+        raise APIError(404, "video_not_found", f"there is no video {video_id!r}")
+    return job
