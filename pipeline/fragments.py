@@ -10,6 +10,9 @@ from pipeline.video import EXACT, FINISHED, Frames, VideoError, encoding, ffmpeg
 FRAGMENT = ("-movflags", "empty_moov+default_base_moof+frag_discont+frag_custom+skip_trailer", "-use_editlist", "0")
 """One fragment that says when it begins, without an index at its end."""
 
+BLOCK, HEAD = 2**15, 8
+"""Bytes that Chromium reads of a stream at once, and of the head of a box."""
+
 
 def encode_fragment(frames: Frames, index: int, start: int, fps: float, *, threads: int = 1, crf: int = 18) -> bytes:
     """Encode the next frames [n,H,W,3], uint8 RGB, of a video; equal input gives equal bytes.
@@ -27,6 +30,12 @@ def encode_fragment(frames: Frames, index: int, start: int, fps: float, *, threa
     ]
     data = _run(command, frames.tobytes())
     return data if index == 0 else data[data.index(b"moof") - 4 :]
+
+
+def padded(fragment: bytes) -> bytes:
+    """Return a fragment with an empty box after it, for a browser that takes data in blocks of `BLOCK` bytes only."""
+    size = HEAD + -(len(fragment) + HEAD) % BLOCK
+    return fragment + size.to_bytes(4) + b"free" + bytes(size - HEAD)
 
 
 def join_fragments(fragments: Sequence[bytes], tags: Mapping[str, str]) -> bytes:

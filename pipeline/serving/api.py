@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from pipeline.fragments import padded
 from pipeline.request import hash_of
 from pipeline.serving.access import Own, Owner, Readable, Served, Service, file_path, found
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
@@ -286,7 +287,7 @@ async def _parts(service: Service, first: Job) -> AsyncIterator[bytes]:
     sent = 0
     while job is not None:
         if sent < job.fragments:
-            yield await run_in_threadpool(service.storage.get, fragment_path(job.claim, sent))
+            yield padded(await run_in_threadpool(service.storage.get, fragment_path(job.claim, sent)))
             sent += 1
         elif Status(job.status).is_end:
             if job.result and not sent:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 from PIL import Image, ImageChops, ImageStat
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -151,3 +152,14 @@ def test_what_is_wrong_is_said(page):
     expect(page.get_by_text("prompt '' is empty")).to_be_visible()
     ask(page, "Image to video", PROMPT)
     expect(page.get_by_text("choose a picture first")).to_be_visible()
+
+
+def test_a_video_plays_while_it_is_made(running, browser):
+    body = {"prompt": PROMPT, "num_inference_steps": 60, "video_num_inference_steps": 60}
+    with httpx.Client(base_url=running.url, headers={"Authorization": f"Bearer {KEY}"}) as http:
+        path = f"/v1/videos/{http.post('/v1/videos', json=body).json()['id']}"
+        page = browser.new_page(bypass_csp=True)  # to look into the player
+        page.goto(running.url + http.post(f"{path}/links").json()["stream"], wait_until="commit")
+        page.wait_for_function("document.querySelector('video').readyState >= 2", timeout=MADE_MS)
+        assert http.get(path).json()["status"] == "in_progress"
+        page.close()

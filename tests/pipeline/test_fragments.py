@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.fragments import encode_fragment, join_fragments
+from pipeline.fragments import BLOCK, encode_fragment, join_fragments, padded
 from pipeline.video import VideoError
 from tests.pipeline.mp4 import probe, read_frames, read_tags
 from tests.pipeline.test_video import boxes, moving_gradient
@@ -25,7 +25,7 @@ def test_fragments_in_order_are_a_video_at_every_moment(tmp_path, fps):
     made = fragments(fps)
     for count in range(1, len(made) + 1):
         path = tmp_path / f"{count}.mp4"
-        path.write_bytes(b"".join(made[:count]))
+        path.write_bytes(b"".join(map(padded, made[:count])))
         expected = FRAMES[: sum(LENGTHS[:count])]
         back = read_frames(path)
         assert back.shape == expected.shape
@@ -37,6 +37,14 @@ def test_only_the_first_fragment_has_a_head():
     made = fragments()
     assert boxes(made[0]) == ["ftyp", "moov", "moof", "mdat"]
     assert [boxes(fragment) for fragment in made[1:]] == [["moof", "mdat"]] * 3
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 9, BLOCK - 8, BLOCK - 7, BLOCK, 3 * BLOCK + 5])
+def test_padding_fills_whole_blocks(size):
+    found = padded(bytes(size))
+    assert len(found) % BLOCK == 0
+    assert len(found) - size <= BLOCK + 8
+    assert int.from_bytes(found[size : size + 4]) == len(found) - size
 
 
 def test_equal_frames_give_equal_fragments():

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from pipeline.fragments import padded
 from pipeline.logs import with_fields
 from pipeline.serving import fields
 from pipeline.serving.access import Service
@@ -324,17 +325,17 @@ def test_a_video_streams_while_it_is_made_and_a_new_attempt_goes_on_where_it_was
         [job] = store.claim(1, 60)
         assert store.report([job.claim], 10) == {job.claim: True}
         fragment(running, job, 0)
-        assert next(parts) == b"1:0;"
+        assert next(parts) == padded(b"1:0;")
         fragment(running, job, 1)
-        assert next(parts) == b"1:1;"
+        assert next(parts) == padded(b"1:1;")
         assert store.lose(job.claim, alone=True, max_deaths=3)
         [job] = store.claim(1, 60)
         for index in range(3):
             fragment(running, job, index)
-        assert next(parts) == b"2:2;"
+        assert next(parts) == padded(b"2:2;")
         store.complete(job.claim, {"uri": "videos/a.mp4"})
         assert list(parts) == []
-    assert http.get(f"/v1/videos/{video['id']}/stream").content == b"2:0;2:1;2:2;"
+    assert http.get(f"/v1/videos/{video['id']}/stream").content == padded(b"2:0;") + padded(b"2:1;") + padded(b"2:2;")
     http.delete(f"/v1/videos/{video['id']}")
     assert running.service.storage.list("stream") == []
 
