@@ -20,7 +20,7 @@ def log_as_json(**fields: str) -> None:
 
 @contextmanager
 def log_fields(**fields: object) -> Iterator[None]:
-    """Put fields into each line that is written meanwhile, also in threads and tasks that are started meanwhile."""
+    """Put fields into each line that is written meanwhile, also in tasks and by `asyncio.to_thread`."""
     token = _fields.set({**_fields.get({}), **fields})
     try:
         yield

@@ -55,6 +55,16 @@ class ServeSettings(ClusterSettings):
     sample_gpus: Annotated[float, Field(ge=0)] = Field(0.6, description="share of a GPU of each")
     decode_gpus: Annotated[float, Field(ge=0)] = Field(0.3, description="share of a GPU of each")
     threads: Count = Field(1, description="CPU threads of each worker")
+    decode_window: Count = Field(1, description="latent frames decoded at a time")
+    tile: int | None = Field(
+        None, ge=64, multiple_of=32, description="side of a VAE tile in pixels (default: no tiling)"
+    )
+    max_live: Annotated[int, Field(ge=0)] = Field(
+        4, description="videos that a decoder shows while they are sampled; each holds 2 (384p) to 8 (768p) GiB"
+    )
+    render_s: Annotated[float, Field(gt=0)] = Field(
+        1800, description="seconds after which a worker that has not finished a batch is ended"
+    )
     batch_size: Count = Field(4, description="videos of one shape that are sampled together, at most")
     max_queued: Count = Field(1000, description="videos that may wait; more are answered 429")
     max_unfinished: Count = Field(100, description="unfinished videos of one key")

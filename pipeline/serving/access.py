@@ -1,6 +1,8 @@
 """What requests stand on, and who may ask for what: dependencies of the interface's routes."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -16,6 +18,9 @@ from pipeline.serving.tables import Job
 from pipeline.storage import Storage
 from pyramid_flow import Preset
 
+MAX_OPEN = 50
+"""Streams and series of events that one owner may have open at a replica."""
+
 LOCAL_OWNER = "local"
 """Owner of all videos when no keys are asked for."""
 
@@ -26,7 +31,7 @@ class Service:
 
     keys: who may ask; None = everyone, which is for one's own machine only. links: signs those to files; images: what
     pictures may be fetched; nodes: returns the URLs of the nodes' metrics; names_requests: whether an answer tells the
-    request's id, unless a proxy does.
+    request's id, unless a proxy does; open: streams of each owner that one replica is sending.
     """
 
     store: Store
@@ -39,6 +44,7 @@ class Service:
     images: ImageRoot = NO_IMAGES
     nodes: Callable[[], Sequence[str]] = tuple
     names_requests: bool = True
+    open: Counter[str] = field(default_factory=Counter)
 
 
 async def _service(request: Request) -> Service:
@@ -95,6 +101,31 @@ Own = Annotated[Job, Depends(_own)]
 
 Readable = Annotated[Job, Depends(_readable)]
 """The video whose file a path names, for its owner and for whoever has a signed link to the file."""
+
+
+def check_room(service: Service, job: Job) -> None:
+    """Raise APIError if the owner of a job has too many streams open already."""
+    if service.open[job.owner] >= MAX_OPEN:
+        raise APIError(429, "too_many_streams", f"{MAX_OPEN} streams of yours are open", retry_after_s=5)
+
+
+def _told(job: Own, service: Served) -> Job:
+    check_room(service, job)
+    return job
+
+
+@contextmanager
+def opened(service: Service, job: Job) -> Iterator[None]:
+    """Count a stream of a job while it is open."""
+    service.open[job.owner] += 1
+    try:
+        yield
+    finally:
+        service.open[job.owner] -= 1
+
+
+Told = Annotated[Job, Depends(_told)]
+"""The video whose changes are told for as long as it is made, if it is the asker's."""
 
 
 def file_path(video_id: str, name: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
@@ -19,7 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pipeline.fragments import padded
 from pipeline.request import hash_of
-from pipeline.serving.access import Own, Owner, Readable, Served, Service, file_path, found
+from pipeline.serving.access import Own, Owner, Readable, Served, Service, Told, check_room, file_path, found, opened
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
 from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
@@ -40,6 +41,7 @@ from pipeline.serving.schemas import (
 from pipeline.serving.scrape import scraped
 from pipeline.serving.store import BusyError
 from pipeline.serving.tables import Job, Status
+from pyramid_flow.sampling import TEMPORAL_FACTOR
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return answer
 
 
+_creating = CapacityLimiter(2)
+"""Requests that are read at once: a picture takes hundreds of MB while it is decoded, and a URL some time."""
+
 _health = APIRouter()
 _videos = APIRouter(prefix="/v1", responses=errors(400, 401, 403))
 
@@ -135,7 +140,8 @@ async def models(service: Served, _owner: Owner) -> ModelList:
 async def create(request: Request, response: Response, service: Served, owner: Owner) -> Video:
     """Ask for a video."""
     fields, upload = await body_fields(request)
-    return await run_in_threadpool(_create, service, owner, fields, upload, request.headers, response)
+    call = partial(_create, service, owner, fields, upload, request.headers, response)
+    return await to_thread.run_sync(call, limiter=_creating)
 
 
 def _create(
@@ -154,8 +160,9 @@ def _create(
 @_videos.post("/videos/sync", response_class=FileResponse, responses=file("video/mp4") | NEW | errors(500))
 async def create_and_wait(request: Request, service: Served, owner: Owner) -> Response:
     """Ask for a video and wait for its file; a client that goes away cancels it."""
-    shown = await create(request, Response(), service, owner)
+    creating = asyncio.ensure_future(create(request, Response(), service, owner))
     try:
+        shown = await asyncio.shield(creating)
         while not await request.is_disconnected():
             job = found(await run_in_threadpool(service.store.get, shown.id, owner), shown.id)
             if job.status == Status.COMPLETED:
@@ -165,7 +172,7 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
                 raise APIError(UNMADE.get(code, 500), code, job.error_message or f"the video was {job.status}")
             await asyncio.sleep(EVENT_POLL_S)
     except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
-        service.store.cancel(shown.id, owner)
+        service.store.cancel((await creating).id, owner)
         raise
     await run_in_threadpool(service.store.cancel, shown.id, owner)
     raise APIError(499, "client_closed_request", "the client has gone")
@@ -255,19 +262,20 @@ def content(job: Readable, service: Served, variant: Variant = "video") -> Respo
 
 
 @_videos.get("/videos/{video_id}/events", response_class=EventSourceResponse, responses=errors(404))
-async def events(first: Own, service: Served) -> AsyncIterator[ServerSentEvent]:
+async def events(first: Told, service: Served) -> AsyncIterator[ServerSentEvent]:
     """Tell each change of a video, as server-sent events, until it has ended or is deleted."""
-    told: Video | None = None
-    job: Job | None = first
-    while job is not None:
-        video = await run_in_threadpool(_video, service, job)
-        if video != told:
-            told = video
-            yield ServerSentEvent(event=f"video.{video.status}", data=video)
-        if video.status.is_end:
-            return
-        await asyncio.sleep(EVENT_POLL_S)
-        job = await run_in_threadpool(service.store.get, job.id, job.owner)
+    with opened(service, first):
+        told: Video | None = None
+        job: Job | None = first
+        while job is not None:
+            video = await run_in_threadpool(_video, service, job)
+            if video != told:
+                told = video
+                yield ServerSentEvent(event=f"video.{video.status}", data=video)
+            if video.status.is_end:
+                return
+            await asyncio.sleep(EVENT_POLL_S)
+            job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 
 @_videos.get(
@@ -277,25 +285,31 @@ def stream(job: Readable, service: Served) -> StreamingResponse:
     """Send a video while it is made: a fragmented mp4, from its start, each part as soon as there is one."""
     if Status(job.status) in (Status.FAILED, Status.CANCELLED):
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
-    service.store.follow(job.id, job.owner)
+    check_room(service, job)
+    if not job.followed:
+        service.store.follow(job.id, job.owner)
     return StreamingResponse(_parts(service, job), media_type="video/mp4", headers={"Cache-Control": "no-store"})
 
 
 async def _parts(service: Service, first: Job) -> AsyncIterator[bytes]:
     """Yield the fragments of a video, a new attempt's from where the one before was; its file if there are none."""
-    job: Job | None = first
-    sent = 0
-    while job is not None:
-        if sent < job.fragments:
-            yield padded(await run_in_threadpool(service.storage.get, fragment_path(job.claim, sent)))
-            sent += 1
-        elif Status(job.status).is_end:
-            if job.result and not sent:
+    with opened(service, first):
+        job: Job | None = first
+        sent, units = 0, 1 + (first.request["num_frames"] - 1) // TEMPORAL_FACTOR
+        while job is not None:
+            if (
+                job.result and not sent and job.fragments < units
+            ):  # nobody followed it, or it could not be shown to its end
                 yield await run_in_threadpool(service.storage.get, job.result["uri"])
-            return
-        else:
-            await asyncio.sleep(STREAM_POLL_S)
-            job = await run_in_threadpool(service.store.get, job.id, job.owner)
+                return
+            if sent < job.fragments:
+                yield padded(await run_in_threadpool(service.storage.get, fragment_path(job.claim, sent)))
+                sent += 1
+            elif Status(job.status).is_end:
+                return
+            else:
+                await asyncio.sleep(STREAM_POLL_S)
+                job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 
 def _add(
@@ -304,7 +318,7 @@ def _add(
     video: NewVideo,
     content: str,
     headers: Mapping[str, str],
-    **values: Any,  # noqa: ANN401
+    remixed_from: str | None = None,
 ) -> Job:
     """Let a video wait, unless it is a request that came before; its picture is stored first."""
     key, retries = headers.get("idempotency-key"), headers.get("x-stainless-retry-count", "0")
@@ -319,16 +333,18 @@ def _add(
         content=content,
         replay=None if key is None else hashlib.sha256(key.encode()).hexdigest(),
         created_at=service.store.clock(),
-        **values,
+        remixed_from=remixed_from,
     )
     if isinstance(video.request.image, bytes):
         job.image = f"uploads/{job.id}"
         service.storage.put(job.image, video.request.image)
     try:
         added = service.store.add(job)
-    except BusyError as error:
+    except Exception as error:
         remove_files(service.storage, job)
-        raise APIError(429, error.code, str(error), retry_after_s=error.retry_after_s) from error
+        if isinstance(error, BusyError):
+            raise APIError(429, error.code, str(error), retry_after_s=error.retry_after_s) from error
+        raise
     if added is not job:
         remove_files(service.storage, job)
         if added.content != content:

@@ -62,6 +62,7 @@ class ServiceConfig(BaseModel):
     batch_size: int = 4
     tile: int | None = None
     decode_window: int = 1
+    max_live: int = 4
     max_queued: int = 1000
     max_unfinished: int = 100
     max_per_minute: int = 60
@@ -124,6 +125,7 @@ def build_page(config: PageConfig) -> Application:
     def interface() -> FastAPI:
         from pipeline.serving.page import create_page  # here, so that nothing else loads Gradio
 
+        log_as_json(deployment="page")
         return create_page(config.api_url, asks_keys=config.asks_keys)
 
     options = {"max_ongoing_requests": 1000, "graceful_shutdown_timeout_s": 1}  # open pages do not keep it
@@ -139,8 +141,9 @@ def _model_stages(config: ServiceConfig) -> dict[str, Application]:
     model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
     places = {"database": config.database, "output": config.output}
     frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
+    live = {"max_live": config.max_live}
     encode = StageSpec(Encode, {"model": model, "image_root": NO_IMAGES.url, "image_hosts": frozenset()})
-    decode = StageSpec(LiveDecode, {"model": model} | frames | places)
+    decode = StageSpec(LiveDecode, {"model": model} | frames | live | places)
     publish = StageSpec(Publish, {"output": config.output, "node": "serve"})
     stages = {
         "encode": _stage(config, "encode", StageReplica).bind(encode, config.render_s),

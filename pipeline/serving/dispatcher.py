@@ -26,7 +26,7 @@ from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-ANNOUNCED_AT_ONCE, EXPIRED_AT_ONCE = 20, 100
+ANNOUNCED_AT_ONCE, EXPIRED_AT_ONCE = 20, 1000
 ANNOUNCE_AGAIN_S, ANNOUNCE_MOST_S, ANNOUNCE_FOR_S = 30.0, 3600.0, 86400.0
 """When an end is told again: the wait doubles up to the most, until so long after the end."""
 
@@ -213,7 +213,9 @@ class Dispatcher:
 
     def _expire(self) -> None:
         """Remove what is kept no longer: files first, so that none is left that nobody knows."""
-        while jobs := self.store.expired(EXPIRED_AT_ONCE):
-            for job in jobs:
+        for job in self.store.expired(EXPIRED_AT_ONCE):
+            try:
                 remove_files(self.storage, job)
                 self.store.delete(job.id, job.owner)
+            except Exception:  # one that cannot be removed must not keep the others
+                logger.exception("an expired video cannot be removed", extra={"video": job.id})

@@ -4,10 +4,12 @@ import hashlib
 import io
 import tempfile
 from email.utils import formatdate
-from pathlib import Path
+from pathlib import PurePath
+from typing import Any
 
 from fastapi.responses import FileResponse
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,15 +18,20 @@ from pipeline.storage import Storage
 from pipeline.video import THUMBNAIL_FRAMES
 
 
-class PassingFileResponse(FileResponse):
-    """Sends a file and removes it, however the sending ends."""
+class BytesResponse(FileResponse):
+    """Sends bytes as a file is sent, in ranges if they are asked for."""
+
+    def __init__(self, data: bytes, **options: Any) -> None:  # noqa: ANN401 - as FileResponse's
+        super().__init__("", **options)
+        self.data = data
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file."""
-        try:
+        """Send the bytes by way of a file that is gone afterwards, however the sending ends."""
+        with tempfile.NamedTemporaryFile() as file:
+            await run_in_threadpool(file.write, self.data)
+            file.flush()
+            self.path = file.name
             await super().__call__(scope, receive, send)
-        finally:
-            Path(self.path).unlink(missing_ok=True)
 
 
 def fragments_folder(job_id: str) -> str:
@@ -39,10 +46,13 @@ def fragment_path(claim: Claim, index: int) -> str:
 
 def remove_files(storage: Storage, job: Job) -> None:
     """Remove everything that is stored of a job."""
-    result = job.result or {}
-    paths = [job.image, result.get("uri"), result.get("thumbnail_uri")]
+    name, result = job.id.removeprefix(ID_PREFIX), job.result or {}
+    paths = {job.image, result.get("uri"), result.get("thumbnail_uri")}
     if job.followed:
-        paths += storage.list(fragments_folder(job.id))
+        paths |= set(storage.list(fragments_folder(job.id)))
+    if (job.fence or 0) > 1:  # attempts that were lost may have published files, which no row names
+        published = [path for folder in ("videos", "thumbnails") for path in storage.list(f"{folder}/{name[:2]}")]
+        paths |= {path for path in published if PurePath(path).name.startswith(f"{name}-")}
     for path in paths:
         if path:
             storage.delete(path)
@@ -58,13 +68,10 @@ def first_of_strip(strip: bytes, num_frames: int) -> bytes:
 
 
 def file_answer(data: bytes, media_type: str, name: str, job: Job) -> Response:
-    """Send bytes as a file is sent, in ranges if they are asked for."""
-    with tempfile.NamedTemporaryFile(delete=False) as file:
-        file.write(data)
-    path = Path(file.name)
+    """Return the answer that sends a file of a job."""
     headers = {
         "ETag": f'"{hashlib.sha256(data).hexdigest()[:32]}"',
         "Last-Modified": formatdate(job.completed_at, usegmt=True),
         "Cache-Control": "private, max-age=3600",
     }
-    return PassingFileResponse(path, headers=headers, media_type=media_type, filename=name)
+    return BytesResponse(data, headers=headers, media_type=media_type, filename=name)

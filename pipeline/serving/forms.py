@@ -7,10 +7,9 @@ from typing import Any
 import gradio as gr
 
 from pipeline.serving.client import Fields
-from pyramid_flow.sampling import TEMPORAL_FACTOR
+from pyramid_flow.sampling import MAX_GUIDANCE, TEMPORAL_FACTOR
 
 IMAGE = "input_reference"
-MAX_GUIDANCE = 20
 
 Form = Mapping[str, gr.components.Component]
 Values = dict[Any, Any]

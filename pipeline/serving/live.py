@@ -1,7 +1,6 @@
 """The video while it is made: finished units go from the sampler to a decoder, which stores them as fragments."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from pipeline.serving.store import Store
 from pipeline.serving.tables import Claim
 from pipeline.stages import Decode, ModelConfig
 from pipeline.stages.decode import THUMBNAIL, VIDEO
+from pipeline.stages.stage import release_memory
 from pipeline.storage import Storage
 from pipeline.video import ThumbnailStrip
 from pyramid_flow.errors import PyramidFlowError
@@ -26,8 +26,8 @@ from pyramid_flow.vae import VAEState
 
 logger = logging.getLogger(__name__)
 
-MAX_LIVE = 8
-"""Videos whose state a decoder keeps between their units; the one that was longest without any goes first."""
+MAX_BATCHES = 8
+"""Batches whose followed videos Serve sends to one decoder."""
 
 Show = Callable[[Item, int], int]
 """Is given an item whose latents begin with unit number so-and-so; returns the number of the unit to send next."""
@@ -111,30 +111,47 @@ class LiveVideo:
         return {VIDEO: as_tensor(video), THUMBNAIL: as_tensor(self.strip.webp())}
 
     def _forget(self) -> None:
-        """Leave nothing behind of a video that was deleted meanwhile."""
-        if not self.decode.store.is_known(self.claim.id):
-            for path in self.decode.storage.list(fragments_folder(self.claim.id)):
+        """Leave nothing behind of a claim that was lost; a finished video's fragments are still read."""
+        job = self.decode.store.get(self.claim.id)
+        if job is None or job.fence != self.claim.fence:
+            for path in self.decode.storage.list(f"{fragments_folder(self.claim.id)}/{self.claim.fence}"):
                 self.decode.storage.delete(path)
 
 
 class LiveDecode(Decode):
-    """Decodes followed videos unit by unit, most of them before the sampler has made all; the others as ever."""
+    """Decodes followed videos unit by unit, most of them before the sampler has made all; the others as ever.
+
+    max_live: videos whose state is kept between their units, at most; further ones are shown when they are sampled.
+    """
 
     def __init__(
-        self, model: ModelConfig, window: int, tile: int | None, encoder_threads: int, database: str, output: str
+        self,
+        model: ModelConfig,
+        window: int,
+        tile: int | None,
+        encoder_threads: int,
+        max_live: int,
+        database: str,
+        output: str,
     ) -> None:
         super().__init__(model, window, tile, encoder_threads)
+        self.max_live = max_live
         self.store, self.storage, self.metrics = Store(database), Storage(output), ServiceMetrics()
-        self.videos: OrderedDict[str, LiveVideo] = OrderedDict()
+        self.videos: dict[str, LiveVideo] = {}
 
     def show(self, item: Item, start: int) -> int:
         """Decode units of a video from number `start`; returns the number of the one that is wanted next.
 
-        That is 0 if those before `start` are not known here, and beyond the last for a video that cannot be shown.
+        That is 0 if those before `start` are not known here, and beyond the last for a video that cannot be shown now.
         """
-        if start and item.row.id not in self.videos:
-            return 0
-        video = self._video(item)
+        none_wanted = sampling_params([item.request]).num_units
+        if item.row.id not in self.videos:
+            self._drop_lost()
+            if len(self.videos) >= self.max_live:
+                return none_wanted
+            if start:
+                return 0
+        video = self.videos.setdefault(item.row.id, LiveVideo(item, self))
         try:
             video.add(item.tensors["latents"][:, :, len(video.fragments) - start :])
         except torch.AcceleratorError:
@@ -142,23 +159,30 @@ class LiveDecode(Decode):
         except Exception as error:  # noqa: BLE001 - it is decoded once more at its end, where a fault is its own
             logger.warning("%s is not shown: %s", item.row.id, error)
             self.videos.pop(item.row.id)
-            return sampling_params([item.request]).num_units
+            return none_wanted
         return len(video.fragments)
 
     def process(self, items: Sequence[Item]) -> list[Item]:
         """Decode what is left of the rows, one after another."""
+        self._drop_lost()
         followed = {claim.row_id for claim in self.store.followed([Claim.of_row(item.row.id) for item in items])}
         return [self._finished(item) if item.row.id in followed else self._decoded(item, self.tile) for item in items]
 
-    def _video(self, item: Item) -> LiveVideo:
-        video = self.videos.setdefault(item.row.id, LiveVideo(item, self))
-        self.videos.move_to_end(item.row.id)
-        while len(self.videos) > MAX_LIVE:
-            self.videos.popitem(last=False)
-        return video
+    def _drop_lost(self) -> None:
+        """Forget videos that nobody makes any more, and with them the device's memory that they hold."""
+        held = {claim.row_id for claim in self.store.followed([Claim.of_row(row_id) for row_id in self.videos])}
+        self.videos = {row_id: video for row_id, video in self.videos.items() if row_id in held}
+
+    def _decoded(self, item: Item, tile: int | None) -> Item:
+        try:
+            return self._decoded_with(item, tile)
+        except torch.OutOfMemoryError:
+            self.videos.clear()  # they are decoded once more
+            release_memory()
+            return super()._decoded(item, tile)
 
     def _finished(self, item: Item) -> Item:
-        video = self._video(item)
+        video = self.videos.pop(item.row.id, None) or LiveVideo(item, self)
         try:
             video.add(item.tensors["latents"][:, :, len(video.fragments) :])
         except ClaimLostError:
@@ -168,6 +192,4 @@ class LiveDecode(Decode):
         except Exception as error:  # noqa: BLE001 - another way may do
             logger.warning("%s is not shown to its end: %s", item.row.id, error)
             return self._decoded(item, self.tile)
-        finally:
-            self.videos.pop(item.row.id)
         return item.with_tensors(video.files(), frames=video.num_frames, tiling=self.tile)

@@ -145,7 +145,7 @@ def gallery(videos: Sequence[tuple[Fields, str | None]]) -> str:
 
 
 def settings(video: Fields) -> str:
-    """Return the settings of a video as JSON that asks for the same video again."""
+    """Return the settings of a video as JSON: what a create call needs for the same video, but for its picture."""
     return json.dumps({name: video[name] for name in SETTINGS}, indent=2, ensure_ascii=False)
 
 

@@ -6,6 +6,7 @@ import time
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,17 +41,28 @@ class BodyLimit:
         error = APIError(413, "body_too_large", f"the body is larger than {self.max_bytes} bytes")
         if length.isdigit() and int(length) > self.max_bytes:
             return await JSONResponse(error.body, error.status)(scope, receive, send)
-        received = 0
+        received, is_refused = 0, False
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal received, is_refused
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise error
-            return message
+            if received <= self.max_bytes:
+                return message
+            if not is_refused:
+                is_refused = True
+                await JSONResponse(error.body, error.status)(scope, receive, send)
+            return {"type": "http.disconnect"}
 
-        return await self.app(scope, counted, send)
+        async def unless_refused(message: Message) -> None:
+            if not is_refused:
+                await send(message)
+
+        try:
+            await self.app(scope, counted, unless_refused)
+        except ClientDisconnect:
+            if not is_refused:
+                raise
 
 
 class RequestLog:

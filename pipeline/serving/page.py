@@ -6,6 +6,7 @@ from typing import Annotated
 import gradio as gr
 from fastapi import APIRouter, FastAPI, Form, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from gradio import processing_utils
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -13,7 +14,7 @@ from pipeline.serving import markup
 from pipeline.serving.client import ServiceError, VideosClient
 from pipeline.serving.fields import MAX_BODY_BYTES
 from pipeline.serving.keys import hashed
-from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, SecurityHeaders
+from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
 from pipeline.serving.ui import COOKIE, Page
 
 SIGN_IN = "sign-in"
@@ -44,10 +45,14 @@ def create_page(api_url: str, *, asks_keys: bool) -> FastAPI:
     app.add_middleware(OwnPagesOnly)
     app.add_middleware(CORSMiddleware)  # allows nothing: without it Gradio allows every site
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    app.add_middleware(RequestLog, names_requests=False)
     app.add_middleware(SecurityHeaders, policy=POLICY)
+    blocks = Page(client).blocks
+    blocks.has_launched = True  # else Gradio takes any path that a browser names for one of the page's own
+    processing_utils.async_ssrf_protected_download = _refuse_to_fetch
     gr.mount_gradio_app(
         app,
-        Page(client).blocks,
+        blocks,
         path="/",
         auth_dependency=_reader(client) if asks_keys else None,
         theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
@@ -58,6 +63,11 @@ def create_page(api_url: str, *, asks_keys: bool) -> FastAPI:
         ssr_mode=False,
     )
     return app
+
+
+async def _refuse_to_fetch(url: str, cache_dir: str) -> str:
+    """Stand in for what Gradio does with a URL in place of an upload."""
+    raise gr.Error("files are uploaded, not fetched", print_exception=False)
 
 
 def _reader(client: VideosClient) -> Callable[[Request], Awaitable[str | None]]:

@@ -21,6 +21,8 @@ MAX_LOST_LEASES = 10
 """Claims after which a job ends whose dispatcher is lost each time."""
 
 MINUTE_S = 60.0
+LIMITS_LOCK = 7_140_001
+"""Number of the lock under which PostgreSQL counts jobs and adds one."""
 
 
 class BusyError(PyramidFlowError):
@@ -98,6 +100,8 @@ class Store:
                 known: Job | None = session.scalar(_replayed(job))
                 if known is not None:
                     return known
+                if self.engine.dialect.name == "postgresql":  # SQLite lets one transaction write at a time anyway
+                    session.execute(select(func.pg_advisory_xact_lock(LIMITS_LOCK)))
                 self._check_limits(session, job.owner)
                 session.add_all([job, Ask(owner=job.owner, asked_at=job.created_at)])
         except IntegrityError:  # the same request came at the same moment
@@ -164,7 +168,6 @@ class Store:
                 jobs += session.scalars(mates.limit(limit - 1))
             for job in jobs:
                 job.status, job.progress, job.lease_until = Status.IN_PROGRESS, 0, self.clock() + lease_s
-                job.fragments = 0
                 job.fence += 1
                 job.attempts += 1
         return jobs
@@ -195,10 +198,6 @@ class Store:
         """Say that so many fragments of a claimed job can be seen; never fewer than before. False if it is lost."""
         return self._write(claim, fragments=case((Job.fragments < fragments, fragments), else_=Job.fragments))
 
-    def is_known(self, job_id: str) -> bool:
-        """Return whether there is such a job, of anyone."""
-        return self._one(Job.id == job_id) is not None
-
     def complete(self, claim: Claim, result: dict[str, Any]) -> bool:
         """End a claimed job with its video; False if it is lost, and then the video counts for nothing."""
         return self._write(claim, **self._end(Status.COMPLETED), progress=100, result=result)
@@ -209,7 +208,7 @@ class Store:
 
     def release(self, claim: Claim) -> bool:
         """Let a claimed job wait again, as if it had not been claimed; False if it is lost."""
-        return self._write(claim, status=Status.QUEUED, lease_until=None, progress=0, attempts=Job.attempts - 1)
+        return self._write(claim, **_QUEUED, attempts=Job.attempts - 1)
 
     def cancel(self, job_id: str, owner: str) -> Job | None:
         """End a job of an owner that has not ended; returns it as it is then, or None if there is none."""
@@ -217,7 +216,7 @@ class Store:
             session.execute(
                 update(Job)
                 .where(Job.id == job_id, Job.owner == owner, _GOES_ON)
-                .values(**self._end(Status.CANCELLED), fence=Job.fence + 1)
+                .values(**self._end(Status.CANCELLED), fence=Job.fence + 1, fragments=0)
             )
         return self.get(job_id, owner)
 
@@ -227,9 +226,11 @@ class Store:
             return session.scalar(delete(Job).where(Job.id == job_id, Job.owner == owner).returning(Job))
 
     def expired(self, limit: int) -> Sequence[Job]:
-        """Return jobs whose time is over."""
+        """Return jobs whose time is over, any of them: one that cannot be removed does not stand in front."""
         with self.reader() as session:
-            return session.scalars(select(Job).where(Job.expires_at <= self.clock()).limit(limit)).all()
+            return session.scalars(
+                select(Job).where(Job.expires_at <= self.clock()).order_by(func.random()).limit(limit)
+            ).all()
 
     def unannounced(self, limit: int) -> Sequence[Job]:
         """Return jobs that have ended and whose end is to be told now, oldest end first."""
@@ -271,7 +272,7 @@ class Store:
         """Return how many jobs have failed, and how many wait again."""
         lost = (Job.status == Status.IN_PROGRESS) & condition
         given_up = {**self._end(Status.FAILED), "error_code": "worker_lost", "error_message": why}
-        again = {"status": Status.QUEUED, "lease_until": None, "progress": 0, "fence": Job.fence + 1, **values}
+        again = {**_QUEUED, "fence": Job.fence + 1, **values}
         with self.writer.begin() as session:
             ended = session.execute(update(Job).where(lost, is_over).values(**given_up))
             waiting = session.execute(update(Job).where(lost).values(**again))
@@ -302,6 +303,9 @@ class Store:
         with self.reader() as session:
             return session.scalar(select(Job).where(*conditions))
 
+
+_QUEUED = {"status": Status.QUEUED, "lease_until": None, "progress": 0, "fragments": 0}
+"""What a job becomes that waits again."""
 
 _WAITS = Job.status == Status.QUEUED
 _GOES_ON = Job.status.in_((Status.QUEUED, Status.IN_PROGRESS))

@@ -8,7 +8,7 @@ import torch
 from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
-from pipeline.request import sampling_params
+from pipeline.request import NUM_LEVELS, sampling_params
 from pipeline.rows import Item
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Claim
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_S = 0.25
 BEFORE, SAMPLING = 5, 85
-"""Percent of a video's work before the sampler, and of the sampler."""
+"""Percent of progress before the sampler, and of the sampler; the rest is for what comes after it."""
 
 
 class Watch:
@@ -41,8 +41,8 @@ class Watch:
     def __call__(self, info: StepInfo) -> Tensor:
         """Count a step, and say which rows shall go on: bool [B]."""
         if not self.total:
-            self.total = self._steps_from(info.unit)
-        self.done += 1
+            self.total = self._work_from(info.unit)
+        self.done += _pixels(info.level)
         if time.monotonic() - self.told_at >= REPORT_S or self.done == self.total:
             self._tell(BEFORE + SAMPLING * self.done // self.total)
             self.told_at = time.monotonic()
@@ -65,6 +65,12 @@ class Watch:
                 self.relay(self.items[row], [unit[place : place + 1] for unit in units])
                 self.relayed[row] = len(info.finished)
 
-    def _steps_from(self, first_unit: int) -> int:
+    def _work_from(self, first_unit: int) -> int:
         units = range(first_unit, self.params.num_units)
-        return sum(self.params.steps(unit, level) for unit in units for level in range(3))
+        levels = range(NUM_LEVELS)
+        return sum(self.params.steps(unit, level) * _pixels(level) for unit in units for level in levels)
+
+
+def _pixels(level: int) -> int:
+    """Return what a step at a level counts: its pixels, in multiples of those of level 0."""
+    return 1 << 2 * level

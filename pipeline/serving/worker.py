@@ -20,7 +20,7 @@ from pipeline.metrics import StageMetrics
 from pipeline.plan import StageSpec
 from pipeline.rows import Batch, Item, pack, unpack
 from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
-from pipeline.serving.live import MAX_LIVE, LiveDecode, Relay
+from pipeline.serving.live import MAX_BATCHES, LiveDecode, Relay
 from pipeline.serving.store import Store
 from pipeline.serving.watch import Watch
 from pipeline.serving.webhooks import Webhook
@@ -104,7 +104,7 @@ class DecodeReplica(StageReplica):
 
     stage: LiveDecode
 
-    @serve.multiplexed(max_num_models_per_replica=MAX_LIVE)  # type: ignore[untyped-decorator]
+    @serve.multiplexed(max_num_models_per_replica=MAX_BATCHES)  # type: ignore[untyped-decorator]
     async def _attract(self, batch_id: str) -> str:
         """Let Serve send what belongs to a batch here from now on."""
         return batch_id

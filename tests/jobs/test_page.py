@@ -1,6 +1,7 @@
 """The page in a browser, over a service that runs: what people do with it, at a desk and on a phone."""
 
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.jobs.services import Running, service
 pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 KEY, PROMPT = "pr-secret", "a large red circle moves quickly up on a dark background"
+OWNER = {"Authorization": f"Bearer {KEY}"}
 PICTURE = Path(jobs.__file__).parent / "sample" / "first_frame.png"
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 WAIT_MS, MADE_MS = 15_000, 60_000
@@ -137,9 +139,8 @@ def test_a_video_from_an_image(page):
     assert max(ImageStat.Stat(change).mean) < 16
 
 
-def test_a_video_is_found_again_and_cancelled(page):
-    ask(page, "Text to video", PROMPT, duration="1.33 s")
-    expect(page.get_by_role("progressbar")).to_be_visible()
+def test_a_video_is_found_again_and_cancelled(running, page):
+    slow_video(running)
     page.reload()
     expect(page.get_by_role("progressbar")).to_be_visible()
     page.get_by_role("button", name="Cancel", exact=True).click()
@@ -154,12 +155,27 @@ def test_what_is_wrong_is_said(page):
     expect(page.get_by_text("choose a picture first")).to_be_visible()
 
 
-def test_a_video_plays_while_it_is_made(running, browser):
+def slow_video(running: Running) -> str:
+    """Ask for a video that takes a while; returns its path."""
     body = {"prompt": PROMPT, "num_inference_steps": 60, "video_num_inference_steps": 60}
-    with httpx.Client(base_url=running.url, headers={"Authorization": f"Bearer {KEY}"}) as http:
-        path = f"/v1/videos/{http.post('/v1/videos', json=body).json()['id']}"
-        page = browser.new_page(bypass_csp=True)  # to look into the player
-        page.goto(running.url + http.post(f"{path}/links").json()["stream"], wait_until="commit")
-        page.wait_for_function("document.querySelector('video').readyState >= 2", timeout=MADE_MS)
-        assert http.get(path).json()["status"] == "in_progress"
-        page.close()
+    answer = httpx.post(f"{running.url}/v1/videos", json=body, headers=OWNER)
+    return f"/v1/videos/{answer.json()['id']}"
+
+
+def test_a_video_plays_while_it_is_made(running, browser):
+    path = running.url + slow_video(running)
+    link = httpx.post(f"{path}/links", headers=OWNER).json()["stream"]
+    page = browser.new_page(bypass_csp=True)  # to look into the player
+    page.goto(running.url + link, wait_until="commit")
+    page.wait_for_function("document.querySelector('video').readyState >= 2", timeout=MADE_MS)
+    assert httpx.get(path, headers=OWNER).json()["status"] == "in_progress"
+    page.close()
+
+
+def test_the_page_shows_a_video_while_it_is_made(running, page):
+    slow_video(running)
+    page.reload()
+    player = page.locator(".pr-player")
+    expect(player).to_have_attribute("src", re.compile("/stream"), timeout=MADE_MS)
+    expect(page.get_by_text("Made in")).to_be_visible(timeout=MADE_MS)
+    expect(player).to_have_attribute("src", re.compile("/content"))

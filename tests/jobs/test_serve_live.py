@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import httpx2 as httpx
 import openai
@@ -14,6 +16,7 @@ import pytest
 
 from tests.jobs.head import BIN, free_ports, head_node, until
 from tests.jobs.services import service, stop
+from tests.pipeline.mp4 import probe
 
 pytestmark = [
     pytest.mark.ray,
@@ -22,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"),
 ]
 
+ROOT = Path(__file__).parents[2]
 QUICK = {"num_frames": 9, "num_inference_steps": 2, "video_num_inference_steps": 1}
 
 
@@ -43,14 +47,26 @@ def until_done(client: openai.OpenAI, ids: list[str], seconds: float) -> list[st
 
 
 def test_no_video_is_lost_whoever_is_killed(tmp_path):
-    with service(tmp_path) as running, running.client as client:
-        ids = [client.videos.create(prompt=f"prompt {i}", model="toy", extra_body=QUICK).id for i in range(12)]
-        for name in ("sample", "dispatcher"):
+    with service(tmp_path) as running, running.client.with_options(max_retries=20) as client:
+        ids = [client.videos.create(prompt=f"prompt {i}", model="toy", extra_body=QUICK).id for i in range(30)]
+        for name in ("sample", "dispatcher", "decode", "api", "encode", "publish"):
             time.sleep(1)
             [worker] = running.workers(name)
             os.kill(worker, signal.SIGKILL)
-        assert until_done(client, ids, 300) == ["completed"] * 12
-        assert len(list((running.folder / "out" / "videos").rglob("*.mp4"))) == 12
+        assert until_done(client, ids, 400) == ["completed"] * 30
+        assert len({client.videos.retrieve(video_id).video_sha256 for video_id in ids}) == 30
+
+
+def test_the_readmes_requests_work_as_they_stand(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    [shell] = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
+    [script] = re.findall(r"```python\n(from openai.*?)```", readme, re.DOTALL)
+    with service(tmp_path) as running:
+        here = [text.replace("http://127.0.0.1:8000", running.url) for text in (shell, script)]
+        answer = subprocess.run(here[0], shell=True, capture_output=True, check=True).stdout
+        assert json.loads(answer)["status"] == "queued"
+        subprocess.run([sys.executable, "-c", here[1]], cwd=tmp_path, check=True)
+        assert probe(tmp_path / "circle.mp4").frames == 33
 
 
 @pytest.mark.database

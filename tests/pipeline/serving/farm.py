@@ -26,7 +26,7 @@ class Local:
     """The stages in this process, one batch at a time; before: called with each batch before it is sampled."""
 
     def __init__(self, store: Store, encode: Encode, output: Path) -> None:
-        self.decode = LiveDecode(MODEL, 1, None, 1, str(store.engine.url), str(output))
+        self.decode = LiveDecode(MODEL, 1, None, 1, 4, str(store.engine.url), str(output))
         self.relaying = ThreadPoolExecutor(1)
         sample = Sample(MODEL, lambda items: Watch(store, Relay(self.show, self.relaying), items))
         self.stages = encode, sample, self.decode, Publish(str(output), "here")

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from pipeline.faults import StorageError
+from pipeline.serving.files import remove_files
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Status
 from tests.pipeline.mp4 import probe
@@ -108,6 +109,46 @@ def test_a_database_that_fails_for_a_while_costs_no_video(farm, monkeypatch):
     farm.run_all()
     assert len(calls) > 1
     assert farm.job(video_id).status == Status.COMPLETED
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_files_of_a_lost_attempt_go_with_the_video(farm, forget):
+    video_id = farm.ask("twice")
+    publish, calls = farm.local.stages[-1], []
+
+    def dies_after(batch):
+        calls.append(publish(batch))
+        if len(calls) == 1:
+            raise ConnectionError("the worker is gone")
+        return calls[-1]
+
+    farm.local.stages = (*farm.local.stages[:-1], dies_after)
+    farm.run_all()
+    assert farm.job(video_id).status == Status.COMPLETED
+    assert len(farm.storage.list("videos")) == 2
+    if forget:
+        remove_files(farm.storage, farm.job(video_id))
+    else:
+        now = farm.store.clock()
+        farm.store.clock = lambda: now + 2000
+        farm.run(lambda: farm.job(video_id) is None)
+    assert farm.storage.list("videos") == farm.storage.list("thumbnails") == []
+
+
+def test_one_video_that_cannot_be_removed_keeps_no_other(farm, monkeypatch):
+    ids = [farm.ask("first"), farm.ask("second")]
+    farm.run_all()
+    stuck, delete, now = farm.job(ids[0]).result["uri"], farm.storage.delete, farm.store.clock()
+
+    def failing(path):
+        if path == stuck:
+            raise StorageError("no")
+        delete(path)
+
+    monkeypatch.setattr(farm.storage, "delete", failing)
+    farm.store.clock = lambda: now + 2000
+    farm.run(lambda: farm.job(ids[1]) is None)
+    assert farm.job(ids[0]) is not None
 
 
 def test_a_storage_that_fails_does_not_end_the_dispatcher(farm, monkeypatch):

@@ -3,11 +3,16 @@
 import asyncio
 from collections.abc import Iterator
 
+import gradio
 import pytest
 from fastapi import FastAPI
+from gradio.context import LocalContext
+from gradio.exceptions import InvalidPathError
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from pipeline.serving.access import Service
+from pipeline.serving.fields import MAX_BODY_BYTES
 from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.page import create_page
 from pipeline.serving.store import Store
@@ -55,6 +60,30 @@ def test_who_has_no_key_is_led_to_the_form(visitor):
     assert 'name="key"' in visitor.get("/page/sign-in").text
     for method, path in (("GET", "config"), ("POST", "gradio_api/upload"), ("POST", "gradio_api/queue/join")):
         assert visitor.request(method, f"/page/{path}", json={}).status_code == 401, path
+
+
+@pytest.mark.parametrize("path", [__file__, "http://127.0.0.1:9/a.png", "https://example.com/a.png"])
+def test_no_file_is_read_and_no_url_fetched_for_a_visitor(running, path):
+    [mount] = [route for route in page_of(running.url).routes if isinstance(route, Mount)]
+    blocks = mount.app.get_blocks()
+    [make] = [block for block in blocks.fns.values() if block.name == "create_from_text"]
+
+    named = {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+    async def send() -> None:
+        LocalContext.blocks.set(blocks)  # as Gradio's routes do
+        await blocks.preprocess_data(make, [named] * len(make.inputs), None)
+
+    with pytest.raises((InvalidPathError, gradio.Error), match=r"not uploaded by a user|uploaded, not fetched"):
+        asyncio.run(send())
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_large_uploads_are_refused_however_they_are_sent(visitor, is_said):
+    size = MAX_BODY_BYTES + 1
+    body = b"x" * size if is_said else (b"x" * 2**20 for _ in range(size // 2**20 + 1))
+    headers = {"content-type": "multipart/form-data; boundary=b", "cookie": f"{COOKIE}=secret"}
+    assert visitor.post("/page/gradio_api/upload", content=body, headers=headers).status_code == 413
 
 
 @pytest.mark.parametrize("key", ["wrong", "", " ", "wr\nong", "schlüssel"])

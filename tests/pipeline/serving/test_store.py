@@ -286,8 +286,8 @@ def test_what_is_followed_and_seen_is_of_one_claim(store):
     assert not store.show(taken.claim, 3)
     [again] = store.claim(1, 10)
     assert (again.fragments, again.followed) == (0, True)
-    assert store.is_known("video_001")
-    assert not store.is_known("video_002")
+    store.show(again.claim, 1)
+    assert store.cancel("video_001", "me").fragments == 0
 
 
 def test_a_database_of_another_version_is_refused(store, database):
