@@ -290,6 +290,13 @@ def test_what_is_followed_and_seen_is_of_one_claim(store):
     assert store.cancel("video_001", "me").fragments == 0
 
 
+def test_connections_keep_few_pages(tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/videos.db")
+    with store.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA cache_size").scalar() == -256
+    store.close()
+
+
 def test_a_database_of_another_version_is_refused(store, database):
     with store.engine.begin() as connection:
         connection.execute(text("ALTER TABLE videos DROP COLUMN fragments"))
