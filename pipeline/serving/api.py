@@ -167,7 +167,7 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
             job = found(await run_in_threadpool(service.store.get, shown.id, owner), shown.id)
             if job.status == Status.COMPLETED:
                 return await run_in_threadpool(content, job, service)
-            if Status(job.status).is_end:
+            if job.has_ended:
                 code = job.error_code or job.status
                 raise APIError(UNMADE.get(code, 500), code, job.error_message or f"the video was {job.status}")
             await asyncio.sleep(EVENT_POLL_S)
@@ -305,7 +305,7 @@ async def _parts(service: Service, first: Job) -> AsyncIterator[bytes]:
             if sent < job.fragments:
                 yield padded(await run_in_threadpool(service.storage.get, fragment_path(job.claim, sent)))
                 sent += 1
-            elif Status(job.status).is_end:
+            elif job.has_ended:
                 return
             else:
                 await asyncio.sleep(STREAM_POLL_S)

@@ -86,6 +86,11 @@ class Job(Base):
     )
 
     @property
+    def has_ended(self) -> bool:
+        """Whether nothing happens to the job any more."""
+        return Status(self.status).is_end
+
+    @property
     def claim(self) -> "Claim":
         """The right to write about the job, as it stands."""
         return Claim(self.id, self.fence)

@@ -290,6 +290,21 @@ def test_what_is_followed_and_seen_is_of_one_claim(store):
     assert store.cancel("video_001", "me").fragments == 0
 
 
+def test_limits_hold_when_many_ask_at_once(database):
+    store = Store(database, limits=Limits(max_queued=3))
+
+    def is_taken(number: int) -> bool:
+        try:
+            store.add(job(number))
+        except BusyError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(is_taken, range(24))) == 3
+    store.close()
+
+
 def test_connections_keep_few_pages(tmp_path):
     store = Store(f"sqlite:///{tmp_path}/videos.db")
     with store.engine.connect() as connection:
