@@ -151,7 +151,7 @@ real = Storage.get
 def get(self, path):
     if path.startswith("metadata"):
         print("reading", flush=True)
-        time.sleep(2)
+        time.sleep(5)
     return real(self, path)
 
 Storage.get = get
@@ -166,7 +166,7 @@ def test_ctrl_c_leaves_no_traceback(storage):
     )
     with process:
         assert process.stdout.readline().startswith("reading")  # two threads may have begun
-        time.sleep(0.1)
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130

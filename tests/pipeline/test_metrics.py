@@ -60,7 +60,8 @@ def test_rows_failures_seconds_and_bytes_are_exported(cluster):
     assert exported("busy_seconds_total")["test-a"] == pytest.approx(4.5)
     assert exported("batch_seconds_count")["test-a"] == 2
     assert exported("batch_rows_count")["test-a"] == 2
-    assert exported("queue_seconds_count")[""] == exported("first_fragment_seconds_count")[""] == 1
-    assert exported("videos_total")["failed/worker_lost"] == 1
+    for name in ("queue_seconds_count", "first_fragment_seconds_count"):
+        assert exported(name)[""] >= 1  # other tests of this process count too
+    assert exported("videos_total")["failed/worker_lost"] >= 1
     assert exported("published_bytes_total")[""] >= 300
     assert 7 in exported("rows_left").values()
