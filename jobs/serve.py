@@ -129,11 +129,6 @@ def application(config: ServiceConfig) -> Application:
     return build(config, webhook_secret())
 
 
-def page(config: PageConfig) -> Application:
-    """Return the page of the service."""
-    return build_page(config)
-
-
 def page_config(settings: ServeSettings, config: ServiceConfig) -> PageConfig:
     """Return the page's part of a service: it calls the API on its own machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
@@ -188,7 +183,7 @@ def config_file(settings: ServeSettings, config: ServiceConfig) -> str:
     http = {"host": settings.host, "port": settings.port}
     applications = [
         _entry(APPLICATION, "jobs.serve:application", "/", config),
-        _entry(PAGE, "jobs.serve:page", PAGE_PREFIX, page_config(settings, config)),
+        _entry(PAGE, "pipeline.serving.app:build_page", PAGE_PREFIX, page_config(settings, config)),
     ]
     return yaml.safe_dump({"http_options": http, "applications": applications}, sort_keys=False)
 
@@ -218,7 +213,7 @@ def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
         shown = page_config(settings, config)
         both = (
             serve.RunTarget(application(config), APPLICATION, "/"),
-            serve.RunTarget(page(shown), PAGE, PAGE_PREFIX),
+            serve.RunTarget(build_page(shown), PAGE, PAGE_PREFIX),
         )
         serve.run_many(both)
         running.set()

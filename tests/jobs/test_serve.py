@@ -44,7 +44,7 @@ def test_the_printed_config_is_one_of_serves(tmp_path, capsys):
     api, page = ServeDeploySchema.model_validate(values).applications
     assert api.args["keys"] == {"a" * 64: "me"}
     assert (api.import_path, api.route_prefix) == ("jobs.serve:application", "/")
-    assert (page.import_path, page.route_prefix) == ("jobs.serve:page", "/page")
+    assert (page.import_path, page.route_prefix) == ("pipeline.serving.app:build_page", "/page")
     assert page.args == {"api_url": "http://127.0.0.1:8000", "asks_keys": True}
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx2 as httpx
 import openai
@@ -14,7 +15,14 @@ from PIL import Image
 
 from pipeline.serving.access import Service
 from pipeline.serving.api import create_app
+from pipeline.serving.keys import Keys, hashed
+from pipeline.serving.store import Limits, Store
+from pipeline.storage import Storage
+from pyramid_flow import Preset
 
+KEYS = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}")
+LIMITS = Limits()
+PRESET = Preset(sizes=((64, 64),), max_num_frames=33)
 VIDEO, STRIP = bytes(range(256)) * 10, io.BytesIO()
 Image.new("RGB", (4 * 20, 10), (200, 0, 0)).save(STRIP, "WEBP")
 
@@ -43,6 +51,12 @@ class Running:
                 storage.put(f"thumbnails/{job.id}.webp", STRIP.getvalue())
                 uris = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
                 store.complete(job.claim, {**uris, "sha256": "ab" * 32, "seconds": {"sample": 1.5}})
+
+
+def service_in(folder: Path, limits: Limits = LIMITS, preset: Preset = PRESET) -> Service:
+    """Return a service whose table and files lie in a folder; it knows the keys "secret" and "other"."""
+    store = Store(f"sqlite:///{folder}/videos.db", limits=limits)
+    return Service(store, Storage(str(folder / "out")), preset, "toy", "f00d", KEYS)
 
 
 @contextmanager

@@ -21,26 +21,18 @@ from starlette.testclient import TestClient
 from pipeline.fragments import padded
 from pipeline.logs import with_fields
 from pipeline.serving import access, fields
-from pipeline.serving.access import Service
 from pipeline.serving.api import create_app
 from pipeline.serving.files import fragment_path
-from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.middleware import SECURITY_HEADERS
-from pipeline.serving.store import Limits, Store
-from pipeline.storage import Storage
-from pyramid_flow import Preset
-from tests.pipeline.serving.running import VIDEO, Running, run
+from pipeline.serving.store import Limits
+from tests.pipeline.serving.running import PRESET, VIDEO, Running, run, service_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # of the service the client is for
-
-PRESET = Preset(sizes=((64, 64),), max_num_frames=33)
 
 
 @pytest.fixture
 def running(tmp_path) -> Iterator[Running]:
-    store = Store(f"sqlite:///{tmp_path}/videos.db", limits=Limits(max_queued=50, max_per_minute=50))
-    keys = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}")
-    with run(Service(store, Storage(str(tmp_path / "out")), PRESET, "toy", "f00d", keys)) as running:
+    with run(service_in(tmp_path, Limits(max_queued=50, max_per_minute=50))) as running:
         yield running
 
 

@@ -4,22 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.serving.access import Service
-from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.links import VALID_S, Links
-from pipeline.serving.store import Store
-from pipeline.storage import Storage
-from pyramid_flow import Preset
-from tests.pipeline.serving.running import VIDEO, Running, run
+from tests.pipeline.serving.running import VIDEO, Running, run, service_in
 
 PATH, NOW = "/v1/videos/video_a/content", 1000.0
 
 
 @pytest.fixture
 def running(tmp_path) -> Iterator[Running]:
-    store = Store(f"sqlite:///{tmp_path}/videos.db")
-    keys = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}")
-    with run(Service(store, Storage(str(tmp_path / "out")), Preset(), "toy", "f00d", keys)) as running:
+    with run(service_in(tmp_path)) as running:
         yield running
 
 

@@ -14,11 +14,9 @@ from schemathesis.specs.openapi.checks import (
 
 from pipeline.serving.access import Service
 from pipeline.serving.api import create_app
-from pipeline.serving.keys import Keys, hashed
-from pipeline.serving.store import Limits, Store
-from pipeline.storage import Storage
+from pipeline.serving.store import Limits
 from pyramid_flow import Preset
-from tests.pipeline.serving.running import Running, run
+from tests.pipeline.serving.running import Running, run, service_in
 
 PRESET = Preset(sizes=((64, 64), (64, 128)), max_num_frames=33)
 DESCRIPTION = schemathesis.openapi.from_dict(create_app(Service(None, None, PRESET, "toy", "f00d", None)).openapi())
@@ -33,15 +31,13 @@ KEY = {"Authorization": "Bearer secret"}
 @pytest.fixture(scope="module")
 def running(tmp_path_factory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("service")
-    store = Store(f"sqlite:///{folder}/videos.db", limits=Limits(10**6, 10**6, 10**6))
-    keys = Keys.parse(f"me:{hashed('secret')}")
     over = threading.Event()
 
     def work() -> None:
         while not over.wait(0.05):
             running.work()
 
-    with run(Service(store, Storage(str(folder / "out")), PRESET, "toy", "f00d", keys)) as running:
+    with run(service_in(folder, Limits(10**6, 10**6, 10**6), preset=PRESET)) as running:
         worker = threading.Thread(target=work)
         worker.start()
         yield running

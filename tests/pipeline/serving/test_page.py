@@ -11,24 +11,17 @@ from gradio.exceptions import InvalidPathError
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
-from pipeline.serving.access import Service
 from pipeline.serving.fields import MAX_BODY_BYTES
-from pipeline.serving.keys import Keys, hashed
 from pipeline.serving.page import create_page
-from pipeline.serving.store import Store
 from pipeline.serving.ui import COOKIE
-from pipeline.storage import Storage
-from pyramid_flow import Preset
-from tests.pipeline.serving.running import Running, run
+from tests.pipeline.serving.running import Running, run, service_in
 
 LOCAL = "http://127.0.0.1:8000"
 
 
 @pytest.fixture
 def running(tmp_path) -> Iterator[Running]:
-    store = Store(f"sqlite:///{tmp_path}/videos.db")
-    keys = Keys.parse(f"me:{hashed('secret')}")
-    with run(Service(store, Storage(str(tmp_path / "out")), Preset(), "toy", "f00d", keys)) as running:
+    with run(service_in(tmp_path)) as running:
         yield running
 
 
