@@ -127,7 +127,7 @@ def generate_latents(
 
     text, negative: one row per video (`negative` may have one row for all); image_latent: normalised [B,C,1,h,w], the
     finished first frame of image-to-video. on_step may return a bool mask [B] over the rows as given: rows that are
-    False leave at the next unit, and when none is left the sampler stops at once. Returns normalised float32 latents
+    False leave at once, for good, and when none is left the sampler stops. Returns normalised float32 latents
     [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device. Raises InvalidValueError and
     ShapeError.
     """
@@ -139,13 +139,9 @@ def generate_latents(
     start_unit = len(finished)
     start = noise_pyramid(noise.initial(shape), num_levels)[0].to(device)
 
-    rows, wanted = torch.arange(batch), torch.ones(batch, dtype=torch.bool)
+    rows = torch.arange(batch)
     state = transformer.embed_text(concatenate(branches))
     for unit in range(start_unit, params.num_units):
-        if not wanted[rows].all():
-            finished = keep_rows(finished, wanted[rows].to(device))
-            rows = rows[wanted[rows]]
-            state = transformer.embed_text(concatenate([branch.select(rows) for branch in branches]))
         scale = params.scale(unit, batch)[rows].to(device) if params.guided else None
         frame = start[rows.to(device), :, unit - start_unit : unit - start_unit + 1]
         for level in schedule.levels:
@@ -156,15 +152,22 @@ def generate_latents(
             steps = level.steps(params.steps(unit, level.index))
             for step, (timestep, delta) in enumerate(steps):
                 frame = frame + delta * velocity(frame, timestep)
-                if on_step is not None:
-                    done = tuple(pyramid[-1] for pyramid in finished)
-                    indices = tuple(rows.tolist())
-                    info = StepInfo(unit, params.num_units, level.index, step, len(steps), frame, indices, done)
-                    wanted = _still_wanted(wanted, on_step(info))
-                    if not wanted.any():
-                        return frame.new_empty((0, *shape[1:]))
+                if on_step is None:
+                    continue
+                done = tuple(pyramid[-1] for pyramid in finished)
+                indices = tuple(rows.tolist())
+                info = StepInfo(unit, params.num_units, level.index, step, len(steps), frame, indices, done)
+                stay = _staying(on_step(info), batch)[rows]
+                if not stay.any():
+                    return frame.new_empty((0, *shape[1:]))
+                if not stay.all():
+                    kept = stay.to(device)
+                    rows, frame, finished = rows[stay], frame[kept], keep_rows(finished, kept)
+                    scale = None if scale is None else scale[kept]
+                    state = transformer.embed_text(concatenate([branch.select(rows) for branch in branches]))
+                    velocity = guided(transformer, state, history_clips(finished, level.index), frame.shape, scale)
         finished.append(latent_pyramid(frame, num_levels))
-    return stack_frames(keep_rows(finished, wanted[rows].to(device)))
+    return stack_frames(finished)
 
 
 def guided(
@@ -256,9 +259,10 @@ def _first_frames(
     return [latent_pyramid(image_latent.to(device, torch.float32), num_levels)]
 
 
-def _still_wanted(wanted: Tensor, answer: Tensor | None) -> Tensor:
+def _staying(answer: Tensor | None, batch: int) -> Tensor:
+    """Return which of the rows as given stay, bool [B] on the CPU."""
     if answer is None:
-        return wanted
-    if answer.shape != wanted.shape:
-        raise ShapeError("on_step's mask", str(list(wanted.shape)), tuple(answer.shape))
-    return wanted & answer.bool().cpu()
+        return torch.ones(batch, dtype=torch.bool)
+    if answer.shape != (batch,):
+        raise ShapeError("on_step's mask", str([batch]), tuple(answer.shape))
+    return answer.bool().cpu()

@@ -68,7 +68,7 @@ class ServeSettings(ClusterSettings):
     batch_size: Count = Field(4, description="videos of one shape that are sampled together, at most")
     max_queued: Count = Field(1000, description="videos that may wait; more are answered 429")
     max_unfinished: Count = Field(100, description="unfinished videos of one key")
-    max_per_minute: Count = Field(60, description="videos that one key may ask for in a minute")
+    max_per_minute: Count = Field(60, description="requests for videos that one key may send in a minute")
     max_attempts: Count = Field(3, description="lost workers after which a video fails")
     retention_h: Annotated[float, Field(gt=0)] = Field(24.0, description="hours that a finished video is kept")
 

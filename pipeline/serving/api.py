@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -70,6 +70,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequestLog, names_requests=service.names_requests)
     app.add_middleware(SecurityHeaders)
     app.add_exception_handler(APIError, _api_error)
+    app.add_exception_handler(BusyError, _busy)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http_error)
     return app
@@ -81,6 +82,11 @@ async def _api_error(_request: Request, error: Exception) -> Response:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body, error.status, headers)
+
+
+async def _busy(request: Request, error: Exception) -> Response:
+    assert isinstance(error, BusyError)
+    return await _api_error(request, APIError(429, error.code, str(error), retry_after_s=error.retry_after_s))
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:
@@ -152,9 +158,9 @@ def _create(
     headers: Mapping[str, str],
     response: Response,
 ) -> Video:
-    video = new_video(fields, upload, service.preset, service.model, service.images)
     content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
-    return _shown(service, _add(service, owner, video, content, headers), response)
+    read = partial(new_video, fields, upload, service.preset, service.model, service.images)
+    return _shown(service, _ask(service, owner, read, content, headers), response)
 
 
 @_videos.post("/videos/sync", response_class=FileResponse, responses=file("video/mp4") | NEW | errors(500))
@@ -228,10 +234,11 @@ async def remix(job: Own, request: Request, response: Response, service: Served)
 
 
 def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], response: Response) -> Video:
-    image = service.storage.get(job.image) if job.image else None
+    def read() -> NewVideo:
+        return remixed(job, body.prompt, service.storage.get(job.image) if job.image else None)
+
     content = hash_of({"remix": job.id, "prompt": body.prompt})
-    again = _add(service, job.owner, remixed(job, body.prompt, image), content, headers, remixed_from=job.id)
-    return _shown(service, again, response)
+    return _shown(service, _ask(service, job.owner, read, content, headers, remixed_from=job.id), response)
 
 
 @_videos.post("/videos/{video_id}/links", responses=errors(404))
@@ -312,45 +319,52 @@ async def _parts(service: Service, first: Job) -> AsyncIterator[bytes]:
                 job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 
-def _add(
+def _ask(
     service: Service,
     owner: str,
-    video: NewVideo,
+    read: Callable[[], NewVideo],
     content: str,
     headers: Mapping[str, str],
     remixed_from: str | None = None,
 ) -> Job:
-    """Let a video wait, unless it is a request that came before; its picture is stored first."""
-    key, retries = headers.get("idempotency-key"), headers.get("x-stainless-retry-count", "0")
-    if key is None and retries not in ("", "0"):
+    """Let a video wait, unless it is a request that came before; what is asked for is read once it is admitted."""
+    key = headers.get("idempotency-key")
+    replay = None if key is None else hashlib.sha256(key.encode()).hexdigest()
+    known = service.store.replayed(owner, replay)
+    if key is None and headers.get("x-stainless-retry-count", "0") not in ("", "0"):
         known = service.store.asked_before(owner, content, REPLAY_S)
-        if known is not None:
-            return known
-    job = video.job(
-        service.preset,
-        owner=owner,
-        model=service.model,
-        content=content,
-        replay=None if key is None else hashlib.sha256(key.encode()).hexdigest(),
-        created_at=service.store.clock(),
-        remixed_from=remixed_from,
-    )
+    if known is None:
+        service.store.admit(owner)
+        known = _added(
+            service,
+            read(),
+            owner=owner,
+            model=service.model,
+            content=content,
+            replay=replay,
+            created_at=service.store.clock(),
+            remixed_from=remixed_from,
+        )
+    if known.content != content:
+        raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
+    return known
+
+
+def _added(service: Service, video: NewVideo, **values: Any) -> Job:  # noqa: ANN401 - columns
+    """Add a video to the table, its picture first, unless the same was added meanwhile."""
+    job = video.job(service.preset, **values)
     if isinstance(video.request.image, bytes):
         job.image = f"uploads/{job.id}"
         service.storage.put(job.image, video.request.image)
     try:
         added = service.store.add(job)
-    except Exception as error:
+    except Exception:
         remove_files(service.storage, job)
-        if isinstance(error, BusyError):
-            raise APIError(429, error.code, str(error), retry_after_s=error.retry_after_s) from error
         raise
-    if added is not job:
+    if added is job:
+        logger.info("created", extra={"video": job.id})
+    else:
         remove_files(service.storage, job)
-        if added.content != content:
-            raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
-        return added
-    logger.info("created", extra={"video": added.id})
     return added
 
 

@@ -35,7 +35,7 @@ class BusyError(PyramidFlowError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How many jobs may wait in all; how many of one owner may be unfinished, and begin within a minute."""
+    """How many jobs may wait in all; how many of one owner may be unfinished, and be asked for within a minute."""
 
     max_queued: int = 1000
     max_unfinished: int = 100
@@ -90,25 +90,36 @@ class Store:
         """Close all connections."""
         self.engine.dispose()
 
+    def admit(self, owner: str) -> None:
+        """Count a request of an owner for a job. Raises BusyError if it is one too many, or no job can be taken."""
+        now = self.clock()
+        recent = select(func.count()).select_from(Ask).where(Ask.owner == owner)
+        with self.writer.begin() as session:
+            self._check_room(session, owner)
+            session.execute(delete(Ask).where(Ask.asked_at <= now - MINUTE_S))
+            if (session.scalar(recent) or 0) >= self.limits.max_per_minute:
+                raise BusyError("rate_limited", f"{self.limits.max_per_minute} requests within a minute", 60)
+            session.add(Ask(owner=owner, asked_at=now))
+
     def add(self, job: Job) -> Job:
         """Let a job wait; returns it, or the one that the same owner has asked for with the same replay mark before.
 
-        Raises BusyError if that is one too many.
+        Raises BusyError if no job can be taken.
         """
         try:
             with self.writer.begin() as session:
-                known: Job | None = session.scalar(_replayed(job))
-                if known is not None:
-                    return known
-                if self.engine.dialect.name == "postgresql":  # SQLite lets one transaction write at a time anyway
-                    session.execute(select(func.pg_advisory_xact_lock(LIMITS_LOCK)))
-                self._check_limits(session, job.owner)
-                session.add_all([job, Ask(owner=job.owner, asked_at=job.created_at)])
-        except IntegrityError:  # the same request came at the same moment
-            with self.reader() as session:
-                winner: Job = session.scalars(_replayed(job)).one()
-                return winner
+                self._check_room(session, job.owner)
+                session.add(job)
+        except IntegrityError:  # the same request came before, or at the same moment
+            winner = self.replayed(job.owner, job.replay)
+            if winner is None:
+                raise
+            return winner
         return job
+
+    def replayed(self, owner: str, replay: str | None) -> Job | None:
+        """Return the job that an owner has asked for with a replay mark, or None."""
+        return self._one(Job.owner == owner, Job.replay == replay, Job.replay.is_not(None))
 
     def asked_before(self, owner: str, content: str, within_s: float) -> Job | None:
         """Return the newest job of an owner with the same content that is no older than that, or None."""
@@ -220,10 +231,10 @@ class Store:
             )
         return self.get(job_id, owner)
 
-    def delete(self, job_id: str, owner: str) -> Job | None:
-        """Forget a job of an owner, whatever it does; returns what it was, or None if there was none."""
+    def delete(self, job_id: str, owner: str) -> None:
+        """Forget a job of an owner, whatever it does."""
         with self.writer.begin() as session:
-            return session.scalar(delete(Job).where(Job.id == job_id, Job.owner == owner).returning(Job))
+            session.execute(delete(Job).where(Job.id == job_id, Job.owner == owner))
 
     def expired(self, limit: int) -> Sequence[Job]:
         """Return jobs whose time is over, any of them: one that cannot be removed does not stand in front."""
@@ -278,17 +289,16 @@ class Store:
             waiting = session.execute(update(Job).where(lost).values(**again))
         return ended.rowcount, waiting.rowcount  # type: ignore[attr-defined]
 
-    def _check_limits(self, session: Session, owner: str) -> None:
-        own, limits = _count(Job.owner == owner), self.limits
-        session.execute(delete(Ask).where(Ask.asked_at <= self.clock() - MINUTE_S))
-        recent = select(func.count()).select_from(Ask).where(Ask.owner == owner)
-        for query, limit, code, message, retry_after_s in (
-            (_count(_WAITS), limits.max_queued, "queue_full", "videos wait already", 30),
-            (own.where(_GOES_ON), limits.max_unfinished, "quota_exceeded", "of your videos are not finished yet", 30),
-            (recent, limits.max_per_minute, "rate_limited", "videos within a minute", 60),
+    def _check_room(self, session: Session, owner: str) -> None:
+        if self.engine.dialect.name == "postgresql":  # SQLite lets one transaction write at a time anyway
+            session.execute(select(func.pg_advisory_xact_lock(LIMITS_LOCK)))
+        unfinished, limits = _count((Job.owner == owner) & _GOES_ON), self.limits
+        for query, limit, code, message in (
+            (_count(_WAITS), limits.max_queued, "queue_full", "videos wait already"),
+            (unfinished, limits.max_unfinished, "quota_exceeded", "of your videos are not finished yet"),
         ):
             if (session.scalar(query) or 0) >= limit:
-                raise BusyError(code, f"{limit} {message}", retry_after_s)
+                raise BusyError(code, f"{limit} {message}", retry_after_s=30)
 
     def _write(self, claim: Claim, **values: Any) -> bool:  # noqa: ANN401 - columns
         with self.writer.begin() as session:
@@ -318,10 +328,6 @@ def _held(claims: Sequence[Claim]) -> ColumnElement[bool]:
 
 def _count(condition: ColumnElement[bool]) -> Select[Any]:
     return select(func.count()).select_from(Job).where(condition)
-
-
-def _replayed(job: Job) -> Select[Any]:
-    return select(Job).where(Job.owner == job.owner, Job.replay == job.replay, Job.replay.is_not(None))
 
 
 def _beyond(job: Job, *, newest_first: bool) -> ColumnElement[bool]:

@@ -172,9 +172,26 @@ def test_a_full_queue_says_when_to_come_again(running):
     answer = http.post("/v1/videos", files={"input_reference": picture()}, data={"prompt": "a fox"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
     assert int(answer.headers["retry-after"]) > 0
-    assert running.service.storage.list("uploads") == []
     with pytest.raises(openai.RateLimitError):
         running.client().videos.create(prompt="a fox", model="toy")
+
+
+def test_a_queue_that_fills_up_meanwhile_keeps_no_picture(running, monkeypatch):
+    running.service.store.limits = Limits(max_queued=0)
+    monkeypatch.setattr(running.service.store, "admit", lambda owner: None)
+    answer = running.http().post("/v1/videos", files={"input_reference": picture()}, data={"prompt": "a fox"})
+    assert answer.status_code == 429
+    assert running.service.storage.list("uploads") == []
+
+
+def test_requests_are_counted_before_their_picture_is_read(running):
+    running.service.store.limits = Limits(max_per_minute=2)
+    http, key = running.http(), {"Idempotency-Key": "k"}
+    made = http.post("/v1/videos", json={"prompt": "a fox"}, headers=key).json()
+    broken = {"files": {"input_reference": b"no picture"}, "data": {"prompt": "a fox"}}
+    codes = [http.post("/v1/videos", **broken).json()["error"]["code"] for _ in range(2)]
+    assert codes == ["invalid_value", "rate_limited"]
+    assert http.post("/v1/videos", json={"prompt": "a fox"}, headers=key).json()["id"] == made["id"]
 
 
 def test_a_request_that_is_sent_again_makes_no_second_video(running):
