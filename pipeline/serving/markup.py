@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from html import escape
 
 from pipeline.serving.client import Fields
+from pipeline.serving.tables import Status
 
-ENDS = ("completed", "failed", "cancelled")
 SETTINGS = (
     "prompt",
     "negative_prompt",
@@ -105,7 +105,7 @@ def head(*, is_signed_in: bool) -> str:
 
 def has_ended(video: Fields) -> bool:
     """Say whether nothing happens to a video any more."""
-    return video["status"] in ENDS
+    return Status(video["status"]).is_end
 
 
 def status(video: Fields, now: float) -> str:

@@ -70,10 +70,10 @@ async def _refuse_to_fetch(url: str, cache_dir: str) -> str:
     raise gr.Error("files are uploaded, not fetched", print_exception=False)
 
 
-def _reader(client: VideosClient) -> Callable[[Request], Awaitable[str | None]]:
-    """Return what tells by whose key the page is asked for; who has none is led to the form."""
+def _reader(client: VideosClient) -> Callable[[Request], Awaitable[str]]:
+    """Return what tells by whose key the page is asked for; who has none is led to the form, and gets nothing else."""
 
-    async def reader(request: Request) -> str | None:
+    async def reader(request: Request) -> str:
         key = request.cookies.get(COOKIE)
         try:
             if key and await client.accepts(key):
@@ -82,7 +82,7 @@ def _reader(client: VideosClient) -> Callable[[Request], Awaitable[str | None]]:
             raise HTTPException(503, str(error)) from error
         if request.url.path.endswith("/"):  # the page itself
             raise HTTPException(303, headers={"Location": SIGN_IN})
-        return None
+        raise HTTPException(401)
 
     return reader
 

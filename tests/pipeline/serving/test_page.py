@@ -51,7 +51,8 @@ def test_who_has_no_key_is_led_to_the_form(visitor):
     answer = visitor.get("/page/")
     assert (answer.status_code, answer.headers["location"]) == (303, "sign-in")
     assert 'name="key"' in visitor.get("/page/sign-in").text
-    for method, path in (("GET", "config"), ("POST", "gradio_api/upload"), ("POST", "gradio_api/queue/join")):
+    paths = (("GET", "config"), ("POST", "gradio_api/upload"), ("POST", "gradio_api/queue/join"))
+    for method, path in (*paths, ("GET", "gradio_api/heartbeat/x"), ("GET", "gradio_api/queue/data?session_hash=x")):
         assert visitor.request(method, f"/page/{path}", json={}).status_code == 401, path
 
 
