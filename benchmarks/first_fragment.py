@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx2 as httpx
 
 from benchmarks.report import ROOT, write_result
-from benchmarks.serve_load import PORT, service, serving
+from benchmarks.service import PORT, service, serving
 
 FIRST_GOAL, WHOLE_GOAL = 1.2, 1.1
 POLL_S = 0.05

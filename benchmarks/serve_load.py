@@ -38,18 +38,15 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 from ray import serve
 
 from benchmarks.report import ROOT, write_result
+from benchmarks.service import APPLICATION, PORT, service, serving
 from benchmarks.simulated import STAGES, Event, Site, Work, read_events, span_s
-from pipeline import runner
-from pipeline.plan import Resources, StageSpec
+from pipeline.plan import StageSpec
 from pipeline.request import RenderRequest
 from pipeline.rows import Batch, Item, RenderRow
-from pipeline.serving.app import ServiceConfig, build
 from pipeline.serving.worker import RemoteStages
 from pyramid_flow import Checkpoint
 
 GOAL, GROWTH_GOAL_MIB = 0.9, 1.0
-PORT = 18447
-APPLICATION = "load"
 QUICK = {"num_frames": "9", "num_inference_steps": "2", "video_num_inference_steps": "1"}
 RAMP_S = 10.0
 REQUEST_S, WAIT_S = 60.0, 600.0
@@ -212,26 +209,6 @@ def be_clients(job: Mapping[str, Any]) -> dict[str, Any]:
     clients = Clients(f"http://127.0.0.1:{PORT}", job["fields"])
     asyncio.run(clients.run(job["clients"], job["videos"], job["minutes"]))
     return clients.figures()
-
-
-def service(folder: Path, **values: Any) -> ServiceConfig:  # noqa: ANN401 - as ServiceConfig's
-    """Return a service that refuses nobody."""
-    database, output = f"sqlite:///{folder}/videos.db", str(folder / "out")
-    return ServiceConfig(
-        database=database, output=output, max_unfinished=10**6, max_per_minute=10**6, max_queued=10**6, **values
-    )
-
-
-@contextmanager
-def serving(config: ServiceConfig, cpus: int, stages: Mapping[str, StageSpec] | None = None) -> Iterator[None]:
-    """Run a service on a cluster of this machine's."""
-    with runner.session(None, Resources(cpus, gpus=0)):
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        serve.run(build(config, stages=stages), name=APPLICATION, route_prefix="/")
-        try:
-            yield
-        finally:
-            serve.shutdown()
 
 
 def sleep(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ Handle = DeploymentHandle[Any]
 class StageReplica:
     """One stage: takes packed batches, one at a time, in a thread, so that the replica goes on answering.
 
+    It is the same thread for all of them: each further one that allocated tensors would keep memory of its own.
     A batch that takes longer than `render_s`, or an error that leaves the stage, ends the process: a device in an
     unknown state would fail whatever comes next.
     """
@@ -46,10 +47,11 @@ class StageReplica:
     def __init__(self, spec: StageSpec, render_s: float) -> None:
         log_as_json(deployment=spec.stage.name)
         self.stage, self.render_s, self.metrics = spec.stage(**spec.arguments), render_s, StageMetrics()
+        self.thread = ThreadPoolExecutor(1)
 
     async def __call__(self, packed: Packed) -> Packed:
         """Process a batch."""
-        return await asyncio.to_thread(self._work, packed)
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self._work, packed)
 
     def _work(self, packed: Packed) -> Packed:
         batch = unpack(packed)
@@ -113,7 +115,7 @@ class DecodeReplica(StageReplica):
         """See `LiveDecode.show`."""
         await self._attract(serve.get_multiplexed_model_id())
         [item] = unpack(packed).items
-        return await asyncio.to_thread(self._show, item, start)
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self._show, item, start)
 
     def _show(self, item: Item, start: int) -> int:
         with log_fields(videos=[item.row.position]), self.guard():

@@ -1,0 +1,35 @@
+"""A service on a Ray cluster of this machine, for measurements."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from pipeline import runner
+from pipeline.plan import Resources, StageSpec
+from pipeline.serving.app import ServiceConfig, build
+
+PORT = 18447
+APPLICATION = "load"
+
+
+def service(folder: Path, **values: Any) -> ServiceConfig:  # noqa: ANN401 - as ServiceConfig's
+    """Return a service that refuses nobody."""
+    database, output = f"sqlite:///{folder}/videos.db", str(folder / "out")
+    return ServiceConfig(
+        database=database, output=output, max_unfinished=10**6, max_per_minute=10**6, max_queued=10**6, **values
+    )
+
+
+@contextmanager
+def serving(config: ServiceConfig, cpus: int, stages: Mapping[str, StageSpec] | None = None) -> Iterator[None]:
+    """Run a service on a cluster of this machine's."""
+    with runner.session(None, Resources(cpus, gpus=0)):
+        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        serve.run(build(config, stages=stages), name=APPLICATION, route_prefix="/")
+        try:
+            yield
+        finally:
+            serve.shutdown()
