@@ -9,7 +9,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from pipeline.logs import log_as_json
 from pipeline.plan import StageSpec
@@ -30,6 +31,12 @@ from pyramid_flow import Checkpoint
 STAGES = ("encode", "sample", "decode", "publish")
 UPSCALE_S = 5.0
 """How long more must wait than the samplers work on until there is another one."""
+
+ONE_REPLICA_PER_SESSION = RequestRouterConfig(
+    request_router_class=ConsistentHashRouter,  # type: ignore[arg-type]
+    request_router_kwargs={"num_fallback_replicas": 0},
+)
+"""Of the decoder, which keeps what it has shown; Serve's multiplexing never forgets a request with a model id."""
 
 OWN_LOG = {"enable_access_log": False}
 """Of the interface, which logs its requests itself."""
@@ -147,14 +154,16 @@ def _model_stages(config: ServiceConfig) -> dict[str, Application]:
     publish = StageSpec(Publish, {"output": config.output, "node": "serve"})
     stages = {
         "encode": _stage(config, "encode", StageReplica).bind(encode, config.render_s),
-        "decode": _stage(config, "decode", DecodeReplica).bind(decode, config.render_s),
+        "decode": _stage(config, "decode", DecodeReplica, request_router_config=ONE_REPLICA_PER_SESSION).bind(
+            decode, config.render_s
+        ),
         "publish": _stage(config, "publish", StageReplica).bind(publish, config.render_s),
     }
     sample = _stage(config, "sample", SampleReplica)
     return stages | {"sample": sample.bind(model, config.database, stages["decode"], config.render_s)}
 
 
-def _stage(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN401 - as Serve's
+def _stage(config: ServiceConfig, name: str, replica: type, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
     """Return a stage's deployment: what a replica does not work on yet waits outside, and survives its death."""
     return _deployment(
         replica,
@@ -164,6 +173,7 @@ def _stage(config: ServiceConfig, name: str, replica: type) -> Any:  # noqa: ANN
         graceful_shutdown_timeout_s=config.render_s,
         health_check_timeout_s=60,
         **_size(config, name),
+        **options,
     )
 
 

@@ -26,9 +26,6 @@ from pyramid_flow.vae import VAEState
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCHES = 8
-"""Batches whose followed videos Serve sends to one decoder."""
-
 Show = Callable[[Item, int], int]
 """Is given an item whose latents begin with unit number so-and-so; returns the number of the unit to send next."""
 

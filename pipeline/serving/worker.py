@@ -20,7 +20,7 @@ from pipeline.metrics import StageMetrics
 from pipeline.plan import StageSpec
 from pipeline.rows import Batch, Item, pack, unpack
 from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
-from pipeline.serving.live import MAX_BATCHES, LiveDecode, Relay
+from pipeline.serving.live import LiveDecode, Relay
 from pipeline.serving.store import Store
 from pipeline.serving.watch import Watch
 from pipeline.serving.webhooks import Webhook
@@ -90,7 +90,7 @@ class SampleReplica(StageReplica):
         store, executor = Store(database), ThreadPoolExecutor(1)
 
         def watch(items: Sequence[Item]) -> Watch:
-            show = decoder.options(method_name="show", multiplexed_model_id=items[0].row.id)
+            show = decoder.options(method_name="show", session_id=items[0].row.id)
             return Watch(store, Relay(partial(_shown, show, render_s), executor), items)
 
         super().__init__(StageSpec(Sample, {"model": model, "watch": watch}), render_s)
@@ -102,18 +102,12 @@ def _shown(show: Handle, timeout_s: float, item: Item, start: int) -> int:
 
 
 class DecodeReplica(StageReplica):
-    """The decoder, which also shows videos while they are sampled; what belongs to one batch comes to one replica."""
+    """The decoder, which also shows videos while they are sampled; a batch is a session, and has one replica."""
 
     stage: LiveDecode
 
-    @serve.multiplexed(max_num_models_per_replica=MAX_BATCHES)  # type: ignore[untyped-decorator]
-    async def _attract(self, batch_id: str) -> str:
-        """Let Serve send what belongs to a batch here from now on."""
-        return batch_id
-
     async def show(self, packed: Packed, start: int) -> int:
         """See `LiveDecode.show`."""
-        await self._attract(serve.get_multiplexed_model_id())
         [item] = unpack(packed).items
         return await asyncio.get_running_loop().run_in_executor(self.thread, self._show, item, start)
 
@@ -132,7 +126,7 @@ class RemoteStages:
     async def render(self, batch: Batch) -> Batch:
         """Pass a batch from stage to stage; raises whatever a lost replica makes of it."""
         stages = self.stages
-        decode = stages["decode"].options(multiplexed_model_id=batch.items[0].row.id)
+        decode = stages["decode"].options(session_id=batch.items[0].row.id)
         packed = pack(batch)
         for stage in (stages["encode"], stages["sample"], decode, stages["publish"]):
             packed = await stage.remote(packed)

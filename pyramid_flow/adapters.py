@@ -1,0 +1,107 @@
+"""Low-rank adapters (Hu et al. 2021) in the format of `peft`, added to a transformer's weights when it is loaded."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pyramid_flow.errors import CheckpointError, InvalidValueError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder as peft writes it, and how much of it is added: W + weight (alpha / rank) B A."""
+
+    path: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Adapter":
+        """Read PATH or PATH=WEIGHT; raises InvalidValueError for a weight that is no finite number."""
+        path, separator, weight = text.rpartition("=")
+        if not separator:
+            return cls(Path(text))
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not path or not math.isfinite(number):
+            raise InvalidValueError("lora", text, "is not PATH or PATH=WEIGHT, such as style=0.8")
+        return cls(Path(path), number)
+
+    def __str__(self) -> str:
+        return f"{self.path.name}={self.weight:g}"
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """Its config and its weights; raises CheckpointError if one is missing (only safetensors are read)."""
+        files = self.path / CONFIG_FILE, self.path / WEIGHTS_FILE
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"the adapter {self.path} has no file {file.name}")
+        return files
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by the names that peft gives them; raises CheckpointError if they cannot be read."""
+        _, weights = self.files
+        try:
+            return load_file(weights)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{weights} cannot be read: {error}") from error
+
+
+def fused(transformer: Model, adapters: Sequence[Adapter]) -> Model:
+    """Add adapters to a transformer's weights; raises CheckpointError for one that does not fit it."""
+    from peft import set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    for adapter in adapters:
+        adapted, tensors = adapting(transformer, adapter), adapter.tensors
+        set_peft_model_state_dict(adapted, tensors)
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer):
+                module.scale_layer(adapter.weight)
+        transformer = cast(Model, adapted.merge_and_unload())
+    return transformer
+
+
+def adapting(transformer: nn.Module, adapter: Adapter) -> "PeftModel":
+    """Wrap a transformer, which may be on the meta device, for an adapter's weights; raises CheckpointError.
+
+    peft takes seconds to import, so it is imported where it is needed.
+    """
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    config_file, weights_file = adapter.files
+    try:
+        kind = json.loads(config_file.read_text()).get("peft_type")
+        if kind != "LORA":
+            raise CheckpointError(f"{config_file} is not a LoRA adapter but {kind}")
+        config = LoraConfig.from_pretrained(str(adapter.path))
+        adapted = cast("PeftModel", get_peft_model(transformer, config))
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{config_file} does not fit the transformer: {error}") from error
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
+    actual = {name: tensor.shape for name, tensor in adapter.tensors.items()}
+    for name in sorted(expected.keys() ^ actual.keys()):
+        raise CheckpointError(f"{weights_file} {'lacks' if name in expected else 'holds an unknown'} tensor {name}")
+    for name, shape in expected.items():
+        if actual[name] != shape:
+            raise CheckpointError(
+                f"{weights_file}: tensor {name} has shape {list(actual[name])}, expected {list(shape)}"
+            )
+    return adapted

@@ -1,0 +1,119 @@
+"""Adapters in peft's format: what they add to a transformer, and clear errors for those that do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from pyramid_flow import Checkpoint, CheckpointError, InvalidValueError
+from pyramid_flow.adapters import Adapter, fused
+from tests.pyramid_flow.goldens import TINY_MINIFLUX, randn
+
+
+def transformer():
+    return Checkpoint.open(TINY_MINIFLUX).load_transformer(torch.float32, "cpu")
+
+
+def save_adapter(folder: Path, seed: int, rank: int = 2, alpha: int = 6) -> Path:
+    """Write random adapters as a training with peft leaves them."""
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "proj_mlp"])
+    adapted = get_peft_model(transformer(), config)
+    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    with torch.no_grad():
+        for number, layer in enumerate(layers):
+            for part in (layer.lora_A, layer.lora_B):
+                part["default"].weight.copy_(randn(*part["default"].weight.shape, seed=100 * seed + number))
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def delta(folder: Path, module: str, scale: float) -> torch.Tensor:
+    weights = load_file(folder / "adapter_model.safetensors")
+    a, b = (weights[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+    return scale * b @ a
+
+
+def test_adapters_add_up_each_by_its_weight(tmp_path):
+    first = save_adapter(tmp_path / "first", seed=1, rank=2, alpha=6)
+    second = save_adapter(tmp_path / "second", seed=2, rank=4, alpha=4)
+    plain, names = transformer(), ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp")
+    expected = {
+        name: plain.get_submodule(name).weight + delta(first, name, 0.5 * 6 / 2) + delta(second, name, -1.0)
+        for name in names
+    }
+    made = fused(transformer(), [Adapter(first, 0.5), Adapter(second, -1.0)])
+    assert type(made) is type(plain)
+    assert made.state_dict().keys() == plain.state_dict().keys()
+    for name in names:
+        torch.testing.assert_close(made.get_submodule(name).weight, expected[name])
+    untouched = "transformer_blocks.0.attn.to_k.weight"
+    assert torch.equal(made.state_dict()[untouched], plain.state_dict()[untouched])
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weight"), [("style", "style", 1.0), ("a/b=0.5", "a/b", 0.5), ("a=b=-2", "a=b", -2.0)]
+)
+def test_an_adapter_is_named_with_its_weight(text, path, weight):
+    assert Adapter.parse(text) == Adapter(Path(path), weight)
+
+
+@pytest.mark.parametrize("text", ["style=", "style=x", "=0.5", "style=nan", "style=inf"])
+def test_a_weight_that_is_none_is_refused(text):
+    with pytest.raises(InvalidValueError, match="is not PATH or PATH=WEIGHT"):
+        Adapter.parse(text)
+
+
+def _without(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def _pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def _edited(**values: object):
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return edit
+
+
+def _reshaped(folder: Path) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: torch.zeros(3, 3)}, folder / "adapter_model.safetensors")
+
+
+def _more(folder: Path) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(weights | {"other": torch.zeros(3)}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (_without("adapter_config.json"), "has no file adapter_config.json"),
+        (_without("adapter_model.safetensors"), "has no file adapter_model.safetensors"),
+        (_pickled, "has no file adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"no tensors"), "cannot be read"),
+        (_edited(target_modules=["nowhere"]), "does not fit the transformer"),
+        (_edited(peft_type="ADALORA"), "is not a LoRA adapter but ADALORA"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "does not fit the transformer"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "does not fit the transformer"),
+        (_edited(target_modules=["to_q"]), "holds an unknown tensor"),
+        (_edited(target_modules=["to_q", "proj_mlp", "to_k"]), "lacks tensor"),
+        (_reshaped, r"has shape \[3, 3\], expected"),
+        (_more, "holds an unknown tensor other"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path, broken, message):
+    folder = save_adapter(tmp_path / "style", seed=1)
+    broken(folder)
+    with pytest.raises(CheckpointError, match=message):
+        fused(transformer(), [Adapter(folder)])
