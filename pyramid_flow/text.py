@@ -120,7 +120,7 @@ class TextEncoder(nn.Module):
             clip_tokenizers=[_tokenizer(path / tokenizer_of(folder)) for folder in layout.clips],
             t5=_load(T5EncoderModel, path / layout.t5, torch_dtype),
             t5_tokenizer=_tokenizer(path / tokenizer_of(layout.t5)),
-        )
+        ).eval()
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> TextEmbedding:
@@ -191,7 +191,7 @@ def _load(cls: type[PreTrainedModel], folder: Path, torch_dtype: torch.dtype) ->
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:
         raise CheckpointError(f"{folder} lacks or has other shapes for: {', '.join(map(str, wrong[:5]))}")
-    encoder: PreTrainedModel = model.eval().requires_grad_(False)
+    encoder: PreTrainedModel = model.requires_grad_(False)
     return encoder
 
 
