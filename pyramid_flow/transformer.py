@@ -32,7 +32,7 @@ class TextState:
 class HistoryState:
     """What the past contributes to every evaluation of one unit at one level; tokens [B,S,D] are embedded.
 
-    positions: learned ones [1,D,h,w] of the current frame's patches, None where rotary angles hold them all.
+    positions: map [1,D,h,w] that is added to the current frame's patches, None where rotary angles say it all.
     """
 
     tokens: Tensor
@@ -91,7 +91,7 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
             _check_clip("history clip", clip.shape, batch, channels)
         shapes = [(frames, height, width) for _, _, frames, height, width in (*(c.shape for c in history), current)]
         text_length = text.tokens.shape[1]
-        positions = self._learned_positions(current[3] // PATCH, current[4] // PATCH)
+        positions = self._position_map(current[3] // PATCH, current[4] // PATCH)
         return HistoryState(
             tokens=self._embed_clips(history, positions) if history else text.tokens[:, :0],
             rotary=rotary_table(position_ids(shapes, text_length), self.axes_dims_rope, self.device),
@@ -120,13 +120,13 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
         scale, shift = self.norm_out(activated)
         return unpatchify(self.proj_out(modulate(out, shift, scale)), *latents.shape[-2:])
 
-    def _learned_positions(self, height: int, width: int) -> Tensor | None:
-        """Return the learned positions [1,D,h,w] of a current frame of so many patches, if the model has any."""
+    def _position_map(self, height: int, width: int) -> Tensor | None:
+        """Return the positions [1,D,h,w] to add to a current frame of so many patches, if the model adds any."""
         return None
 
     @abstractmethod
     def _embed_clips(self, clips: Sequence[Tensor], positions: Tensor | None) -> Tensor:
-        """Turn clips [B,C,T,h,w] of any levels into tokens [B,S,D]; positions: of the current frame's patches."""
+        """Turn clips [B,C,T,h,w] of any levels into tokens [B,S,D]; positions: the current frame's map."""
 
     @abstractmethod
     def _run_blocks(

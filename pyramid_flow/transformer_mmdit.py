@@ -1,4 +1,4 @@
-"""PyramidDiffusionMMDiT: joint blocks only, with a learned spatial position and a rotary embedding of time."""
+"""PyramidDiffusionMMDiT: joint blocks only, with a map of spatial positions and a rotary embedding of time."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -36,7 +36,7 @@ def sincos_positions(dim: int, side: int, extent: float) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """2x2 patches by a convolution, and the positions of a grid of side x side patches, trained with the model."""
+    """2x2 patches by a convolution, and the positions of a grid of side x side patches, kept with the weights."""
 
     pos_embed: Tensor
 
@@ -161,7 +161,7 @@ class PyramidDiffusionMMDiT(PyramidTransformer):
             ]
         )
 
-    def _learned_positions(self, height: int, width: int) -> Tensor | None:
+    def _position_map(self, height: int, width: int) -> Tensor | None:
         return self.pos_embed.crop(height, width)
 
     def _embed_clips(self, clips: Sequence[Tensor], positions: Tensor | None) -> Tensor:
