@@ -28,7 +28,7 @@ from pipeline.training.record import check_record
 from pipeline.training.state import trained_weights
 from pipeline.training.tasks import Phase, Task, TransformerSource, VAESource
 from pipeline.training.trainer import Metrics, TrainJob, check_streams, fit
-from pyramid_flow import CausalVideoVAE, Checkpoint, PyramidFluxTransformer
+from pyramid_flow import CausalVideoVAE, Checkpoint
 from pyramid_flow.checkpoint import PRESET_FILE
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.sampling import TEMPORAL_FACTOR, check_num_frames
@@ -132,7 +132,7 @@ def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
     _check_tables(settings, job, checkpoint)
     lora = _lora(settings)
     if lora:
-        check_lora(PyramidFluxTransformer.load_config(checkpoint.transformer_folder), lora)
+        check_lora(checkpoint.empty_transformer(), lora)
     storage = Storage(settings.output)
     storage.probe()
     values = {
@@ -214,7 +214,7 @@ def write_model(settings: TrainSettings, checkpoint: Checkpoint, job: TrainJob, 
             model = merge_lora(checkpoint.load_transformer(torch.float32, "cpu"), lora, weights, made / "lora")
         else:
             model = job.make_task().model
-            model.load_state_dict(dict(weights))
+            model.load_state_dict(dict(weights), strict=False)  # what is never trained stays
         if isinstance(model, CausalVideoVAE):
             part = "causal_video_vae"
             if settings.fresh:  # a transformer that was trained on a VAE's latents needs them as they are

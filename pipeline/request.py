@@ -18,7 +18,6 @@ MAX_SIDE = 2**14
 MAX_NUM_FRAMES = 2**16 + 1
 MAX_SHOWN = 80
 NUM_LEVELS = len(PyramidSchedule().levels)
-RECOMMENDED_GUIDANCE = (1.0, 15.0)
 
 Steps = int | tuple[int, ...]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -178,13 +177,12 @@ class ResolvedRequest(BaseModel):
     video_guidance_scale: float
     seed: int
 
-    @property
-    def warnings(self) -> list[str]:
-        """Settings that are legal but outside what is recommended."""
-        low, high = RECOMMENDED_GUIDANCE
+    def warnings(self, preset: Preset) -> list[str]:
+        """Return what is legal but outside what the preset recommends."""
+        ranges = {"guidance_scale": preset.guidance_range, "video_guidance_scale": preset.video_guidance_range}
         return [
             f"{name} {getattr(self, name):g} is outside the recommended {low:g} to {high:g}"
-            for name in ("guidance_scale", "video_guidance_scale")
+            for name, (low, high) in ranges.items()
             if not low <= getattr(self, name) <= high
         ]
 

@@ -66,16 +66,19 @@ def candidates(values: dict[str, object], position: str, rules: RowRules) -> lis
         return [Candidate(failed.updated(id=row_id), content) for row_id in ids]
     image = request.image if isinstance(request.image, bytes) else None
     videos = [resolved] if copies == 1 else [resolved.copy_of(number) for number in range(copies)]
-    return [_candidate(video, position, content, image) for video in videos]
+    warnings = tuple(resolved.warnings(rules.preset))
+    return [_candidate(video, position, content, image, warnings) for video in videos]
 
 
-def _candidate(request: ResolvedRequest, position: str, content: str, image: bytes | None) -> Candidate:
+def _candidate(
+    request: ResolvedRequest, position: str, content: str, image: bytes | None, warnings: tuple[str, ...]
+) -> Candidate:
     row = RenderRow(
         id=request.id,
         position=position,
         prompt=request.prompt,
         request=request,
-        warnings=tuple(request.warnings),
+        warnings=warnings,
     )
     return Candidate(row, f"{content}, seed {request.seed}", image)  # a copy and a row can claim the same id
 

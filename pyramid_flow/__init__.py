@@ -9,7 +9,9 @@ from pyramid_flow.presets import LatentStatistics, Preset
 from pyramid_flow.sampling import SamplingParams, StepInfo, generate_latents
 from pyramid_flow.schedule import Level, PyramidSchedule
 from pyramid_flow.text import TextEmbedding, TextEncoder
+from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
+from pyramid_flow.transformer_mmdit import PyramidDiffusionMMDiT
 from pyramid_flow.vae import CausalVideoVAE
 
 __all__ = [
@@ -21,11 +23,13 @@ __all__ = [
     "Level",
     "NoiseSource",
     "Preset",
+    "PyramidDiffusionMMDiT",
     "PyramidFlowError",
     "PyramidFlowOutput",
     "PyramidFlowPipeline",
     "PyramidFluxTransformer",
     "PyramidSchedule",
+    "PyramidTransformer",
     "RenderFlops",
     "SamplingParams",
     "SeededNoise",

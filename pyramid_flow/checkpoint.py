@@ -8,24 +8,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 
 from pyramid_flow.errors import CheckpointError, InvalidValueError
-from pyramid_flow.presets import MINIFLUX_PRESETS, Preset
-from pyramid_flow.text import TextEncoder
+from pyramid_flow.presets import PRESETS, Preset
+from pyramid_flow.text import TEXT_LAYOUTS, TextEncoder, TextLayout
+from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
+from pyramid_flow.transformer_mmdit import PyramidDiffusionMMDiT
 from pyramid_flow.vae import CausalVideoVAE
 
 BUNDLED = {"toy": Path(__file__).resolve().parent / "toy" / "weights"}
 """Checkpoints that come with the package, by the name that stands for their path."""
 
+TRANSFORMERS: dict[str, type[PyramidTransformer]] = {
+    "miniflux": PyramidFluxTransformer,
+    "sd3": PyramidDiffusionMMDiT,
+}
+"""By family."""
+
 TRANSFORMER_PREFIX = "diffusion_transformer_"
+VAE_FOLDER = "causal_video_vae"
+CONFIG_FILE = "config.json"
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 PRESET_FILE = "pyramid.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Model = TypeVar("Model", PyramidFluxTransformer, CausalVideoVAE)
+Model = TypeVar("Model", PyramidTransformer, CausalVideoVAE)
 
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -82,9 +91,29 @@ class Checkpoint:
         return self.path if self.path in BUNDLED else f"{self.root.name}/{self.variant}"
 
     @cached_property
+    def family(self) -> str:
+        """What the transformer's class says: "miniflux" or "sd3"; raises CheckpointError for another one."""
+        name = _read_config(self.transformer_folder).get("_class_name")
+        known = {transformer.__name__: family for family, transformer in TRANSFORMERS.items()}
+        if name not in known:
+            raise CheckpointError(f"{self.transformer_folder} holds a {name}, not a {' or '.join(known)}")
+        return known[name]
+
+    @property
+    def text_layout(self) -> TextLayout:
+        """Where the text encoders lie."""
+        return TEXT_LAYOUTS[self.family]
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders of all models in use."""
+        return (self.transformer_folder, *(self.root / name for name in (VAE_FOLDER, *self.text_layout.encoders)))
+
+    @cached_property
     def preset(self) -> Preset:
-        """The variant's preset, updated with the checkpoint's own pyramid.json."""
-        preset = MINIFLUX_PRESETS.get(self.variant, Preset())
+        """The preset of family and variant, updated with the checkpoint's own pyramid.json."""
+        presets = PRESETS[self.family]
+        preset = presets.get(self.variant, presets["384p"])
         path = self.root / PRESET_FILE
         return preset.updated(_read_json(path)) if path.exists() else preset
 
@@ -96,8 +125,7 @@ class Checkpoint:
         """
         settings = self.root / PRESET_FILE
         digest = hashlib.sha256(settings.read_bytes() if settings.exists() else b"")
-        folders = ("causal_video_vae", "text_encoder", "text_encoder_2")
-        for folder in (self.transformer_folder, *(self.root / name for name in folders)):
+        for folder in self.folders:
             digest.update(folder.name.encode())
             for name, file in sorted(_tensor_files(folder).items()):
                 with safe_open(file, framework="pt") as tensors:
@@ -106,31 +134,40 @@ class Checkpoint:
                 digest.update(tensor.flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def load_transformer(self, dtype: torch.dtype, device: torch.device | str) -> PyramidFluxTransformer:
+    def empty_transformer(self) -> PyramidTransformer:
+        """Return the transformer that the config describes, on the meta device."""
+        return _empty(TRANSFORMERS[self.family], self.transformer_folder)
+
+    def empty_vae(self) -> CausalVideoVAE:
+        """Return the VAE that the config describes, on the meta device."""
+        vae: CausalVideoVAE = _empty(CausalVideoVAE, self.root / VAE_FOLDER)
+        return vae
+
+    def load_transformer(self, dtype: torch.dtype, device: torch.device | str) -> PyramidTransformer:
         """Load the transformer strictly; raises CheckpointError naming what is missing, unknown or misshapen."""
-        transformer: PyramidFluxTransformer = load_model(PyramidFluxTransformer, self.transformer_folder, dtype, device)
-        return transformer
+        return load_model(TRANSFORMERS[self.family], self.transformer_folder, dtype, device)
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> CausalVideoVAE:
         """Load the VAE strictly."""
-        vae: CausalVideoVAE = load_model(CausalVideoVAE, self.root / "causal_video_vae", dtype, device)
+        vae: CausalVideoVAE = load_model(CausalVideoVAE, self.root / VAE_FOLDER, dtype, device)
         return vae
 
     def load_text_encoder(self, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
         """Load the text encoders and their tokenizers strictly."""
-        return TextEncoder.from_pretrained(self.root, check_dtype(dtype)).to(device)
+        return TextEncoder.from_pretrained(self.root, self.text_layout, check_dtype(dtype)).to(device)
 
     def check(self) -> None:
         """Compare the tensors of transformer and VAE with their configs, and see that the text folders can be read.
 
         Loads no weights; raises CheckpointError.
         """
-        check_tensors(PyramidFluxTransformer, self.transformer_folder)
-        check_tensors(CausalVideoVAE, self.root / "causal_video_vae")
-        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        check_tensors(TRANSFORMERS[self.family], self.transformer_folder)
+        check_tensors(CausalVideoVAE, self.root / VAE_FOLDER)
+        layout = self.text_layout
+        for name in (*layout.encoders, *layout.tokenizers):
             if not (self.root / name).is_dir():
                 raise CheckpointError(f"{self.root} has no folder {name}")
-        for name in ("text_encoder", "text_encoder_2"):
+        for name in layout.encoders:
             _tensor_shapes(self.root / name)
 
 
@@ -144,14 +181,9 @@ def load_model(cls: type[Model], folder: Path, dtype: torch.dtype, device: torch
     return ready
 
 
-def check_tensors(cls: type[PyramidFluxTransformer | CausalVideoVAE], folder: Path) -> None:
+def check_tensors(cls: type[Model], folder: Path) -> None:
     """Raise CheckpointError unless the folder holds exactly the tensors that its config asks for."""
-    config = _read_json(folder / "config.json")
-    if config.get("_class_name") != cls.__name__:
-        raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a {cls.__name__}")
-    with init_empty_weights():
-        empty: Any = cls.from_config(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in _empty(cls, folder).state_dict().items()}
     actual = _tensor_shapes(folder)
     for name in sorted(expected.keys() - actual.keys()):
         raise CheckpointError(f"{folder} lacks the tensor {name} {list(expected[name])}")
@@ -160,6 +192,22 @@ def check_tensors(cls: type[PyramidFluxTransformer | CausalVideoVAE], folder: Pa
     for name, shape in expected.items():
         if actual[name] != shape:
             raise CheckpointError(f"{folder}: tensor {name} has shape {list(actual[name])}, expected {list(shape)}")
+
+
+def _empty(cls: type[Model], folder: Path) -> Model:
+    config = _read_config(folder)
+    if config.get("_class_name") != cls.__name__:
+        raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a {cls.__name__}")
+    with torch.device("meta"):
+        model: Any = cls.from_config(config)
+    ready: Model = model.eval()
+    return ready
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}")
+    return _read_json(folder / CONFIG_FILE)
 
 
 def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -4,19 +4,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, T5Config, T5EncoderModel
 
-from pyramid_flow.checkpoint import Checkpoint, Model
+from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError, InvalidValueError
 from pyramid_flow.sampling import TEMPORAL_FACTOR, SamplingParams, StepInfo, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS, TextEmbedding
-from pyramid_flow.transformer_flux import PyramidFluxTransformer
+from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.vae import CausalVideoVAE, temporal_chunks
 from pyramid_flow.vae.model import SCALE, TILE_MULTIPLE
 from pyramid_flow.vae.tiling import map_tiles
@@ -67,26 +67,28 @@ def render_flops(
     """
     guidance = float(params.guided)
     params = replace(params, guidance_scale=guidance, video_guidance_scale=guidance)  # one row, whatever its scales
-    transformer = _without_weights(PyramidFluxTransformer, checkpoint.transformer_folder)
-    vae = _without_weights(CausalVideoVAE, checkpoint.root / "causal_video_vae")
+    transformer, vae = checkpoint.empty_transformer(), checkpoint.empty_vae()
     image = _image_flops(vae, params) if has_image else 0
     latents = torch.empty(params.latent_shape(1, transformer.latent_channels), device=META)
     return RenderFlops(
-        encode=_text_flops(checkpoint.root, num_prompts=1 + params.guided) + image,
+        encode=_text_flops(checkpoint, num_prompts=1 + params.guided) + image,
         sample=_sample_flops(transformer, params, has_image),
         decode=_decode_flops(vae, latents, tile),
     )
 
 
-def _text_flops(root: Path, num_prompts: int) -> int:
-    t5_config = _read(T5Config.from_pretrained, root / "text_encoder_2")
-    clip_config = _read(CLIPTextConfig.from_pretrained, root / "text_encoder")
+def _text_flops(checkpoint: Checkpoint, num_prompts: int) -> int:
+    layout = checkpoint.text_layout
+    t5_config = _read(T5Config.from_pretrained, checkpoint.root / layout.t5)
+    clip_configs = [_read(CLIPTextConfig.from_pretrained, checkpoint.root / folder) for folder in layout.clips]
     with META:
-        t5, clip = T5EncoderModel(t5_config).eval(), CLIPTextModel(clip_config).eval()
+        t5 = T5EncoderModel(t5_config).eval()
+        clips = nn.ModuleList(layout.clip_class(config) for config in clip_configs).eval()
     with FlopCounterMode(display=False) as counter:
         # Not by TextEncoder: transformers reads the values of a mask that is given.
         t5(input_ids=torch.empty(num_prompts, MAX_TOKENS, dtype=torch.long, device=META))
-        clip(input_ids=torch.empty(num_prompts, POOLED_MAX_TOKENS, dtype=torch.long, device=META))
+        for clip in clips:
+            clip(input_ids=torch.empty(num_prompts, POOLED_MAX_TOKENS, dtype=torch.long, device=META))
     return _total(counter)
 
 
@@ -96,7 +98,7 @@ def _image_flops(vae: CausalVideoVAE, params: SamplingParams) -> int:
     return _total(counter)
 
 
-def _sample_flops(transformer: PyramidFluxTransformer, params: SamplingParams, has_image: bool) -> int:
+def _sample_flops(transformer: PyramidTransformer, params: SamplingParams, has_image: bool) -> int:
     num_levels = len(PyramidSchedule().levels)
     params.check(1, num_levels)
     # From unit `num_levels` on (one later where keys and values are kept from the unit before), every unit sees one
@@ -108,8 +110,8 @@ def _sample_flops(transformer: PyramidFluxTransformer, params: SamplingParams, h
     return sum(costs)
 
 
-def _unit_flops(transformer: PyramidFluxTransformer, params: SamplingParams, has_image: bool) -> list[int]:
-    """Count each unit that is sampled, by one evaluation per level and one block of each kind; shortens the model."""
+def _unit_flops(transformer: PyramidTransformer, params: SamplingParams, has_image: bool) -> list[int]:
+    """Count each unit that is sampled, by one evaluation per level and few blocks; shortens the model."""
     if has_image and params.num_units == 1:
         return []
     repeats, schedule = _shorten(transformer), PyramidSchedule()
@@ -140,15 +142,19 @@ def _take_counts(counter: FlopCounterMode, name: str, repeats: Mapping[str, int]
     return counts["Global"] + repeated, counts[name] + repeated
 
 
-def _shorten(transformer: PyramidFluxTransformer) -> dict[str, int]:
-    """Leave one block of each kind in the model; return how many more there were of those that stand for others."""
-    joint, single = transformer.transformer_blocks, transformer.single_transformer_blocks
-    removed = {"transformer_blocks.0": len(joint[1:]), "single_transformer_blocks.0": len(single[1:-1])}
-    del joint[1:], single[1:-1]  # the last single block is of its own kind, because only the current frame asks
+def _shorten(transformer: PyramidTransformer) -> dict[str, int]:
+    """Leave the first and the last block of each stack; return for how many others each first one stands.
+
+    The model's very last block is like no other, because only the current frame asks.
+    """
+    stacks = {name: stack for name, stack in transformer.named_children() if isinstance(stack, nn.ModuleList)}
+    removed = {f"{name}.0": len(stack[1:-1]) for name, stack in stacks.items()}
+    for stack in stacks.values():
+        del stack[1:-1]
     return removed
 
 
-def _text(transformer: PyramidFluxTransformer) -> TextEmbedding:
+def _text(transformer: PyramidTransformer) -> TextEmbedding:
     config = transformer.config
     return TextEmbedding(
         tokens=torch.empty(1, MAX_TOKENS, config["joint_attention_dim"], device=META),
@@ -187,14 +193,6 @@ def _decode_stream_flops(vae: CausalVideoVAE, latents: Tensor) -> int:
 def _total(counter: FlopCounterMode) -> int:
     flops: int = counter.get_total_flops()
     return flops
-
-
-def _without_weights(cls: type[Model], folder: Path) -> Model:
-    config: Any = _read(cls.load_config, folder)
-    with META:
-        model: Any = cls.from_config(config)
-    ready: Model = model.eval()
-    return ready
 
 
 def _read(load: Callable[..., T], folder: Path) -> T:

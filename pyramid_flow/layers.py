@@ -108,34 +108,57 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return rearrange(x, "b s (h d) -> b h s d", h=num_heads)
 
 
-class JointAttention(nn.Module):
-    """Attention over text and image tokens together, each stream with its own projections and q/k norms."""
+class JointProjections(nn.Module):
+    """Projections and q/k norms of text and image tokens that meet in one attention.
 
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+    text_norm: what the checkpoint calls the q/k norms of text, without _q and _k.
+    """
+
+    def __init__(self, dim: int, num_heads: int, eps: float, text_norm: str) -> None:
         super().__init__()
         head_dim = dim // num_heads
-        self.num_heads = num_heads
+        self.num_heads, self.text_norm = num_heads, text_norm
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.norm_q, self.norm_k = RMSNorm(head_dim, eps), RMSNorm(head_dim, eps)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_added_q, self.norm_added_k = RMSNorm(head_dim, eps), RMSNorm(head_dim, eps)
+        self.add_module(f"{text_norm}_q", RMSNorm(head_dim, eps))
+        self.add_module(f"{text_norm}_k", RMSNorm(head_dim, eps))
+
+    def image_queries(self, image: Tensor) -> Tensor:
+        """[B,S,D] -> [B,H,S,head_dim]."""
+        out: Tensor = self.norm_q(split_heads(self.to_q(image), self.num_heads))
+        return out
+
+    def text_queries(self, text: Tensor) -> Tensor:
+        """[B,L,D] -> [B,H,L,head_dim]."""
+        out: Tensor = getattr(self, f"{self.text_norm}_q")(split_heads(self.add_q_proj(text), self.num_heads))
+        return out
+
+    def keys(self, image: Tensor, text: Tensor) -> Tensor:
+        """image [B,S,D], text [B,L,D] -> [B,H,L+S,head_dim]."""
+        k_text = getattr(self, f"{self.text_norm}_k")(split_heads(self.add_k_proj(text), self.num_heads))
+        k_image = self.norm_k(split_heads(self.to_k(image), self.num_heads))
+        return torch.cat([k_text, k_image], dim=2)
+
+    def values(self, image: Tensor, text: Tensor) -> Tensor:
+        """image [B,S,D], text [B,L,D] -> [B,H,L+S,head_dim]."""
+        parts = [split_heads(self.add_v_proj(text), self.num_heads), split_heads(self.to_v(image), self.num_heads)]
+        return torch.cat(parts, dim=2)
+
+
+class JointAttention(JointProjections):
+    """Attention over text and image tokens together, each stream with its own projections and q/k norms."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, text_norm: str) -> None:
+        super().__init__(dim, num_heads, eps, text_norm)
         self.to_add_out = nn.Linear(dim, dim)
 
     def forward(self, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """image [B,S,D] and text [B,L,D], both modulated -> their attention outputs, same shapes."""
-        heads = self.num_heads
-        q_text = self.norm_added_q(split_heads(self.add_q_proj(text), heads))
-        k_text = self.norm_added_k(split_heads(self.add_k_proj(text), heads))
-        v_text = split_heads(self.add_v_proj(text), heads)
-        q_image = self.norm_q(split_heads(self.to_q(image), heads))
-        k_image = self.norm_k(split_heads(self.to_k(image), heads))
-        v_image = split_heads(self.to_v(image), heads)
-
-        q = context.rotary.rotate(torch.cat([q_text, q_image], dim=2))
-        k = context.rotary.rotate(torch.cat([k_text, k_image], dim=2))
-        v = torch.cat([v_text, v_image], dim=2)
-        mixed = context.attention(q, k, v)
+        q = torch.cat([self.text_queries(text), self.image_queries(image)], dim=2)
+        rotate = context.rotary.rotate
+        mixed = context.attention(rotate(q), rotate(self.keys(image, text)), self.values(image, text))
         text_out, image_out = mixed.split([text.shape[1], image.shape[1]], dim=1)
         return self.to_out[0](image_out), self.to_add_out(text_out)
 
@@ -143,11 +166,11 @@ class JointAttention(nn.Module):
 class JointBlock(nn.Module):
     """Double-stream block: image x and text y with their own weights meet in one attention."""
 
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+    def __init__(self, dim: int, num_heads: int, eps: float, text_norm: str) -> None:
         super().__init__()
         self.norm1 = Modulation(dim, 6)
         self.norm1_context = Modulation(dim, 6)
-        self.attn = JointAttention(dim, num_heads, eps)
+        self.attn = JointAttention(dim, num_heads, eps, text_norm)
         self.ff = FeedForward(dim)
         self.ff_context = FeedForward(dim)
 

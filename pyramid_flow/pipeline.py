@@ -18,7 +18,7 @@ from pyramid_flow.presets import Preset
 from pyramid_flow.sampling import Guidance, OnStep, SamplingParams, Steps, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEncoder
-from pyramid_flow.transformer_flux import PyramidFluxTransformer
+from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.vae import CausalVideoVAE, LatentDistribution
 
 OutputType = Literal["np", "pt", "pil", "latent"]
@@ -41,7 +41,7 @@ class PyramidFlowPipeline:
 
     def __init__(
         self,
-        transformer: PyramidFluxTransformer,
+        transformer: PyramidTransformer,
         vae: CausalVideoVAE,
         text_encoder: TextEncoder,
         preset: Preset,

@@ -46,7 +46,8 @@ class LatentStatistics:
 class Preset:
     """Trained sizes (height, width) in pixels and greatest length in frames, and the recommended settings.
 
-    The first size and `max_num_frames` are the defaults of a request.
+    The first size and `max_num_frames` are the defaults of a request. Guidance outside its range (least, greatest) is
+    noted, not refused.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((384, 640),)
@@ -57,6 +58,8 @@ class Preset:
     guidance_scale: float = 7.0
     video_guidance_scale: float = 5.0
     image_to_video_guidance_scale: float = 4.0
+    guidance_range: tuple[float, float] = (1.0, 15.0)
+    video_guidance_range: tuple[float, float] = (1.0, 15.0)
     prompt_suffix: str = ", hyper quality, Ultra HD, 8K"
     negative_prompt: str = NEGATIVE_PROMPT
     statistics: LatentStatistics = field(default_factory=LatentStatistics)
@@ -70,11 +73,16 @@ class Preset:
         return self.image_to_video_guidance_scale if has_image else self.video_guidance_scale
 
 
-MINIFLUX_PRESETS = {
-    "384p": Preset(),
-    "768p": Preset(sizes=((768, 1280),), max_num_frames=241),
-    "image": Preset(sizes=((1024, 1024),), max_num_frames=1),
+SD3_STATISTICS = LatentStatistics(first_shift=0.1490, first_scale=1 / 1.8415)
+_384P = Preset()
+_768P = Preset(sizes=((768, 1280),), max_num_frames=241, guidance_range=(7.0, 9.0))
+_IMAGE = Preset(sizes=((1024, 1024),), max_num_frames=1)
+
+PRESETS = {
+    "miniflux": {"384p": _384P, "768p": _768P, "image": _IMAGE},
+    "sd3": {"384p": replace(_384P, statistics=SD3_STATISTICS), "768p": replace(_768P, statistics=SD3_STATISTICS)},
 }
+"""By family and variant; a variant of another name begins as 384p."""
 
 
 def _coerced(default: Preset | LatentStatistics, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def _coerce(name: str, default: object, value: object) -> object:
         return replace(default, **_coerced(default, value))
     if isinstance(default, tuple) and isinstance(value, list) and value:
         pattern = default[0]
-        if isinstance(pattern, int) or all(isinstance(item, list) and len(item) == 2 for item in value):
+        if isinstance(pattern, tuple) or len(value) == len(default):
             return tuple(_coerce(name, pattern, item) for item in value)
     if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
         raise CheckpointError(f"pyramid.json: {name} is {value!r}, expected something like {default!r}")

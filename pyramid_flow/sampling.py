@@ -11,7 +11,7 @@ from pyramid_flow.noise import NoiseSource
 from pyramid_flow.pyramid import history_clips, keep_rows, latent_pyramid, noise_pyramid, stack_frames
 from pyramid_flow.schedule import MAX_STEPS, PyramidSchedule
 from pyramid_flow.text import TextEmbedding, concatenate
-from pyramid_flow.transformer_flux import PyramidFluxTransformer, TextState
+from pyramid_flow.transformer import PyramidTransformer, TextState
 
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 8
@@ -113,7 +113,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 @torch.no_grad()
 def generate_latents(
-    transformer: PyramidFluxTransformer,
+    transformer: PyramidTransformer,
     schedule: PyramidSchedule,
     text: TextEmbedding,
     negative: TextEmbedding | None,
@@ -171,7 +171,7 @@ def generate_latents(
 
 
 def guided(
-    transformer: PyramidFluxTransformer,
+    transformer: PyramidTransformer,
     text: TextState,
     history: Sequence[Tensor],
     current: Sequence[int],

@@ -1,4 +1,4 @@
-"""Prompts as embeddings: the text encoders of the miniFLUX layout (T5 tokens, CLIP pooled)."""
+"""Prompts as embeddings: the text encoders of both layouts (T5 tokens, CLIP pooled)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     BatchEncoding,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     T5EncoderModel,
@@ -22,6 +23,36 @@ from pyramid_flow.errors import CheckpointError, ShapeError
 
 MAX_TOKENS = 128
 POOLED_MAX_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """Where a family of checkpoints keeps its text encoders; a tokenizer lies beside each, under the same number.
+
+    clips: folders of the CLIP encoders, whose pooled vectors are joined in this order; t5: folder of the T5 encoder;
+    clip_class: decides whether a pooled vector is projected.
+    """
+
+    clips: tuple[str, ...]
+    t5: str
+    clip_class: type[CLIPTextModel | CLIPTextModelWithProjection]
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Folders of all encoders."""
+        return (*self.clips, self.t5)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Folders of all tokenizers."""
+        return tuple(tokenizer_of(encoder) for encoder in self.encoders)
+
+
+TEXT_LAYOUTS = {
+    "miniflux": TextLayout(("text_encoder",), "text_encoder_2", CLIPTextModel),
+    "sd3": TextLayout(("text_encoder", "text_encoder_2"), "text_encoder_3", CLIPTextModelWithProjection),
+}
+"""By family."""
 
 
 @dataclass(frozen=True)
@@ -68,28 +99,28 @@ def concatenate(parts: Sequence[TextEmbedding]) -> TextEmbedding:
 
 
 class TextEncoder(nn.Module):
-    """T5 for the token embeddings and their mask, CLIP-L for the pooled vector."""
+    """T5 for the token embeddings and their mask; one CLIP encoder or several, joined, for the pooled vector."""
 
     def __init__(
         self,
-        clip: PreTrainedModel,
-        clip_tokenizer: PreTrainedTokenizerBase,
+        clips: Sequence[PreTrainedModel],
+        clip_tokenizers: Sequence[PreTrainedTokenizerBase],
         t5: PreTrainedModel,
         t5_tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         super().__init__()
-        self.clip, self.t5 = clip, t5
-        self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
+        self.clips, self.t5 = nn.ModuleList(clips), t5
+        self.clip_tokenizers, self.t5_tokenizer = tuple(clip_tokenizers), t5_tokenizer
 
     @classmethod
-    def from_pretrained(cls, path: Path, torch_dtype: torch.dtype) -> "TextEncoder":
-        """Load `text_encoder`, `text_encoder_2`, `tokenizer` and `tokenizer_2` from a checkpoint folder."""
+    def from_pretrained(cls, path: Path, layout: TextLayout, torch_dtype: torch.dtype) -> "TextEncoder":
+        """Load the encoders and tokenizers of a checkpoint folder."""
         return cls(
-            clip=_load(CLIPTextModel, path / "text_encoder", torch_dtype),
-            clip_tokenizer=_tokenizer(path / "tokenizer"),
-            t5=_load(T5EncoderModel, path / "text_encoder_2", torch_dtype),
-            t5_tokenizer=_tokenizer(path / "tokenizer_2"),
-        )
+            clips=[_load(layout.clip_class, path / folder, torch_dtype) for folder in layout.clips],
+            clip_tokenizers=[_tokenizer(path / tokenizer_of(folder)) for folder in layout.clips],
+            t5=_load(T5EncoderModel, path / layout.t5, torch_dtype),
+            t5_tokenizer=_tokenizer(path / tokenizer_of(layout.t5)),
+        ).eval()
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> TextEmbedding:
@@ -100,13 +131,27 @@ class TextEncoder(nn.Module):
         device = self.t5.device
         ids = _tokenize(self.t5_tokenizer, prompts, MAX_TOKENS).to(device)
         tokens = self.t5(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).last_hidden_state
-        pooled_ids = _tokenize(self.clip_tokenizer, prompts, POOLED_MAX_TOKENS).to(device)
-        pooled = self.clip(input_ids=pooled_ids["input_ids"]).pooler_output
-        return TextEmbedding(tokens, ids["attention_mask"].bool(), pooled)
+        pooled = [
+            _pooled(clip, _tokenize(tokenizer, prompts, POOLED_MAX_TOKENS).to(device)["input_ids"])
+            for clip, tokenizer in zip(self.clips, self.clip_tokenizers, strict=True)
+        ]
+        return TextEmbedding(tokens, ids["attention_mask"].bool(), torch.cat(pooled, dim=-1))
 
     def is_truncated(self, prompt: str) -> bool:
         """Tell whether the T5 encoder sees only the beginning of the prompt."""
         return len(self.t5_tokenizer(prompt, truncation=False)["input_ids"]) > MAX_TOKENS
+
+
+def tokenizer_of(encoder: str) -> str:
+    """Return the folder of the tokenizer that belongs to an encoder's."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _pooled(clip: nn.Module, ids: Tensor) -> Tensor:
+    """Return the vector [B,P] at the end of the text, projected if the encoder does that."""
+    output = clip(input_ids=ids)
+    pooled: Tensor = output.text_embeds if isinstance(clip, CLIPTextModelWithProjection) else output.pooler_output
+    return pooled
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> BatchEncoding:
@@ -146,7 +191,7 @@ def _load(cls: type[PreTrainedModel], folder: Path, torch_dtype: torch.dtype) ->
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:
         raise CheckpointError(f"{folder} lacks or has other shapes for: {', '.join(map(str, wrong[:5]))}")
-    encoder: PreTrainedModel = model.eval().requires_grad_(False)
+    encoder: PreTrainedModel = model.requires_grad_(False)
     return encoder
 
 

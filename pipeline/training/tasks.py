@@ -15,8 +15,8 @@ from pipeline.training.clips import CLIP_SCHEMA, ENCODED_SCHEMA, Frames, clips, 
 from pyramid_flow import (
     CausalVideoVAE,
     Checkpoint,
-    PyramidFluxTransformer,
     PyramidSchedule,
+    PyramidTransformer,
     SamplingParams,
     SeededNoise,
     generate_latents,
@@ -112,7 +112,7 @@ class TransformerTask(Task):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        transformer: PyramidFluxTransformer,
+        transformer: PyramidTransformer,
         num_units: int,
         objective: Objective,
         seed: int,
@@ -123,7 +123,7 @@ class TransformerTask(Task):
         self.schedule = PyramidSchedule()
 
     @property
-    def model(self) -> PyramidFluxTransformer:
+    def model(self) -> PyramidTransformer:
         """The transformer."""
         return self.transformer
 

@@ -46,6 +46,7 @@ COMPILED_GRAPHS = 64
 """Graphs of a block at most: sizes of 1 are compiled apart from others, and so is each width of the last queries."""
 
 MAX_FAILURES = 10
+DATA_PARALLEL = {"find_unused_parameters": True}  # an MMDiT's last block never reads the weights of text queries
 COLLECTIVE_TIMEOUT_S = 7200  # one worker makes examples while the others wait
 
 READ_CPUS, READ_AHEAD = 0.1, 2  # of a task; windows per stream
@@ -196,7 +197,7 @@ def begin(job: TrainJob) -> Training:
             shard(module, mesh)
     training = Training(
         task=task,
-        model=task if job.shard else prepare_model(task, move_to_device=False),
+        model=task if job.shard else prepare_model(task, move_to_device=False, parallel_strategy_kwargs=DATA_PARALLEL),
         optimizer=AdamW(parameter_groups(model, settings), lr=settings.lr, betas=settings.betas, fused=True),
         ema=ema,
     )

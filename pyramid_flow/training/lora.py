@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from pyramid_flow.errors import InvalidValueError
-from pyramid_flow.transformer_flux import PyramidFluxTransformer
+from pyramid_flow.transformer import PyramidTransformer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,7 +32,7 @@ class LoRA:
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))
 
 
-def add_lora(transformer: PyramidFluxTransformer, lora: LoRA) -> None:
+def add_lora(transformer: PyramidTransformer, lora: LoRA) -> None:
     """Give a transformer adapters that change nothing yet; they alone are trained from then on."""
     from peft import inject_adapter_in_model
 
@@ -41,10 +40,8 @@ def add_lora(transformer: PyramidFluxTransformer, lora: LoRA) -> None:
     inject_adapter_in_model(lora.config, transformer)
 
 
-def check_lora(config: Mapping[str, Any], lora: LoRA) -> None:
-    """Raise InvalidValueError if a transformer of this config has no linear map for a target."""
-    with init_empty_weights():
-        transformer = cast(PyramidFluxTransformer, PyramidFluxTransformer.from_config(config))
+def check_lora(transformer: PyramidTransformer, lora: LoRA) -> None:
+    """Raise InvalidValueError if a transformer has no linear map for a target."""
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in lora.targets:
         if not any(name.endswith(f".{target}") for name in names):
@@ -52,8 +49,8 @@ def check_lora(config: Mapping[str, Any], lora: LoRA) -> None:
 
 
 def merge_lora(
-    transformer: PyramidFluxTransformer, lora: LoRA, weights: Mapping[str, Tensor], folder: Path
-) -> PyramidFluxTransformer:
+    transformer: PyramidTransformer, lora: LoRA, weights: Mapping[str, Tensor], folder: Path
+) -> PyramidTransformer:
     """Write trained adapters to a folder as peft does, and return the transformer with them added to its weights.
 
     transformer: without adapters; weights: of the adapters, by their names in a transformer that has them.
@@ -61,7 +58,7 @@ def merge_lora(
     from peft import get_peft_model
 
     adapted = get_peft_model(transformer, lora.config)
-    inner = cast(PyramidFluxTransformer, adapted.get_base_model())
+    inner = cast(PyramidTransformer, adapted.get_base_model())
     inner.load_state_dict(dict(weights), strict=False)
     adapted.save_pretrained(str(folder))
-    return cast(PyramidFluxTransformer, adapted.merge_and_unload())
+    return cast(PyramidTransformer, adapted.merge_and_unload())

@@ -14,7 +14,7 @@ from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEmbedding, concatenate
 from pyramid_flow.training.draws import TrainingDraws
 from pyramid_flow.training.objective import TrainingSample, temporal_pyramid_sample, velocity_loss
-from pyramid_flow.transformer_flux import PyramidFluxTransformer
+from pyramid_flow.transformer import PyramidTransformer
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Losses:
 
 
 def transformer_losses(
-    transformer: PyramidFluxTransformer,
+    transformer: PyramidTransformer,
     schedule: PyramidSchedule,
     latents: Tensor,
     text: TextEmbedding,
@@ -92,7 +92,7 @@ def transformer_losses(
     return Losses(values, levels, (weights * values).mean())
 
 
-def velocity(transformer: PyramidFluxTransformer, sample: TrainingSample, text: TextEmbedding) -> Tensor:
+def velocity(transformer: PyramidTransformer, sample: TrainingSample, text: TextEmbedding) -> Tensor:
     """Return the transformer's answer to a training sample: [B,C,1,h,w]."""
     state = transformer.embed_text(text)
     history = transformer.embed_history(sample.history, sample.noisy.shape, state)
@@ -109,15 +109,17 @@ def with_dropout(text: TextEmbedding, empty: TextEmbedding, dropped: Tensor) -> 
 
 
 @torch.no_grad()
-def initialise_transformer(transformer: PyramidFluxTransformer) -> None:
+def initialise_transformer(transformer: PyramidTransformer) -> None:
     """Give a transformer its first weights, from torch's generator: its answer is 0, and no block changes a token.
 
-    Linear maps are Xavier uniform, those that feed conditioning and text std 0.02; modulations and the output are 0.
+    Linear maps, also those of patches, are Xavier uniform, those that feed conditioning and text std 0.02; modulations
+    and the output are 0.
     """
     for module in transformer.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     for embedder in (transformer.time_text_embed, transformer.context_embedder):
         for module in embedder.modules():
             if isinstance(module, nn.Linear):

@@ -3,6 +3,7 @@
 import hashlib
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -290,10 +291,13 @@ def test_only_untrained_sizes_and_lengths_need_leave(values):
 
 
 def test_unusual_guidance_is_noted_and_rendered():
-    assert resolved().warnings == []
-    [warning] = resolved(guidance_scale=20).warnings
+    assert resolved().warnings(PRESET) == []
+    [warning] = resolved(guidance_scale=20).warnings(PRESET)
     assert warning.startswith("guidance_scale 20 ")
-    assert len(resolved(guidance_scale=0, video_guidance_scale=0.5).warnings) == 2
+    assert len(resolved(guidance_scale=0, video_guidance_scale=0.5).warnings(PRESET)) == 2
+    narrow = replace(PRESET, guidance_range=(7.0, 9.0))
+    assert resolved(guidance_scale=9).warnings(narrow) == []
+    assert resolved(guidance_scale=6.5).warnings(narrow) == ["guidance_scale 6.5 is outside the recommended 7 to 9"]
 
 
 def test_rows_of_one_shape_have_common_sampling_parameters():

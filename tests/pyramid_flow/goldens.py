@@ -1,4 +1,4 @@
-"""The golden data, its tolerances, and the tiny checkpoint (see tests/golden/README.md)."""
+"""The golden data, its tolerances, and the tiny checkpoints (see tests/golden/README.md)."""
 
 import json
 from collections.abc import Sequence
@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pyramid_flow import CausalVideoVAE, Checkpoint, PyramidFluxTransformer, TextEmbedding, TextEncoder
+from pyramid_flow import CausalVideoVAE, Checkpoint, PyramidTransformer, TextEmbedding, TextEncoder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY_MINIFLUX = GOLDEN / "checkpoints" / "tiny-miniflux"
 TINY_SD3 = GOLDEN / "checkpoints" / "tiny-sd3"
+TINY = {"miniflux": TINY_MINIFLUX, "sd3": TINY_SD3}
+POOLED_DIMS = {"miniflux": 16, "sd3": 32}
 
 
 def tensors(name: str) -> dict[str, Tensor]:
@@ -30,18 +32,18 @@ def manifest(model: str) -> Any:
 
 
 @cache
-def tiny_transformer() -> PyramidFluxTransformer:
-    return Checkpoint.open(TINY_MINIFLUX).load_transformer(torch.float32, "cpu")
+def tiny_transformer(family: str = "miniflux") -> PyramidTransformer:
+    return Checkpoint.open(TINY[family]).load_transformer(torch.float32, "cpu")
 
 
 @cache
-def tiny_vae() -> CausalVideoVAE:
-    return Checkpoint.open(TINY_MINIFLUX).load_vae(torch.float32, "cpu")
+def tiny_vae(family: str = "miniflux") -> CausalVideoVAE:
+    return Checkpoint.open(TINY[family]).load_vae(torch.float32, "cpu")
 
 
 @cache
-def tiny_text_encoder() -> TextEncoder:
-    return Checkpoint.open(TINY_MINIFLUX).load_text_encoder(torch.float32, "cpu")
+def tiny_text_encoder(family: str = "miniflux") -> TextEncoder:
+    return Checkpoint.open(TINY[family]).load_text_encoder(torch.float32, "cpu")
 
 
 class RecordedNoise:
@@ -83,12 +85,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_text(lengths: Sequence[int], seed: int = 0) -> TextEmbedding:
-    """Embeddings for the tiny model whose row i has lengths[i] valid tokens; the pads hold huge values."""
+def random_text(lengths: Sequence[int], seed: int = 0, family: str = "miniflux") -> TextEmbedding:
+    """Embeddings for a tiny model whose row i has lengths[i] valid tokens; the pads hold huge values."""
     longest = max(lengths)
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     tokens = randn(len(lengths), longest, 32, seed=seed).masked_fill(~mask[..., None], 1e4)
-    return TextEmbedding(tokens, mask, randn(len(lengths), 16, seed=seed + 1))
+    return TextEmbedding(tokens, mask, randn(len(lengths), POOLED_DIMS[family], seed=seed + 1))
 
 
 def rows(text: TextEmbedding, *indices: int) -> TextEmbedding:

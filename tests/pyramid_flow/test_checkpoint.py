@@ -10,18 +10,40 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyramid_flow import CausalVideoVAE, Checkpoint, CheckpointError, InvalidValueError, Preset, PyramidFluxTransformer
+from pyramid_flow import (
+    CausalVideoVAE,
+    Checkpoint,
+    CheckpointError,
+    InvalidValueError,
+    Preset,
+    PyramidDiffusionMMDiT,
+    PyramidFluxTransformer,
+)
 from pyramid_flow.checkpoint import load_model
-from pyramid_flow.presets import MINIFLUX_PRESETS
-from tests.pyramid_flow.goldens import TINY_MINIFLUX, TINY_SD3, tiny_transformer
+from pyramid_flow.presets import PRESETS
+from tests.pyramid_flow.goldens import TINY, TINY_MINIFLUX, TINY_SD3, tiny_transformer
 
 DIT, VAE = "diffusion_transformer_384p", "causal_video_vae"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+MODELS = {
+    "miniflux": {DIT, VAE, "text_encoder", "text_encoder_2"},
+    "sd3": {DIT, VAE, "text_encoder", "text_encoder_2", "text_encoder_3"},
+}
+TEXT_FOLDERS = [
+    *(("miniflux", folder) for folder in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
+    *(("sd3", f"{kind}{number}") for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return shutil.copytree(TINY_MINIFLUX, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path) -> Callable[[str], Path]:
+    """Return what copies the tiny checkpoint of a family."""
+    return lambda family: shutil.copytree(TINY[family], tmp_path / family)
 
 
 def edit_tensors(file: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
@@ -68,11 +90,31 @@ def test_several_variants_are_listed(folder):
         Checkpoint.open(folder)
     with pytest.raises(CheckpointError, match="no variant 'image', it has: 384p, 768p"):
         Checkpoint.open(folder, "image")
-    assert Checkpoint.open(folder, "768p").preset == MINIFLUX_PRESETS["768p"]
+    assert Checkpoint.open(folder, "768p").preset == PRESETS["miniflux"]["768p"]
+
+
+@pytest.mark.parametrize(
+    ("family", "transformer"), [("miniflux", PyramidFluxTransformer), ("sd3", PyramidDiffusionMMDiT)]
+)
+def test_the_transformers_class_decides_the_family(family, transformer):
+    checkpoint = Checkpoint.open(TINY[family])
+    assert checkpoint.family == family
+    assert checkpoint.preset == PRESETS[family]["384p"]
+    assert {folder.name for folder in checkpoint.folders} == MODELS[family]
+    assert type(checkpoint.load_transformer(torch.float32, "cpu")) is transformer
+    empty = checkpoint.empty_transformer()
+    assert type(empty) is transformer
+    assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
+
+
+def test_a_variant_of_another_name_has_its_familys_statistics(folder_of):
+    folder = folder_of("sd3")
+    (folder / DIT).rename(folder / "diffusion_transformer_mine")
+    assert Checkpoint.open(folder).preset.statistics == PRESETS["sd3"]["384p"].statistics
 
 
 def test_pyramid_json_wins_over_the_preset(folder):
-    assert Checkpoint.open(folder).preset == MINIFLUX_PRESETS["384p"]
+    assert Checkpoint.open(folder).preset == PRESETS["miniflux"]["384p"]
     (folder / "pyramid.json").write_text('{"sizes": [[64, 64]], "max_num_frames": 9}')
     assert Checkpoint.open(folder).preset == Preset(sizes=((64, 64),), max_num_frames=9)
 
@@ -88,8 +130,9 @@ def test_a_broken_pyramid_json_is_refused(folder, text):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_load_ready_for_inference(dtype):
-    checkpoint = Checkpoint.open(TINY_MINIFLUX)
+@pytest.mark.parametrize("family", TINY)
+def test_parts_load_ready_for_inference(family, dtype):
+    checkpoint = Checkpoint.open(TINY[family])
     for part in (
         checkpoint.load_transformer(dtype, "cpu"),
         checkpoint.load_vae(dtype, "cpu"),
@@ -101,9 +144,13 @@ def test_parts_load_ready_for_inference(dtype):
 
 
 def test_loaded_tensors_are_those_of_the_file():
-    for part, model in ((DIT, PyramidFluxTransformer), (VAE, CausalVideoVAE)):
-        state = load_model(model, TINY_MINIFLUX / part, torch.float32, "cpu").state_dict()
-        expected = load_file(TINY_MINIFLUX / part / WEIGHTS)
+    for file, model in (
+        (TINY_MINIFLUX / DIT, PyramidFluxTransformer),
+        (TINY_SD3 / DIT, PyramidDiffusionMMDiT),
+        (TINY_MINIFLUX / VAE, CausalVideoVAE),
+    ):
+        state = load_model(model, file, torch.float32, "cpu").state_dict()
+        expected = load_file(file / WEIGHTS)
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], weight) for name, weight in expected.items())
 
@@ -122,12 +169,21 @@ def test_a_sharded_folder_loads_equal(folder):
     Checkpoint.open(folder).check()
 
 
-def test_check_accepts_a_sound_checkpoint(folder):
-    Checkpoint.open(folder).check()
+@pytest.mark.parametrize("family", TINY)
+def test_check_accepts_a_sound_checkpoint(family):
+    Checkpoint.open(TINY[family]).check()
 
 
-@pytest.mark.parametrize("missing", ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
-def test_check_names_a_missing_folder(folder, missing):
+def test_positions_of_another_size_are_refused(folder_of):
+    folder = folder_of("sd3")
+    edit_json(folder / DIT / "config.json", pos_embed_max_size=32)
+    with pytest.raises(CheckpointError, match=r"pos_embed has shape \[1, 576, 32\], expected \[1, 1024, 32\]"):
+        Checkpoint.open(folder).check()
+
+
+@pytest.mark.parametrize(("family", "missing"), TEXT_FOLDERS)
+def test_check_names_a_missing_folder(folder_of, family, missing):
+    folder = folder_of(family)
     shutil.rmtree(folder / missing)
     with pytest.raises(CheckpointError, match=rf"no folder {missing}$"):
         Checkpoint.open(folder).check()
@@ -199,7 +255,13 @@ def test_a_file_of_another_variant_beside_the_weights_is_ignored(folder):
 
 def test_another_class_is_named(folder):
     with pytest.raises(CheckpointError, match="holds a PyramidDiffusionMMDiT, not a PyramidFluxTransformer"):
-        Checkpoint.open(TINY_SD3).load_transformer(torch.float32, "cpu")
+        load_model(PyramidFluxTransformer, TINY_SD3 / DIT, torch.float32, "cpu")
+    edit_json(folder / DIT / "config.json", _class_name="FluxTransformer2DModel")
+    known = "PyramidFluxTransformer or PyramidDiffusionMMDiT"
+    for use in (lambda: load(folder, DIT), Checkpoint.open(folder).check, lambda: Checkpoint.open(folder).preset):
+        with pytest.raises(CheckpointError, match=f"{DIT} holds a FluxTransformer2DModel, not a {known}"):
+            use()
+    shutil.copy(TINY_MINIFLUX / DIT / "config.json", folder / DIT)
     edit_json(folder / VAE / "config.json", _class_name="AutoencoderKL")
     with pytest.raises(CheckpointError, match=f"{VAE} holds a AutoencoderKL, not a CausalVideoVAE"):
         load(folder, VAE)
@@ -221,17 +283,15 @@ def test_fingerprint_is_16_hex_digits_of_the_content(folder):
     assert fingerprint == Checkpoint.open(TINY_MINIFLUX).fingerprint
 
 
-@pytest.mark.parametrize(
-    "file",
-    [f"{DIT}/{WEIGHTS}", f"{VAE}/{WEIGHTS}", "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"],
-)
-def test_one_changed_weight_changes_the_fingerprint(folder, file):
+@pytest.mark.parametrize(("family", "part"), [(family, part) for family in TINY for part in sorted(MODELS[family])])
+def test_one_changed_weight_changes_the_fingerprint(folder_of, family, part):
+    folder = folder_of(family)
     before = Checkpoint.open(folder).fingerprint
 
     def nudge(weights: dict[str, Tensor]) -> None:
         weights[max(weights)].view(-1)[-1] += 1e-3
 
-    edit_tensors(folder / file, nudge)
+    edit_tensors(next((folder / part).glob("*.safetensors")), nudge)
     assert Checkpoint.open(folder).fingerprint != before
 
 

@@ -15,8 +15,8 @@ from pyramid_flow import (
     Checkpoint,
     CheckpointError,
     InvalidValueError,
-    PyramidFluxTransformer,
     PyramidSchedule,
+    PyramidTransformer,
     SamplingParams,
     SeededNoise,
     attention,
@@ -24,7 +24,7 @@ from pyramid_flow import (
     render_flops,
 )
 from pyramid_flow.pixels import decode_frames, encode_image
-from tests.pyramid_flow.goldens import TINY_MINIFLUX, manifest, randn, random_text
+from tests.pyramid_flow.goldens import TINY, manifest, randn, random_text
 
 DIT = "diffusion_transformer_384p"
 PARAMS = SamplingParams(64, 128, 17, (2, 1, 1), (1, 2, 1), guidance_scale=4.0, video_guidance_scale=3.0)
@@ -37,8 +37,8 @@ def counted(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def counted_sampling(transformer: PyramidFluxTransformer, params: SamplingParams, *, has_image: bool) -> int:
-    text = random_text([128])
+def counted_sampling(family: str, transformer: PyramidTransformer, params: SamplingParams, *, has_image: bool) -> int:
+    text = random_text([128], family=family)
     image = randn(1, 16, 1, params.height // 8, params.width // 8) if has_image else None
     schedule, noise = PyramidSchedule(), SeededNoise([0])
     return counted(lambda: generate_latents(transformer, schedule, text, text, params, noise, image_latent=image))
@@ -61,7 +61,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def tiny() -> Checkpoint:
-    return Checkpoint.open(TINY_MINIFLUX)
+    return Checkpoint.open(TINY["miniflux"])
+
+
+@pytest.fixture(params=TINY)
+def either(request: pytest.FixtureRequest) -> Checkpoint:
+    return Checkpoint.open(TINY[request.param])
 
 
 @pytest.fixture
@@ -84,20 +89,28 @@ def published(tmp_path: Path) -> Checkpoint:
     ("num_frames", "has_image", "guidance"),
     [(1, False, 4.0), (17, False, 4.0), (17, True, 4.0), (65, False, 0.0), (65, True, 0.0)],
 )
-def test_sampling_equals_a_counted_run(tiny, num_frames, has_image, guidance):
+def test_sampling_equals_a_counted_run(either, num_frames, has_image, guidance):
     params = replace(PARAMS, num_frames=num_frames, guidance_scale=guidance)
-    transformer = tiny.load_transformer(torch.float32, "cpu")
-    expected = counted_sampling(transformer, params, has_image=has_image)
-    assert render_flops(tiny, params, has_image=has_image).sample == expected
+    transformer = either.load_transformer(torch.float32, "cpu")
+    expected = counted_sampling(either.family, transformer, params, has_image=has_image)
+    assert render_flops(either, params, has_image=has_image).sample == expected
 
 
-@pytest.mark.parametrize(("num_layers", "num_single_layers"), [(1, 1), (3, 4)])
-def test_every_block_is_counted(tiny, tmp_path, num_layers, num_single_layers):
-    config = PyramidFluxTransformer.load_config(tiny.transformer_folder)
-    blocks = {"num_layers": num_layers, "num_single_layers": num_single_layers}
-    transformer = PyramidFluxTransformer.from_config({**config, **blocks})
+@pytest.mark.parametrize(
+    ("family", "blocks"),
+    [
+        ("miniflux", {"num_layers": 1, "num_single_layers": 1}),
+        ("miniflux", {"num_layers": 3, "num_single_layers": 4}),
+        ("sd3", {"num_layers": 1}),
+        ("sd3", {"num_layers": 5}),
+    ],
+)
+def test_every_block_is_counted(tmp_path, family, blocks):
+    tiny = Checkpoint.open(TINY[family])
+    model = type(tiny.empty_transformer())
+    transformer = model.from_config({**model.load_config(tiny.transformer_folder), **blocks})
     transformer.save_config(tmp_path)
-    expected = counted_sampling(transformer, PARAMS, has_image=False)
+    expected = counted_sampling(family, transformer, PARAMS, has_image=False)
     assert render_flops(replace(tiny, transformer_folder=tmp_path), PARAMS, has_image=False).sample == expected
 
 
@@ -123,8 +136,8 @@ def test_decoding_takes_the_same_in_larger_chunks(tiny):
 
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
 @pytest.mark.parametrize("has_image", [False, True])
-def test_encoding_equals_a_counted_run(tiny, has_image, guidance):
-    encoder, vae = tiny.load_text_encoder(torch.float32, "cpu"), tiny.load_vae(torch.float32, "cpu")
+def test_encoding_equals_a_counted_run(either, has_image, guidance):
+    encoder, vae = either.load_text_encoder(torch.float32, "cpu"), either.load_vae(torch.float32, "cpu")
 
     def encode() -> None:
         for prompt in ("a red square", "blurry")[: 2 if guidance else 1]:
@@ -133,7 +146,7 @@ def test_encoding_equals_a_counted_run(tiny, has_image, guidance):
             encode_image(vae, randn(1, 3, 1, PARAMS.height, PARAMS.width))
 
     params = replace(PARAMS, guidance_scale=guidance)
-    assert render_flops(tiny, params, has_image=has_image).encode == counted(encode)
+    assert render_flops(either, params, has_image=has_image).encode == counted(encode)
 
 
 # What it depends on

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from pyramid_flow import CheckpointError, InvalidValueError, PyramidFlowPipeline, StepInfo
 from pyramid_flow.pixels import decode_frames
-from pyramid_flow.presets import MINIFLUX_PRESETS
-from tests.pyramid_flow.goldens import TINY_MINIFLUX, assert_run_equal
+from pyramid_flow.presets import PRESETS
+from tests.pyramid_flow.goldens import TINY, TINY_MINIFLUX, assert_run_equal
 
 SHORT = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 1, "video_num_inference_steps": 1}
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8))
 
 
-@pytest.fixture(scope="module")
-def pipe() -> PyramidFlowPipeline:
-    return PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX, torch_dtype=torch.float32)
+@pytest.fixture(scope="module", params=TINY)
+def pipe(request: pytest.FixtureRequest) -> PyramidFlowPipeline:
+    return PyramidFlowPipeline.from_pretrained(TINY[request.param], torch_dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,14 @@ def test_an_image_is_the_first_frame(pipe):
     pixels = pipe.vae.encode_moments(torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)[None, :, None] / 127.5 - 1)
     mean = pipe.preset.statistics.normalize(pixels.mean)
     assert (still - mean).abs().max() < 6 * (pixels.std * pipe.preset.statistics.first_scale).max()
+
+
+def test_the_first_frame_is_the_image_as_the_vae_sees_it(pipe):
+    still = latents(pipe, image=PICTURE, num_frames=1)
+    [seen] = torch.cat(list(decode_frames(pipe.vae, still, pipe.preset.statistics)), dim=1).numpy()
+    [video] = pipe("a red ball", **SHORT, image=PICTURE).frames
+    assert np.abs(video[0].astype(int) - seen[0]).max() <= 1
+    assert np.abs(video[8].astype(int) - seen[0]).mean() > 1
 
 
 def test_one_image_serves_all_prompts_and_each_row_samples_its_own_latent(pipe):
@@ -192,5 +200,7 @@ def test_from_pretrained_errors(tmp_path):
         PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX, torch_dtype=torch.float16)
 
 
-def test_from_pretrained_takes_the_preset_of_the_variant(pipe):
-    assert pipe.preset == MINIFLUX_PRESETS["384p"]
+@pytest.mark.parametrize("family", TINY)
+def test_from_pretrained_takes_the_preset_of_family_and_variant(family):
+    pipe = PyramidFlowPipeline.from_pretrained(TINY[family], torch_dtype=torch.float32)
+    assert pipe.preset == PRESETS[family]["384p"]

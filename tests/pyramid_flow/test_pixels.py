@@ -9,6 +9,7 @@ from PIL import Image, features
 
 from pyramid_flow import InvalidValueError, LatentStatistics, ShapeError
 from pyramid_flow.pixels import as_uint8, decode_frames, encode_image, image_latent, image_pixels, open_image
+from pyramid_flow.presets import PRESETS
 from tests.pyramid_flow.goldens import assert_forward_equal, assert_run_equal, randn, tensors, tiny_vae
 
 STATISTICS = LatentStatistics()
@@ -41,11 +42,12 @@ def test_a_photo_is_turned_upright():
 # Decoding
 
 
-@pytest.mark.parametrize("run", ["t2v_flux", "i2v_flux"])
+@pytest.mark.parametrize(("family", "run"), [("miniflux", "t2v_flux"), ("miniflux", "i2v_flux"), ("sd3", "t2v_mmdit")])
 @pytest.mark.parametrize("window", [1, 2])
-def test_decoded_frames_match_golden(run, window):
-    data = tensors(run)
-    (frames,) = torch.cat(list(decode_frames(tiny_vae(), data["latents"], STATISTICS, window=window)), dim=1)
+def test_decoded_frames_match_golden(family, run, window):
+    data, vae = tensors(run), tiny_vae(family)
+    statistics = PRESETS[family]["384p"].statistics
+    (frames,) = torch.cat(list(decode_frames(vae, data["latents"], statistics, window=window)), dim=1)
     assert frames.dtype == torch.uint8
     assert frames.shape == data["frames"].shape
     difference = (frames.int() - data["frames"].int()).abs()

@@ -80,15 +80,16 @@ def positions(params: SamplingParams, first_unit: int = 0) -> list[tuple[int, in
 # Parity
 
 
-def test_text_to_video_matches_golden():
-    data = tensors("t2v_flux")
+@pytest.mark.parametrize(("family", "run"), [("miniflux", "t2v_flux"), ("sd3", "t2v_mmdit")])
+def test_text_to_video_matches_golden(family, run):
+    data = tensors(run)
     noise = RecordedNoise(data)
     latents = generate_latents(
-        tiny_transformer(),
+        tiny_transformer(family),
         SCHEDULE,
         text_embedding(data),
         text_embedding(data, "negative_"),
-        golden_params("t2v_flux"),
+        golden_params(run),
         noise,
     )
     assert_run_equal(latents, data["latents"])

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.inputs import list_parts, read_blocks
@@ -17,11 +18,11 @@ from pipeline.training.clips import ENCODED_SCHEMA, encoded_row
 from pipeline.training.optimizer import OptimizerSettings
 from pipeline.training.state import Training, restore, save, trained_state, trained_weights
 from pipeline.training.tasks import Phase, TransformerSource, TransformerTask
-from pipeline.training.trainer import TrainingDivergedError, TrainJob, fit, train_step, write_examples
+from pipeline.training.trainer import DATA_PARALLEL, TrainingDivergedError, TrainJob, fit, train_step, write_examples
 from pyramid_flow.training import Objective
 from pyramid_flow.training.lora import LoRA, merge_lora
 from tests.pipeline.mp4 import probe, read_tags
-from tests.pyramid_flow.goldens import TINY_MINIFLUX, tiny_text_encoder
+from tests.pyramid_flow.goldens import TINY_MINIFLUX, TINY_SD3, tiny_text_encoder
 
 STEPS, KILLED_AT = 20, 14
 SOURCE = TransformerSource(str(TINY_MINIFLUX), None, True, 3, Objective(), seed=0)
@@ -54,7 +55,13 @@ class FatalSource:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Return the row groups of a table of encoded clips."""
-    encoder, generator = tiny_text_encoder(), torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("encoded") / "part.parquet"
+    pq.write_table(encoded_clips(24), path, row_group_size=4)
+    return tuple(list_parts([str(path)]))
+
+
+def encoded_clips(count: int, family: str = "miniflux") -> pa.Table:
+    encoder, generator = tiny_text_encoder(family), torch.Generator().manual_seed(0)
     rows = [
         encoded_row(
             f"clip {number}",
@@ -62,11 +69,9 @@ def parts(tmp_path_factory):
             encoder([f"clip {number}"]),
             encoder([""]),
         )
-        for number in range(24)
+        for number in range(count)
     ]
-    path = tmp_path_factory.mktemp("encoded") / "part.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, ENCODED_SCHEMA), path, row_group_size=4)
-    return tuple(list_parts([str(path)]))
+    return pa.Table.from_pylist(rows, ENCODED_SCHEMA)
 
 
 def job(parts, storage, **values) -> TrainJob:
@@ -258,6 +263,24 @@ def test_every_row_of_a_batch_trains_every_level(table):
     task = SOURCE()
     seen = [task(table.slice(0, 2), range(2), step, Phase((), 1, 2)).metrics for step in range(3)]
     assert [sorted(metrics) for metrics in seen] == [["level0", "level1"], ["level1", "level2"], ["level0", "level2"]]
+
+
+@pytest.fixture
+def only_worker(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTERS.lora])
+def test_weights_that_are_never_read_do_not_keep_workers_waiting(only_worker, lora):
+    task = TransformerSource(str(TINY_SD3), None, False, 3, Objective(), seed=0, lora=lora)()
+    model, table = DistributedDataParallel(task, **DATA_PARALLEL), encoded_clips(3, "sd3")
+    for step in range(2):
+        model(table, range(3), step, Phase((), 1, 3)).total.backward()
+    unread = [name for name, each in task.model.named_parameters() if each.requires_grad and each.grad is None]
+    assert unread
+    assert all(name.startswith("transformer_blocks.2.attn") for name in unread)
 
 
 def test_a_training_that_diverges_ends(parts, table, tmp_path):

@@ -26,7 +26,8 @@ def test_its_text_encoder_knows_every_word_and_tells_captions_apart(tmp_path):
     assert encoder.t5_tokenizer.tokenize(caption) == [
         f"▁{word}" for word in ("large", "red", "circle", "slowly", "up", "left", "dark")
     ]
-    assert len(encoder.clip_tokenizer.tokenize(caption)) == len(caption.split())
+    [clip_tokenizer] = encoder.clip_tokenizers
+    assert len(clip_tokenizer.tokenize(caption)) == len(caption.split())
     assert "<unk>" not in encoder.t5_tokenizer.tokenize("A dragon, flying!")
     captions = list(held_out_captions())[::40]
     pooled = encoder(captions).pooled

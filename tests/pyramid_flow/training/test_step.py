@@ -7,25 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyramid_flow import InvalidValueError, PyramidFluxTransformer, PyramidSchedule, ShapeError
+from pyramid_flow import InvalidValueError, PyramidSchedule, PyramidTransformer, ShapeError
 from pyramid_flow.training import KeyedDraws, Objective, initialise_transformer, optimizer_step, transformer_losses
 from pyramid_flow.training.step import Losses, with_dropout
-from tests.pyramid_flow.goldens import tiny_text_encoder, tiny_transformer
+from tests.pyramid_flow.goldens import TINY, tiny_text_encoder, tiny_transformer
 
 SCHEDULE = PyramidSchedule()
 PROMPTS = ["a cat", "a dog in the rain", "", "the sea", "a hill", "two birds"]
 
 
-def trainable() -> PyramidFluxTransformer:
-    return deepcopy(tiny_transformer()).requires_grad_(True)
+def trainable(family: str = "miniflux") -> PyramidTransformer:
+    return deepcopy(tiny_transformer(family)).requires_grad_(True)
 
 
 def latents() -> Tensor:
     return torch.randn(6, 16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def losses(transformer: PyramidFluxTransformer, rows: list[int], step: int = 0, **objective: object) -> Losses:
-    encoder = tiny_text_encoder()
+def losses(
+    transformer: PyramidTransformer, rows: list[int], step: int = 0, family: str = "miniflux", **objective: object
+) -> Losses:
+    encoder = tiny_text_encoder(family)
     return transformer_losses(
         transformer,
         SCHEDULE,
@@ -39,7 +41,7 @@ def losses(transformer: PyramidFluxTransformer, rows: list[int], step: int = 0, 
     )
 
 
-def gradient(transformer: PyramidFluxTransformer) -> Tensor:
+def gradient(transformer: PyramidTransformer) -> Tensor:
     return torch.cat([each.grad.flatten() for each in transformer.parameters() if each.grad is not None])
 
 
@@ -66,11 +68,12 @@ def test_weights_are_those_of_the_levels():
     assert found.total.item() == pytest.approx(expected.item())
 
 
-def test_gradient_checkpointing_changes_nothing():
-    plain, checkpointed = trainable(), trainable()
+@pytest.mark.parametrize("family", TINY)
+def test_gradient_checkpointing_changes_nothing(family):
+    plain, checkpointed = trainable(family), trainable(family)
     checkpointed.enable_gradient_checkpointing()
     for transformer in (plain, checkpointed):
-        losses(transformer, [0, 1, 2]).total.backward()
+        losses(transformer, [0, 1, 2], family=family).total.backward()
     assert torch.equal(gradient(plain), gradient(checkpointed))
 
 
@@ -85,19 +88,32 @@ def test_it_learns():
     assert totals[-1] < 0.7 * totals[0]
 
 
-def test_a_new_transformer_answers_nothing_at_first_and_learns():
-    transformer = trainable()
+@pytest.mark.parametrize("family", TINY)
+def test_a_new_transformer_answers_nothing_at_first_and_learns(family):
+    transformer = trainable(family)
     initialise_transformer(transformer)
-    first = losses(transformer, [0, 1, 2], text_dropout=0.0)
+
+    def total() -> Tensor:
+        return losses(transformer, [0, 1, 2], family=family, text_dropout=0.0).total
+
+    first = total()
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-2)
     for _ in range(8):
-        optimizer_step(transformer, optimizer, losses(transformer, [0, 1, 2], text_dropout=0.0).total, 1.0)
-    assert losses(transformer, [0, 1, 2], text_dropout=0.0).total < 0.9 * first.total
+        optimizer_step(transformer, optimizer, total(), 1.0)
+    assert total() < 0.9 * first
     with torch.no_grad():
         initialise_transformer(transformer)
-        state = transformer.embed_text(tiny_text_encoder()(["a"]))
+        state = transformer.embed_text(tiny_text_encoder(family)(["a"]))
         history = transformer.embed_history([], (1, 16, 1, 4, 4), state)
         assert not transformer(torch.ones(1, 16, 1, 4, 4), torch.ones(1), state, history).any()
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_no_first_weight_is_one_of_the_checkpoint(family):
+    transformer, trained = trainable(family), tiny_transformer(family).state_dict()
+    initialise_transformer(transformer)
+    matrices = {name: weight for name, weight in transformer.named_parameters() if weight.ndim > 1}
+    assert not any(torch.equal(weight, trained[name]) for name, weight in matrices.items())
 
 
 def test_clipping_bounds_the_gradient():
