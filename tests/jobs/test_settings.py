@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from jobs.settings import DemoSettings, RenderSettings, parse
+from pipeline.request import RenderRequest
 
 NEEDED = ["--input", "in.parquet", "--output", "out", "--model", "model"]
 VALUES = {"input": ["in.parquet"], "output": "out", "model": "model"}
@@ -30,6 +31,13 @@ def the_line(capsys: pytest.CaptureFixture[str], caught: pytest.ExceptionInfo[Sy
     [line] = output.err.splitlines()
     assert line.startswith("pyramid-render render: ")
     return line
+
+
+def test_the_help_and_the_readme_name_every_column():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for name in RenderRequest.model_fields:
+        assert name in str(RenderSettings.__doc__).replace(",", " ").split()
+        assert f"`{name}`" in readme
 
 
 def test_defaults_are_those_of_the_help():
