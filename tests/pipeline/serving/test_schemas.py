@@ -137,12 +137,14 @@ def test_a_job_is_shown_with_every_value_decided():
     assert shown["content_id"] == job.request["id"]
     assert (shown["image_format"], shown["guidance_decay"], shown["min_guidance_scale"]) == (None, None, 2)
     still = asked(num_frames=1, guidance_decay=1).job(PRESET, owner="me", model="toy", created_at=12.7)
+    still.status, still.progress = Status.QUEUED, 0
     shown = Video.of(still, "f00d").model_dump(mode="json")
     assert (shown["image_format"], shown["guidance_decay"], shown["seconds"]) == ("png", 1, "0")
 
 
 def test_a_job_of_before_there_were_pictures_is_shown():
     job = asked(num_frames=1).job(PRESET, owner="me", model="toy", created_at=0.0)
+    job.status, job.progress = Status.QUEUED, 0
     job.request = {name: value for name, value in job.request.items() if not name.startswith("image_f")}
     assert Video.of(job, "f00d").image_format is None
 
