@@ -187,7 +187,7 @@ def row_of(mode: str, *values: object) -> Image.Image:
         (b"P5 4 1 65535 " + bytes([0, 0, 0x0A, 0xFF, 0x80, 0, 0xFF, 0xFF]), [(n,) * 3 for n in (0, 10, 128, 255)]),
         (encoded(row_of("CMYK", (0, 255, 255, 0), (0, 0, 0, 255)), "TIFF"), [RED, (0,) * 3]),
     ],
-    ids="RGBA, LA, P, P with alpha, GIF, RGB with a key, L, 1, I;16, I;16 TIFF, PGM, CMYK".split(", "),
+    ids=["RGBA", "LA", "P", "P with alpha", "GIF", "RGB with a key", "L", "1", "I;16", "I;16 TIFF", "PGM", "CMYK"],
 )
 def test_files_of_any_kind_become_8_bits_of_rgb_on_white(data, expected):
     assert colours(open_image(data)) == expected
