@@ -13,6 +13,7 @@ from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from jobs.progress import Progress
@@ -170,9 +171,9 @@ def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: 
     if stop.requested:
         logger.error("interrupted: what has finished is in the ledger, run the same command again to resume")
         return signals.exit_code
-    view = job.view(SUMMARY_COLUMNS)
+    view = job.view([*SUMMARY_COLUMNS, "media_type"])
     print(summary_text(view, job, rendered=total, seconds=time.monotonic() - started))
-    print(*(f"  {name:<8} {url}" for name, url in _places(job, gallery, failed).items()), sep="\n")
+    print(*(f"  {name:<8} {url}" for name, url in _places(job, view, gallery, failed).items()), sep="\n")
     return 0 if settings.tolerates(num_failed(view), len(view)) else EXIT_SOME_FAILED
 
 
@@ -187,8 +188,10 @@ def calibrated(job: RenderJob, stop: StopRequest) -> RenderJob:
     return job if costs is None else replace(job, plan=job.plan_for(costs))
 
 
-def _places(job: RenderJob, gallery: str, failed: str | None) -> dict[str, str]:
-    places = {"videos": job.storage.url("videos"), "ledger": job.storage.url("metadata"), "gallery": gallery}
+def _places(job: RenderJob, view: pa.Table, gallery: str, failed: str | None) -> dict[str, str]:
+    kinds = {name.partition("/")[0] for name in view["media_type"].unique().drop_null().to_pylist()}
+    files = {f"{kind}s": job.storage.url(f"{kind}s") for kind in sorted(kinds)}
+    places = {**files, "ledger": job.storage.url("metadata"), "gallery": gallery}
     return places if failed is None else places | {"failed": failed}
 
 

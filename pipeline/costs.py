@@ -109,10 +109,7 @@ def flops_estimate(checkpoint: Checkpoint, device: str, tile: int | None) -> Cal
     """Return a function from a shape to its estimated seconds per row and stage on one device."""
 
     def estimate(shape: Shape) -> Seconds:
-        guidance = [float(shape.guided)]
-        flops = render_flops(
-            checkpoint, shape.sampling_params(guidance, guidance), has_image=shape.has_image, tile=tile
-        )
+        flops = render_flops(checkpoint, shape.sampling_params(), has_image=shape.has_image, tile=tile)
         speed = ASSUMED_FLOPS[device]
         seconds = {"encode": flops.encode, "sample": flops.sample, "decode": flops.decode}
         return {stage: count / speed for stage, count in seconds.items()} | {"publish": ASSUMED_PUBLISH_S}

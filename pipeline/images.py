@@ -12,8 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.faults import presentable, redacted
 from pipeline.fetch import Fetcher, ImageError, Limits, climbs, is_public_address, is_web
 from pipeline.request import RequestError
-
-MAX_IMAGE_BYTES = 64 * 2**20
+from pyramid_flow.pixels import MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class ImageRoot:
     """
 
     kind: ClassVar[str] = "image"
-    max_bytes: ClassVar[int] = MAX_IMAGE_BYTES
+    max_bytes: ClassVar[int] = MAX_BYTES
 
     url: str
     allowed_hosts: frozenset[str] = frozenset()

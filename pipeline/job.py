@@ -273,7 +273,8 @@ class RenderJob:
                 yield batch.with_items([_echoed(batch.items[0], echoes[index], originals)])
 
     def _gallery_entry(self, row: dict[str, Any]) -> GalleryEntry:
-        size = f"{row['width']}x{row['height']}, {row['num_frames']} frames, seed {row['seed']}"
+        length = "still" if row["num_frames"] == 1 else f"{row['num_frames']} frames"
+        size = f"{row['width']}x{row['height']}, {length}, seed {row['seed']}"
         detail = f"{row['id']}  {size}" if row["height"] else f"{row['id']}  {row['position']}"
         return GalleryEntry(
             caption=row["prompt"] or "(no prompt)",

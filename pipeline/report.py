@@ -89,9 +89,9 @@ def gallery(entries: Sequence[GalleryEntry], columns: int = 2) -> bytes:
 
 def _heading(entries: Sequence[GalleryEntry]) -> str:
     if not entries:
-        return "no videos yet"
+        return "nothing yet"
     failed = sum(entry.error is not None for entry in entries)
-    parts = [f"{len(entries) - failed} video{'s' if len(entries) - failed != 1 else ''}"]
+    parts = [f"{len(entries) - failed} rendered"]
     if failed:
         parts.append(f"{failed} failed")
     if len(entries) > MAX_ENTRIES:

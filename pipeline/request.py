@@ -4,12 +4,15 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from dataclasses import replace
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pyramid_flow import InvalidValueError, Preset, PyramidFlowError, PyramidSchedule, SamplingParams
-from pyramid_flow.sampling import check_guidance, check_num_frames, check_size, check_steps
+from pyramid_flow.pixels import ImageFit
+from pyramid_flow.presets import PRESETS
+from pyramid_flow.sampling import MIN_GUIDANCE_SCALE, check_guidance, check_num_frames, check_size, check_steps
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_SEED = 2**63 - 1
@@ -19,6 +22,7 @@ MAX_NUM_FRAMES = 2**16 + 1
 MAX_SHOWN = 80
 NUM_LEVELS = len(PyramidSchedule().levels)
 
+ImageFormat = Literal["png", "webp"]
 Steps = int | tuple[int, ...]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
@@ -30,8 +34,9 @@ class RequestError(PyramidFlowError, ValueError):
 class RenderRequest(BaseModel):
     """One video as the user asks for it; what is left out comes from the checkpoint's preset.
 
-    image: an encoded picture, or a URI below the image root -> image-to-video. Sizes in pixels, multiples of 64;
-    num_frames = 1 + 8k; steps: one count or one per level, lowest first.
+    image: an encoded picture, or a URI below the image root -> image-to-video; image_fit: how it is brought to the
+    size, see `image_pixels`. Sizes in pixels, multiples of 64; num_frames = 1 + 8k, 1 = a still, which becomes a file
+    of image_format; steps: one count or one per level, lowest first; guidance: see `SamplingParams`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -40,6 +45,8 @@ class RenderRequest(BaseModel):
     id: str | None = None
     negative_prompt: str | None = None
     image: bytes | str | None = None
+    image_fit: ImageFit | None = None
+    image_format: ImageFormat | None = None
     height: Annotated[int, Field(le=MAX_SIDE)] | None = None
     width: Annotated[int, Field(le=MAX_SIDE)] | None = None
     num_frames: Annotated[int, Field(le=MAX_NUM_FRAMES)] | None = None
@@ -48,6 +55,8 @@ class RenderRequest(BaseModel):
     video_num_inference_steps: Steps | None = None
     guidance_scale: float | None = None
     video_guidance_scale: float | None = None
+    guidance_decay: float | None = None
+    min_guidance_scale: float | None = None
     seed: Seed | None = None
     num_videos_per_prompt: Annotated[int, Field(ge=1, le=MAX_COPIES)] | None = None
 
@@ -107,7 +116,7 @@ class RenderRequest(BaseModel):
                 raise InvalidValueError(info.field_name, list(value), f"is neither one count nor {NUM_LEVELS} counts")
         return value
 
-    @field_validator("guidance_scale", "video_guidance_scale")
+    @field_validator("guidance_scale", "video_guidance_scale", "guidance_decay", "min_guidance_scale")
     @classmethod
     def _sensible_guidance(cls, value: float | None, info: Any) -> float | None:  # noqa: ANN401
         if value is not None:
@@ -131,9 +140,13 @@ class RenderRequest(BaseModel):
         return hashlib.sha256(self.image).hexdigest() if isinstance(self.image, bytes) else None
 
     def resolve(self, preset: Preset, row_id: str, *, allow_untrained: bool = False) -> "ResolvedRequest":
-        """Fill in the preset's values; raises RequestError for a size or length the model was not trained for."""
+        """Fill in the preset's values; raises RequestError for a size or length the model was not trained for.
+
+        image_fit and image_format are left out where they have no effect.
+        """
         has_image = self.image is not None
         later = preset.later_guidance(has_image)
+        num_frames = self.num_frames or preset.max_num_frames
         resolved = ResolvedRequest(
             id=row_id,
             prompt=self.prompt,
@@ -141,14 +154,18 @@ class RenderRequest(BaseModel):
             has_image=has_image,
             image_uri=self.image if isinstance(self.image, str) else None,
             image_sha256=self.image_sha256,
+            image_fit=(self.image_fit or "crop") if has_image else None,
+            image_format=(self.image_format or "png") if num_frames == 1 else None,
             height=self.height or preset.sizes[0][0],
             width=self.width or preset.sizes[0][1],
-            num_frames=self.num_frames or preset.max_num_frames,
+            num_frames=num_frames,
             fps=self.fps or preset.fps,
             num_inference_steps=self.num_inference_steps or preset.num_inference_steps,
             video_num_inference_steps=self.video_num_inference_steps or preset.video_num_inference_steps,
             guidance_scale=preset.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             video_guidance_scale=later if self.video_guidance_scale is None else self.video_guidance_scale,
+            guidance_decay=self.guidance_decay,
+            min_guidance_scale=MIN_GUIDANCE_SCALE if self.min_guidance_scale is None else self.min_guidance_scale,
             seed=derived_seed(self.id or self.content_hash) if self.seed is None else self.seed,
         )
         if not allow_untrained:
@@ -157,7 +174,11 @@ class RenderRequest(BaseModel):
 
 
 class ResolvedRequest(BaseModel):
-    """A request with every value decided; the picture itself travels beside it."""
+    """A request with every value decided; the picture itself travels beside it.
+
+    image_format: of a still's file; None = an mp4. Fields with defaults are lacking in requests that were kept before
+    there were such fields.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -167,6 +188,8 @@ class ResolvedRequest(BaseModel):
     has_image: bool
     image_uri: str | None
     image_sha256: str | None
+    image_fit: ImageFit | None = None
+    image_format: ImageFormat | None = None
     height: int
     width: int
     num_frames: int
@@ -175,7 +198,14 @@ class ResolvedRequest(BaseModel):
     video_num_inference_steps: Steps
     guidance_scale: float
     video_guidance_scale: float
+    guidance_decay: float | None = None
+    min_guidance_scale: float = MIN_GUIDANCE_SCALE
     seed: int
+
+    @property
+    def media_type(self) -> str:
+        """Type of the rendered file, as HTTP has it: image/png, image/webp or video/mp4."""
+        return f"image/{self.image_format}" if self.image_format else "video/mp4"
 
     def warnings(self, preset: Preset) -> list[str]:
         """Return what is legal but outside what the preset recommends."""
@@ -221,23 +251,27 @@ class Shape(NamedTuple):
         text = f"{self.width}x{self.height}, {self.num_frames} frames, steps {first} then {later}"
         return text + ", image" * self.has_image + ", unguided" * (not self.guided)
 
-    def sampling_params(self, guidance: Sequence[float], video_guidance: Sequence[float]) -> SamplingParams:
-        """Return the sampler's parameters for rows of this shape, with the guidance of each."""
+    def sampling_params(self) -> SamplingParams:
+        """Return the sampler's parameters for one row of this shape, of whatever guidance."""
         return SamplingParams(
             height=self.height,
             width=self.width,
             num_frames=self.num_frames,
             num_inference_steps=self.num_inference_steps,
             video_num_inference_steps=self.video_num_inference_steps,
-            guidance_scale=guidance,
-            video_guidance_scale=video_guidance,
+            guidance_scale=float(self.guided),
+            video_guidance_scale=float(self.guided),
         )
 
 
 def sampling_params(requests: Sequence[ResolvedRequest]) -> SamplingParams:
     """Return the sampler's parameters for requests of one shape."""
-    return requests[0].shape.sampling_params(
-        [request.guidance_scale for request in requests], [request.video_guidance_scale for request in requests]
+    return replace(
+        requests[0].shape.sampling_params(),
+        guidance_scale=[request.guidance_scale for request in requests],
+        video_guidance_scale=[request.video_guidance_scale for request in requests],
+        guidance_decay=[request.guidance_decay for request in requests],
+        min_guidance_scale=[request.min_guidance_scale for request in requests],
     )
 
 
@@ -257,13 +291,26 @@ def _slashed(steps: Steps) -> str:
 
 
 def _check_trained(request: ResolvedRequest, preset: Preset) -> None:
-    if (request.height, request.width) not in preset.sizes:
-        sizes = ", ".join(f"{height}x{width}" for height, width in preset.sizes)
-        size = f"{request.height}x{request.width}"
-        raise RequestError(f"height x width {size} is not a trained size ({sizes}); --allow-untrained lifts this")
+    size = (request.height, request.width)
+    if size not in preset.sizes:
+        sizes = " or ".join(map(_by, preset.sizes))
+        variants = [name for name, other in PRESETS["miniflux"].items() if size in other.sizes]
+        raise _untrained(f"height x width {_by(size)} is not a trained size, which is {sizes}", variants)
     if request.num_frames > preset.max_num_frames:
-        limit = f"the trained {preset.max_num_frames}"
-        raise RequestError(f"num_frames {request.num_frames} is more than {limit}; --allow-untrained lifts this")
+        variants = [name for name, other in PRESETS["miniflux"].items() if request.num_frames <= other.max_num_frames]
+        most = f"more than the trained {preset.max_num_frames}"
+        raise _untrained(f"num_frames {request.num_frames} is {most}", variants)
+
+
+def _untrained(broken: str, variants: Sequence[str]) -> RequestError:
+    """Return the error, with the published variants that were trained for what is asked."""
+    others = f"; the published variant {' or '.join(variants)} was trained for it" if variants else ""
+    return RequestError(f"{broken}{others} (`render --allow-untrained` takes it)")
+
+
+def _by(size: tuple[int, int]) -> str:
+    height, width = size
+    return f"{height}x{width}"
 
 
 def _first_message(error: ValidationError) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.request import ResolvedRequest
 
-OWN_FAULTS = ("RequestError", "InvalidValueError", "ImageError", "ArithmeticError", "WorkerDied")
+OWN_FAULTS = ("RequestError", "InvalidValueError", "ImageError", "NonFiniteError", "WorkerDied")
 """Types of errors that are the row's own doing; any other one speaks of the machine, the storage or the model."""
 
 
@@ -232,6 +232,8 @@ LEDGER_SCHEMA = pa.schema(
         ("prompt_truncated", pa.bool_()),
         ("image_uri", pa.string()),
         ("image_sha256", pa.string()),
+        ("image_fit", pa.string()),
+        ("image_format", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("num_frames", pa.int32()),
@@ -240,6 +242,8 @@ LEDGER_SCHEMA = pa.schema(
         ("video_num_inference_steps", pa.string()),
         ("guidance_scale", pa.float64()),
         ("video_guidance_scale", pa.float64()),
+        ("guidance_decay", pa.float64()),
+        ("min_guidance_scale", pa.float64()),
         ("seed", pa.int64()),
         ("uri", pa.string()),
         ("thumbnail_uri", pa.string()),

@@ -190,6 +190,8 @@ class VideoWriter:
 class ThumbnailStrip:
     """Picks evenly spaced frames, first and last among them, while chunks stream by.
 
+    num_seen: frames that have come so far.
+
     Args:
         num_frames: Frames of the whole video, at least 1.
         count: Frames of the strip; a shorter video gives all of its frames.
@@ -203,7 +205,7 @@ class ThumbnailStrip:
             if value < 1:
                 raise InvalidValueError(field, value, "is below 1")
         self._wanted = frozenset(np.linspace(0, num_frames - 1, count).round().astype(int).tolist())
-        self._seen = 0
+        self.num_seen = 0
         self._thumbnails: list[Image.Image] = []
 
     def add(self, frames: Frames) -> None:
@@ -214,8 +216,8 @@ class ThumbnailStrip:
             InvalidValueError: The chunk is not uint8.
         """
         _check_frames(frames)
-        self._thumbnails += [_thumbnail(frame) for i, frame in enumerate(frames, self._seen) if i in self._wanted]
-        self._seen += len(frames)
+        self._thumbnails += [_thumbnail(frame) for i, frame in enumerate(frames, self.num_seen) if i in self._wanted]
+        self.num_seen += len(frames)
 
     def webp(self) -> bytes:
         """Returns the frames collected so far side by side as WebP, each at most `THUMBNAIL_WIDTH` pixels wide.
@@ -287,10 +289,11 @@ def tag_arguments(tags: Mapping[str, str]) -> list[str]:
     for key in tags:
         if key in _CONTAINER_TAGS or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", key):
             raise InvalidValueError("tag", repr(key), "is not a free name of a-z, 0-9 and _")
-    return [word for key, value in tags.items() for word in ("-metadata", f"{key}={_tag_value(value)}")]
+    return [word for key, value in tags.items() for word in ("-metadata", f"{key}={tag_value(value)}")]
 
 
-def _tag_value(value: str) -> str:
+def tag_value(value: str) -> str:
+    """Return what is stored of a tag's value, see `VideoWriter`."""
     encoded = value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace")
     if len(encoded) > MAX_TAG_BYTES:
         logger.warning("a container tag of %d bytes is cut to %d", len(encoded), MAX_TAG_BYTES)

@@ -1,7 +1,7 @@
 """The Pyramid Flow video model: text- and image-to-video, numerically equal to the published one."""
 
 from pyramid_flow.checkpoint import Checkpoint
-from pyramid_flow.errors import CheckpointError, InvalidValueError, PyramidFlowError, ShapeError
+from pyramid_flow.errors import CheckpointError, InvalidValueError, NonFiniteError, PyramidFlowError, ShapeError
 from pyramid_flow.flops import RenderFlops, render_flops
 from pyramid_flow.noise import NoiseSource, SeededNoise
 from pyramid_flow.pipeline import PyramidFlowOutput, PyramidFlowPipeline
@@ -22,6 +22,7 @@ __all__ = [
     "LatentStatistics",
     "Level",
     "NoiseSource",
+    "NonFiniteError",
     "Preset",
     "PyramidDiffusionMMDiT",
     "PyramidFlowError",

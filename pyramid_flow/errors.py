@@ -16,6 +16,10 @@ class InvalidValueError(PyramidFlowError, ValueError):
         return f"{self.field} {self.value} {self.rule}"
 
 
+class NonFiniteError(PyramidFlowError, ArithmeticError):
+    """What was computed holds NaN or infinity; nothing can be made of it."""
+
+
 class ShapeError(PyramidFlowError, ValueError):
     """A tensor has the wrong shape; the message shows what was expected and what came."""
 

@@ -66,7 +66,13 @@ def render_flops(
     InvalidValueError for a tile that the VAE does not take or steps that do not fit the levels.
     """
     guidance = float(params.guided)
-    params = replace(params, guidance_scale=guidance, video_guidance_scale=guidance)  # one row, whatever its scales
+    params = replace(  # one row, whatever its scales
+        params,
+        guidance_scale=guidance,
+        video_guidance_scale=guidance,
+        guidance_decay=None,
+        min_guidance_scale=guidance,
+    )
     transformer, vae = checkpoint.empty_transformer(), checkpoint.empty_vae()
     image = _image_flops(vae, params) if has_image else 0
     latents = torch.empty(params.latent_shape(1, transformer.latent_channels), device=META)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,18 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from pyramid_flow.checkpoint import Checkpoint
-from pyramid_flow.errors import InvalidValueError
+from pyramid_flow.errors import InvalidValueError, NonFiniteError
 from pyramid_flow.noise import NoiseSource, SeededNoise
-from pyramid_flow.pixels import decode_frames, encode_image, image_latent, image_pixels
+from pyramid_flow.pixels import ImageFit, decode_frames, encode_image, image_latent, image_pixels
 from pyramid_flow.presets import Preset
-from pyramid_flow.sampling import Guidance, OnStep, SamplingParams, Steps, generate_latents
+from pyramid_flow.sampling import Guidance, GuidanceDecay, OnStep, SamplingParams, Steps, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEncoder
 from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.vae import CausalVideoVAE, LatentDistribution
 
 OutputType = Literal["np", "pt", "pil", "latent"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,56 +87,77 @@ class PyramidFlowPipeline:
         seed: int | Sequence[int] = 0,
         output_type: OutputType = "np",
         on_step: OnStep | None = None,
+        image_fit: ImageFit = "crop",
+        guidance_decay: GuidanceDecay = None,
+        min_guidance_scale: Guidance | None = None,
     ) -> PyramidFlowOutput:
-        """Render one video per prompt; None = the checkpoint's preset.
+        """Render one video per prompt, or one still (num_frames 1); None = the checkpoint's preset.
 
-        image: the first frame of every video, scaled to cover the size and cropped around its centre. seed: one per
-        prompt, or one number from which prompt i takes seed + i. on_step: see `generate_latents`. Raises
-        InvalidValueError for values that cannot be rendered.
+        image: the first frame of every video, see `image_pixels` for image_fit. seed: one per prompt, or one number
+        from which prompt i takes seed + i. on_step: see `generate_latents`; guidance: see `SamplingParams`. Raises
+        InvalidValueError for values that cannot be rendered, and NonFiniteError if NaN or infinity comes out.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(text.strip() for text in prompts):
             raise InvalidValueError("prompt", prompts, "is empty")
         if output_type not in ("np", "pt", "pil", "latent"):
             raise InvalidValueError("output_type", output_type, "is not one of np, pt, pil, latent")
-        preset = self.preset
-        later = preset.later_guidance(image is not None)
-        params = SamplingParams(
-            height=_given(height, preset.sizes[0][0]),
-            width=_given(width, preset.sizes[0][1]),
-            num_frames=_given(num_frames, preset.max_num_frames),
-            num_inference_steps=preset.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            video_num_inference_steps=(
-                preset.video_num_inference_steps if video_num_inference_steps is None else video_num_inference_steps
-            ),
-            guidance_scale=preset.guidance_scale if guidance_scale is None else guidance_scale,
-            video_guidance_scale=later if video_guidance_scale is None else video_guidance_scale,
+        params = self._params(
+            image is not None,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            video_num_inference_steps=video_num_inference_steps,
+            guidance_scale=guidance_scale,
+            video_guidance_scale=video_guidance_scale,
+            guidance_decay=guidance_decay,
+            min_guidance_scale=min_guidance_scale,
         )
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         noise = SeededNoise(seeds, self.schedule.gamma)
-        latents = self._latents(prompts, image, negative_prompt, params, noise, on_step)
+        pixels = None if image is None else image_pixels(image, params.height, params.width, image_fit)
+        latents = self._latents(prompts, pixels, negative_prompt, params, noise, on_step)
         return PyramidFlowOutput(latents if output_type == "latent" else self._frames(latents, output_type))
+
+    def _params(self, has_image: bool, **given: Any) -> SamplingParams:  # noqa: ANN401 - fields of SamplingParams
+        """Return what is given, and for what is None the preset's value."""
+        preset = self.preset
+        own: dict[str, Any] = {
+            "height": preset.sizes[0][0],
+            "width": preset.sizes[0][1],
+            "num_frames": preset.max_num_frames,
+            "num_inference_steps": preset.num_inference_steps,
+            "video_num_inference_steps": preset.video_num_inference_steps,
+            "guidance_scale": preset.guidance_scale,
+            "video_guidance_scale": preset.later_guidance(has_image),
+        }
+        return SamplingParams(**own | {name: value for name, value in given.items() if value is not None})
 
     def _latents(
         self,
         prompts: Sequence[str],
-        image: Image.Image | None,
+        pixels: Tensor | None,
         negative_prompt: str | None,
         params: SamplingParams,
         noise: NoiseSource,
         on_step: OnStep | None,
     ) -> Tensor:
         text = self.text_encoder([prompt + self.preset.prompt_suffix for prompt in prompts])
-        negative = self.text_encoder([_given(negative_prompt, self.preset.negative_prompt)]) if params.guided else None
+        unwanted = self.preset.negative_prompt if negative_prompt is None else negative_prompt
+        negative = self.text_encoder([unwanted]) if params.guided else None
         first = None
-        if image is not None:
-            posterior = encode_image(self.vae, image_pixels(image, params.height, params.width))
+        if pixels is not None:
+            posterior = encode_image(self.vae, pixels)
             shape = (len(prompts), *posterior.mean.shape[1:])
             posterior = LatentDistribution(posterior.mean.expand(shape), posterior.logvar.expand(shape))
             first = image_latent(posterior, noise.posterior(shape), self.preset.statistics)
-        return generate_latents(
+        latents = generate_latents(
             self.transformer, self.schedule, text, negative, params, noise, image_latent=first, on_step=on_step
         )
+        if not latents.isfinite().all():
+            raise NonFiniteError("the latents are not finite")
+        return latents
 
     def _frames(self, latents: Tensor, output_type: OutputType) -> np.ndarray | Tensor | list[list[Image.Image]]:
         if len(latents):
@@ -150,7 +170,3 @@ class PyramidFlowPipeline:
         if output_type == "pil":
             return [[Image.fromarray(frame) for frame in video.numpy()] for video in frames]
         return frames.numpy()
-
-
-def _given(value: T | None, default: T) -> T:
-    return default if value is None else value

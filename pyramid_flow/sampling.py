@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +18,16 @@ SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 8
 SIZE_MULTIPLE = 64  # VAE 8 x two halvings 4 x patch 2
 MAX_GUIDANCE = 30.0
+MIN_GUIDANCE_SCALE = 2.0
+"""What a guidance that decays does not fall below, unless something else is asked for."""
 
 Steps = int | Sequence[int]
 Guidance = float | Sequence[float]
+GuidanceDecay = float | None | Sequence[float | None]
+T = TypeVar("T")
+
+STEPS_FIELDS = ("num_inference_steps", "video_num_inference_steps")
+GUIDANCE_FIELDS = ("guidance_scale", "video_guidance_scale", "min_guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ class SamplingParams:
 
     num_frames = 1 + 8k. Steps: one count for all levels or one per level. Guidance: one scale or one per row. The first
     unit of text-to-video uses `num_inference_steps` and `guidance_scale`, every other unit the `video_` ones. Guidance
-    is on where `guidance_scale` > 0: on or off for the whole batch.
+    is on where `guidance_scale` > 0: on or off for the whole batch. guidance_decay: one for all rows or one per row;
+    None = constant, else unit u uses max(guidance_scale - guidance_decay * u, min_guidance_scale) in place of both.
     """
 
     height: int
@@ -38,16 +47,21 @@ class SamplingParams:
     video_num_inference_steps: Steps = (10, 10, 10)
     guidance_scale: Guidance = 7.0
     video_guidance_scale: Guidance = 5.0
+    guidance_decay: GuidanceDecay = None
+    min_guidance_scale: Guidance = MIN_GUIDANCE_SCALE
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             check_size(name, getattr(self, name))
         check_num_frames(self.num_frames)
-        for name in ("num_inference_steps", "video_num_inference_steps"):
+        for name in STEPS_FIELDS:
             check_steps(name, getattr(self, name))
-        for name in ("guidance_scale", "video_guidance_scale"):
+        for name in GUIDANCE_FIELDS:
             check_guidance(name, getattr(self, name))
-        for name in ("num_inference_steps", "video_num_inference_steps", "guidance_scale", "video_guidance_scale"):
+        for decay in _as_sequence(self.guidance_decay):
+            if decay is not None:
+                check_guidance("guidance_decay", decay)
+        for name in (*STEPS_FIELDS, *GUIDANCE_FIELDS, "guidance_decay"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, Sequence) else value)
         if len({scale > 0 for scale in _as_sequence(self.guidance_scale)}) > 1:
@@ -74,19 +88,23 @@ class SamplingParams:
 
     def check(self, batch: int, num_levels: int) -> None:
         """Raise InvalidValueError unless there are as many steps as levels and as many scales as rows, or one."""
-        for name in ("num_inference_steps", "video_num_inference_steps"):
+        for name in STEPS_FIELDS:
             steps = getattr(self, name)
             if not isinstance(steps, int) and len(steps) != num_levels:
                 raise InvalidValueError(name, steps, f"is neither one number nor one per {num_levels} levels")
-        for name in ("guidance_scale", "video_guidance_scale"):
+        for name in (*GUIDANCE_FIELDS, "guidance_decay"):
             scales = getattr(self, name)
             if len(_as_sequence(scales)) not in (1, batch):
                 raise InvalidValueError(name, scales, f"is neither one number nor one per {batch} rows")
 
     def scale(self, unit: int, batch: int) -> Tensor:
         """Guidance scale of each row, float32 [B,1,1,1,1]."""
-        scales = torch.tensor(_as_sequence(self.guidance_scale if unit == 0 else self.video_guidance_scale))
-        return scales.float().expand(batch).reshape(-1, 1, 1, 1, 1)
+        first, least = _per_row(self.guidance_scale, batch), _per_row(self.min_guidance_scale, batch)
+        scales = [*(first if unit == 0 else _per_row(self.video_guidance_scale, batch))]
+        for row, decay in enumerate(_per_row(self.guidance_decay, batch)):
+            if decay is not None:
+                scales[row] = max(first[row] - decay * unit, least[row])
+        return torch.tensor(scales, dtype=torch.float32).view(-1, 1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -198,14 +216,12 @@ def guided(
 
 def check_size(name: str, value: int) -> None:
     """Raise InvalidValueError unless a height or width in pixels can be rendered."""
-    if value <= 0 or value % SIZE_MULTIPLE:
-        raise InvalidValueError(name, value, f"is not a multiple of {SIZE_MULTIPLE}")
+    _check_multiple(name, value, f"is not a multiple of {SIZE_MULTIPLE}", SIZE_MULTIPLE, SIZE_MULTIPLE)
 
 
 def check_num_frames(value: int) -> None:
     """Raise InvalidValueError unless a length in frames is 1 + 8k."""
-    if value < 1 or (value - 1) % TEMPORAL_FACTOR:
-        raise InvalidValueError("num_frames", value, f"is not 1 + {TEMPORAL_FACTOR}k (1, 9, 17, ...)")
+    _check_multiple("num_frames", value, f"is not 1 + {TEMPORAL_FACTOR}k", 1, TEMPORAL_FACTOR)
 
 
 def check_steps(name: str, value: Steps) -> None:
@@ -218,7 +234,16 @@ def check_guidance(name: str, value: Guidance) -> None:
     _check_range(name, value, 0, MAX_GUIDANCE)
 
 
-def _check_range(name: str, value: float | Sequence[float], low: float, high: float) -> None:
+def _check_multiple(name: str, value: int, rule: str, least: int, step: int) -> None:
+    """Raise InvalidValueError, which names the nearest good ones, unless a value is `least`, `least` + `step`, ..."""
+    lower = value - (value - least) % step
+    if value == lower >= least:
+        return
+    nearest = f"the nearest are {lower} and {lower + step}" if lower >= least else f"the least is {least}"
+    raise InvalidValueError(name, value, f"{rule}: {nearest}")
+
+
+def _check_range(name: str, value: Guidance, low: float, high: float) -> None:
     numbers = _as_sequence(value)
     if not numbers:
         raise InvalidValueError(name, value, "is empty")
@@ -226,8 +251,13 @@ def _check_range(name: str, value: float | Sequence[float], low: float, high: fl
         raise InvalidValueError(name, value, f"is not between {low:g} and {high:g}")
 
 
-def _as_sequence(value: float | Sequence[float]) -> Sequence[float]:
+def _as_sequence(value: T | Sequence[T]) -> Sequence[T]:
     return value if isinstance(value, Sequence) else (value,)
+
+
+def _per_row(value: T | Sequence[T], batch: int) -> Sequence[T]:
+    values = _as_sequence(value)
+    return values if len(values) == batch else [*values] * batch
 
 
 def _branches(text: TextEmbedding, negative: TextEmbedding | None, params: SamplingParams) -> list[TextEmbedding]:

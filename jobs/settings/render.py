@@ -46,12 +46,13 @@ class CompactSettings(JobSettings):
 
 
 class RenderSettings(ClusterSettings):
-    """Render a table of prompts to videos.
+    """Render a table of prompts to videos and stills (num_frames 1).
 
     The input's columns are the fields of a request: prompt (required), id, negative_prompt, image (bytes or a URI),
-    height, width, num_frames, fps, num_inference_steps, video_num_inference_steps, guidance_scale,
-    video_guidance_scale, seed, num_videos_per_prompt. Other columns are carried through to the ledger. Running the
-    same command again renders only what is missing.
+    image_fit (crop or pad), image_format (of a still: png or webp), height, width, num_frames, fps,
+    num_inference_steps, video_num_inference_steps, guidance_scale, video_guidance_scale, guidance_decay,
+    min_guidance_scale, seed, num_videos_per_prompt. Other columns are carried through to the ledger. Running the same
+    command again renders only what is missing.
 
     Exit codes: 0 every row succeeded, 1 the job broke (run it again to resume), 2 the job is wrong, 3 some rows
     failed, 130 or 143 interrupted.

@@ -5,6 +5,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
 from anyio import CapacityLimiter, to_thread
@@ -53,6 +54,7 @@ UNMADE = {"cancelled": 409, "invalid_request": 400}
 NEW = errors(404, 408, 409, 413, 429)
 """What may be wrong with a request for a video."""
 PAGE_PREFIX = "/page"
+MEDIA_TYPES = ("video/mp4", "image/png", "image/webp")
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
 
@@ -163,7 +165,7 @@ def _create(
     return _shown(service, _ask(service, owner, read, content, headers), response)
 
 
-@_videos.post("/videos/sync", response_class=FileResponse, responses=file("video/mp4") | NEW | errors(500))
+@_videos.post("/videos/sync", response_class=FileResponse, responses=file(*MEDIA_TYPES) | NEW | errors(500))
 async def create_and_wait(request: Request, service: Served, owner: Owner) -> Response:
     """Ask for a video and wait for its file; a client that goes away cancels it."""
     creating = asyncio.ensure_future(create(request, Response(), service, owner))
@@ -253,14 +255,15 @@ def links(job: Own, service: Served) -> FileLinks:
 @_videos.get(
     "/videos/{video_id}/content",
     response_class=FileResponse,
-    responses=file("video/mp4", "image/webp") | errors(404, 409),
+    responses=file(*MEDIA_TYPES) | errors(404, 409),
 )
 def content(job: Readable, service: Served, variant: Variant = "video") -> Response:
-    """Send a finished video, its first frame, or a strip of frames."""
+    """Send a finished video or still, its first frame, or a strip of frames."""
     if job.result is None:
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
     if variant == "video":
-        data, media_type, name = service.storage.get(job.result["uri"]), "video/mp4", f"{job.id}.mp4"
+        uri, media_type = job.result["uri"], job.result["media_type"]
+        data, name = service.storage.get(uri), f"{job.id}{PurePath(uri).suffix}"
     else:
         strip = service.storage.get(job.result["thumbnail_uri"])
         data = first_of_strip(strip, job.request["num_frames"]) if variant == "thumbnail" else strip
@@ -292,6 +295,8 @@ def stream(job: Readable, service: Served) -> StreamingResponse:
     """Send a video while it is made: a fragmented mp4, from its start, each part as soon as there is one."""
     if Status(job.status) in (Status.FAILED, Status.CANCELLED):
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
+    if job.request.get("image_format"):
+        raise APIError(409, "still_image", "a still is not made frame by frame: its content is there when it is done")
     check_room(service, job)
     if not job.followed:
         service.store.follow(job.id, job.owner)

@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pipeline.compact import FILES
 from pipeline.serving.tables import ID_PREFIX, Claim, Job
 from pipeline.storage import Storage
 from pipeline.video import THUMBNAIL_FRAMES
@@ -51,7 +52,7 @@ def remove_files(storage: Storage, job: Job) -> None:
     if job.followed:
         paths |= set(storage.list(fragments_folder(job.id)))
     if (job.fence or 0) > 1:  # attempts that were lost may have published files, which no row names
-        published = [path for folder in ("videos", "thumbnails") for path in storage.list(f"{folder}/{name[:2]}")]
+        published = [path for folder in FILES for path in storage.list(f"{folder}/{name[:2]}")]
         paths |= {path for path in published if PurePath(path).name.startswith(f"{name}-")}
     for path in paths:
         if path:

@@ -16,7 +16,7 @@ from pipeline.serving.files import fragment_path, fragments_folder
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Claim
 from pipeline.stages import Decode, ModelConfig
-from pipeline.stages.decode import THUMBNAIL, VIDEO
+from pipeline.stages.decode import FILE, THUMBNAIL
 from pipeline.stages.stage import release_memory
 from pipeline.storage import Storage
 from pipeline.video import ThumbnailStrip
@@ -105,7 +105,7 @@ class LiveVideo:
     def files(self) -> dict[str, Tensor]:
         """Return the finished files of a video whose units are all here."""
         video = join_fragments(self.fragments, self.decode.tags(self.request))
-        return {VIDEO: as_tensor(video), THUMBNAIL: as_tensor(self.strip.webp())}
+        return {FILE: as_tensor(video), THUMBNAIL: as_tensor(self.strip.webp())}
 
     def _forget(self) -> None:
         """Leave nothing behind of a claim that was lost; a finished video's fragments are still read."""

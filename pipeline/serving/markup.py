@@ -14,10 +14,14 @@ SETTINGS = (
     "size",
     "num_frames",
     "fps",
+    "image_fit",
+    "image_format",
     "num_inference_steps",
     "video_num_inference_steps",
     "guidance_scale",
     "video_guidance_scale",
+    "guidance_decay",
+    "min_guidance_scale",
     "seed",
 )
 NO_VIDEO = '<div class="pr-player">The video plays here while it is made.</div>'
@@ -43,7 +47,7 @@ CSS = """
     border-radius: var(--block-radius); background: var(--background-fill-secondary);
     color: var(--body-text-color-subdued);
 }
-video.pr-player { background: black; object-fit: contain; }
+video.pr-player, img.pr-player { background: black; object-fit: contain; }
 .pr-bar { height: 0.5rem; overflow: hidden; border-radius: 0.25rem; background: var(--border-color-primary); }
 .pr-bar div { height: 100%; background: var(--color-accent); }
 .pr-status p { margin: 0.2rem 0; overflow-wrap: anywhere; }
@@ -137,6 +141,11 @@ def player(url: str, *, is_whole: bool) -> str:
     )
 
 
+def still(url: str) -> str:
+    """Show a still in place of the player."""
+    return f'<img class="pr-player" src="{escape(url)}" alt="">'
+
+
 def gallery(videos: Sequence[tuple[Fields, str | None]]) -> str:
     """Show videos with the URLs of their thumbnails."""
     if not videos:
@@ -162,8 +171,9 @@ def _card(video: Fields, thumbnail: str | None) -> str:
     blank = f'<div class="pr-blank">{states.get(video["status"], "")}</div>'
     picture = f'<img src="{escape(thumbnail)}" alt="" loading="lazy">' if thumbnail else blank
     prompt, state = escape(video["prompt"]), video["status"].replace("_", " ")
+    length = "still" if video["num_frames"] == 1 else f"{float(video['seconds']):.3g} s"
     return (
         f'<button class="pr-card" data-id="{escape(video["id"])}" data-status="{video["status"]}" title="{prompt}">'
         f'{picture}<span class="pr-prompt">{prompt}</span>'
-        f'<span class="pr-state">{state}, {float(video["seconds"]):.3g} s, {video["size"]}</span></button>'
+        f'<span class="pr-state">{state}, {length}, {video["size"]}</span></button>'
     )

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.faults import StorageError
 from pipeline.fetch import ImageError, is_web
 from pipeline.images import ImageRoot
-from pipeline.request import MAX_NUM_FRAMES, MAX_SEED, RenderRequest, RequestError, ResolvedRequest
+from pipeline.request import MAX_NUM_FRAMES, MAX_SEED, ImageFormat, RenderRequest, RequestError, ResolvedRequest
 from pipeline.serving.tables import ID_PREFIX, Job, Priority, Status
 from pyramid_flow import InvalidValueError, Preset
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.pixels import open_image
+from pyramid_flow.pixels import ImageFit, open_image
 from pyramid_flow.sampling import TEMPORAL_FACTOR
 
 ID_BYTES = 16
@@ -75,7 +75,8 @@ class VideoError(BaseModel):
 class Video(BaseModel):
     """A video as the dialect shows it, and what else is known of it.
 
-    progress: percent; position: how many are taken before it, while it waits; stage_seconds: of each stage.
+    progress: percent; position: how many are taken before it, while it waits; image_format: of a still's file, None for
+    a video; stage_seconds: of each stage.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -99,10 +100,14 @@ class Video(BaseModel):
     seed: int
     num_frames: int
     fps: int
+    image_fit: ImageFit | None
+    image_format: ImageFormat | None
     num_inference_steps: int | tuple[int, ...]
     video_num_inference_steps: int | tuple[int, ...]
     guidance_scale: float
     video_guidance_scale: float
+    guidance_decay: float | None
+    min_guidance_scale: float
     stage_seconds: dict[str, float] | None
     video_sha256: str | None
     model_fingerprint: str

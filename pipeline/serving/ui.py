@@ -197,18 +197,25 @@ class Page:
             self.watch: gr.Timer(active=not has_ended),
             self.cancel: gr.update(visible=not has_ended),
         }
-        file = {"in_progress": "stream", "completed": "video"}.get(video["status"])
+        is_still = bool(video["image_format"])
+        file = {"in_progress": None if is_still else "stream", "completed": "video"}.get(video["status"])
         if playing == f"{video['id']} {file}":
             return values
         link = (await self.client.links(key, video["id"]))[file] if file else None
         return values | {
             self.shown: video["id"],
             self.playing: f"{video['id']} {file}",
-            self.player: markup.player(link, is_whole=has_ended) if link else markup.NO_VIDEO,
+            self.player: _shown(link, is_still=is_still, is_whole=has_ended),
             self.actions: gr.update(visible=True),
             self.details: gr.update(visible=True),
             self.settings: markup.settings(video),
         }
+
+
+def _shown(link: str | None, *, is_still: bool, is_whole: bool) -> str:
+    if link is None:
+        return markup.NO_VIDEO
+    return markup.still(link) if is_still else markup.player(link, is_whole=is_whole)
 
 
 _html = partial(gr.HTML, apply_default_css=False)

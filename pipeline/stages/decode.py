@@ -1,27 +1,29 @@
-"""Decode: latents to an mp4 and a thumbnail strip; frames go into the encoder chunk by chunk."""
+"""Decode: latents to an mp4 or a picture and a thumbnail strip; frames go into the encoder chunk by chunk."""
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Item, as_tensor
 from pipeline.stages.stage import ModelConfig, Stage, release_memory
-from pipeline.video import ThumbnailStrip, VideoWriter
+from pipeline.still import encode_still
+from pipeline.video import Frames, ThumbnailStrip, VideoWriter
 from pyramid_flow.pixels import decode_frames
 
 logger = logging.getLogger(__name__)
 
-VIDEO, THUMBNAIL = "video", "thumbnail"
+FILE, THUMBNAIL = "file", "thumbnail"
 SMALLER_TILES = (512, 256)
 """Sides in pixels of the tiles that are tried after the device ran out of memory."""
 
 
 class Decode(Stage):
-    """Replaces a row's `latents` by the files `video` (mp4) and `thumbnail` (webp), as uint8 tensors.
+    """Replaces a row's `latents` by the files `file` (mp4, or png or webp of a still) and `thumbnail` (webp), as uint8.
 
     window: latents per chunk; tile: side of a VAE tile in pixels, None = no tiling; encoder_threads: of ffmpeg. Frames
     never leave the worker, and its memory is that of a chunk.
@@ -41,7 +43,7 @@ class Decode(Stage):
         return [self._decoded(item, self.tile) for item in items]
 
     def tags(self, request: ResolvedRequest) -> dict[str, str]:
-        """Return the container tags of a video."""
+        """Return the container tags of a video or a still."""
         return {"prompt": request.prompt, "seed": str(request.seed), "model": self.model_name, "render_id": request.id}
 
     def _decoded(self, item: Item, tile: int | None) -> Item:
@@ -58,7 +60,23 @@ class Decode(Stage):
     def _decoded_with(self, item: Item, tile: int | None) -> Item:
         request = item.request
         strip = ThumbnailStrip(request.num_frames)
-        frames = 0
+        chunks = self._chunks(item.tensors["latents"], tile, strip)
+        if request.image_format:
+            [[frame]] = chunks
+            file = encode_still(frame, request.image_format, self.tags(request))
+        else:
+            file = self._video(request, chunks)
+        tensors = {FILE: as_tensor(file), THUMBNAIL: as_tensor(strip.webp())}
+        return item.with_tensors(tensors, frames=strip.num_seen, tiling=tile)
+
+    def _chunks(self, latents: Tensor, tile: int | None, strip: ThumbnailStrip) -> Iterator[Frames]:
+        """Yield the decoded frames chunk by chunk, once the strip has seen them."""
+        for chunk in decode_frames(self.vae, latents, self.statistics, window=self.window, tile=tile):
+            frames = chunk[0].numpy()
+            strip.add(frames)
+            yield frames
+
+    def _video(self, request: ResolvedRequest, chunks: Iterable[Frames]) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "video.mp4"
             with VideoWriter(
@@ -69,12 +87,6 @@ class Decode(Stage):
                 tags=self.tags(request),
                 threads=self.encoder_threads,
             ) as writer:
-                chunks = decode_frames(
-                    self.vae, item.tensors["latents"], self.statistics, window=self.window, tile=tile
-                )
                 for chunk in chunks:
-                    writer.write(chunk[0].numpy())
-                    strip.add(chunk[0].numpy())
-                    frames += chunk.shape[1]
-            tensors = {VIDEO: as_tensor(path.read_bytes()), THUMBNAIL: as_tensor(strip.webp())}
-        return item.with_tensors(tensors, frames=frames, tiling=tile)
+                    writer.write(chunk)
+            return path.read_bytes()

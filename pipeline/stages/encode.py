@@ -43,7 +43,8 @@ class Encode(Stage):
             tensors |= _named("negative", self._embedding(request.negative_prompt))
         if request.has_image:
             data = as_bytes(item.tensors[IMAGE]) if IMAGE in item.tensors else self.images.read(str(request.image_uri))
-            posterior = encode_image(self.vae, image_pixels(open_image(data), request.height, request.width))
+            pixels = image_pixels(open_image(data), request.height, request.width, request.image_fit or "crop")
+            posterior = encode_image(self.vae, pixels)
             tensors |= {"posterior.mean": posterior.mean, "posterior.logvar": posterior.logvar}
         truncated = self.text_encoder.is_truncated(prompt)
         return item.with_tensors(tensors, prompt_truncated=truncated, started_at=started)

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from pipeline.rows import Item, as_bytes
-from pipeline.stages.decode import THUMBNAIL, VIDEO
+from pipeline.stages.decode import FILE, THUMBNAIL
 from pipeline.stages.stage import Stage
 from pipeline.storage import Storage
 
 
 class Publish(Stage):
-    """Writes videos/<first 2 of id>/<id>-<8 of sha256>.mp4 and its thumbnail strip, and drops the tensors."""
+    """Writes videos/<first 2 of id>/<id>-<8 of sha256>.mp4 and its thumbnail strip, and drops the tensors.
+
+    Stills are written to images/ instead, with the ending of their format.
+    """
 
     name = "publish"
 
@@ -23,17 +26,20 @@ class Publish(Stage):
         return [self._published(item) for item in items]
 
     def _published(self, item: Item) -> Item:
-        video, thumbnail = as_bytes(item.tensors[VIDEO]), as_bytes(item.tensors[THUMBNAIL])
-        sha256 = hashlib.sha256(video).hexdigest()
+        data, thumbnail = as_bytes(item.tensors[FILE]), as_bytes(item.tensors[THUMBNAIL])
+        sha256 = hashlib.sha256(data).hexdigest()
         name = f"{item.row.id[:2]}/{item.row.id}-{sha256[:8]}"
+        media_type = item.request.media_type
+        kind, _, ending = media_type.partition("/")
+        uri = f"{kind}s/{name}.{ending}"
         self.storage.put(f"thumbnails/{name}.webp", thumbnail)
-        self.storage.put(f"videos/{name}.mp4", video)
+        self.storage.put(uri, data)
         return item.with_tensors(
             {},
-            uri=f"videos/{name}.mp4",
+            uri=uri,
             thumbnail_uri=f"thumbnails/{name}.webp",
-            media_type="video/mp4",
-            bytes=len(video),
+            media_type=media_type,
+            bytes=len(data),
             sha256=sha256,
             node=self.node,
             finished_at=datetime.now(UTC),

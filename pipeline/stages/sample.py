@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.request import sampling_params
 from pipeline.rows import Item
 from pipeline.stages.stage import ModelConfig, Stage
-from pyramid_flow import PyramidSchedule, SeededNoise, StepInfo, TextEmbedding, generate_latents
+from pyramid_flow import NonFiniteError, PyramidSchedule, SeededNoise, StepInfo, TextEmbedding, generate_latents
 from pyramid_flow.pixels import image_latent
 from pyramid_flow.text import concatenate
 from pyramid_flow.vae import LatentDistribution
@@ -69,7 +69,7 @@ class Sample(Stage):
 
     def _sampled(self, item: Item, latents: Tensor, batch_size: int) -> Item:
         if not latents.isfinite().all():
-            return item.failed(self.name, ArithmeticError("the latents are not finite"))
+            return item.failed(self.name, NonFiniteError("the latents are not finite"))
         return item.with_tensors(
             {"latents": latents},
             latents_sha256=hashlib.sha256(latents.contiguous().numpy().data).hexdigest(),

@@ -13,7 +13,7 @@ import ray
 from pipeline.plan import Plan, Pool, StageSpec
 from pipeline.rows import Item, as_bytes, as_tensor
 from pipeline.stages import Publish, Stage
-from pipeline.stages.decode import THUMBNAIL, VIDEO
+from pipeline.stages.decode import FILE, THUMBNAIL
 from tests.chaos.scenario import Scenario, latent_bytes, video_bytes
 
 LATENTS = "latents"
@@ -75,7 +75,7 @@ class Decode(Registered):
         assert as_bytes(item.tensors[LATENTS]) == latent_bytes(item.row.id, seed)
         time.sleep(DECODE_S)
         video = video_bytes(item.row.id, seed)
-        return item.with_tensors({VIDEO: as_tensor(video), THUMBNAIL: as_tensor(b"strip of " + video)}, frames=9)
+        return item.with_tensors({FILE: as_tensor(video), THUMBNAIL: as_tensor(b"strip of " + video)}, frames=9)
 
 
 def specs(folder: str, output: str, scenario: Scenario) -> dict[str, StageSpec]:

@@ -12,7 +12,7 @@ from pipeline.compact import compact
 from pipeline.plan import Pool, StageSpec
 from pipeline.rows import as_tensor
 from pipeline.stages import Publish, Stage
-from pipeline.stages.decode import THUMBNAIL, VIDEO
+from pipeline.stages.decode import FILE, THUMBNAIL
 from tests.chaos.inprocess import InProcess
 from tests.chaos.scenario import SHAPE, video_bytes
 from tests.pipeline.simulated import simulated_job
@@ -31,7 +31,7 @@ class Decode(Stage):
 
 
 def files(video):
-    return {VIDEO: as_tensor(video), THUMBNAIL: as_tensor(b"strip of " + video)}
+    return {FILE: as_tensor(video), THUMBNAIL: as_tensor(b"strip of " + video)}
 
 
 @pytest.fixture

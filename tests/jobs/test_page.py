@@ -125,6 +125,13 @@ def test_a_video_from_text(page):
     expect(page.locator(f"[data-id={name}]")).to_have_count(0)
 
 
+def test_a_still_from_text(page):
+    ask(page, "Text to video", PROMPT, duration="still")
+    expect(page.get_by_text("Made in")).to_be_visible(timeout=MADE_MS)
+    page.wait_for_function("() => document.querySelector('img.pr-player').naturalWidth == 64")
+    expect(page.locator(".pr-card").first).to_contain_text("completed, still, 64x64")
+
+
 def test_a_video_from_an_image(page):
     page.get_by_role("tab", name="Image to video").click()
     page.locator("input[type=file]").set_input_files(PICTURE)

@@ -19,6 +19,7 @@ import pytest
 from jobs import render
 from jobs.settings import RenderSettings
 from pipeline import ledger
+from pipeline.compact import find_orphans
 from pipeline.job import StopRequest
 from pipeline.plan import Resources
 from pipeline.storage import Storage
@@ -58,7 +59,10 @@ def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(cluster, tmp_pa
     assert len(rows) == 12
     assert sorted(row["note"] for row in rows) == sorted([*range(11), 99])
     [failed] = [row for row in rows if row["status"] == "failed"]
-    assert (failed["note"], failed["error_message"]) == (99, "height 100 is not a multiple of 64")
+    assert (failed["note"], failed["error_message"]) == (
+        99,
+        "height 100 is not a multiple of 64: the nearest are 64 and 128",
+    )
     assert failed["position"] == f"file://{source}:5"
     for row in rows:
         if row is not failed:
@@ -72,6 +76,35 @@ def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(cluster, tmp_pa
     assert json.loads((tmp_path / "out" / "runs" / f"{job.run}.json").read_text())["state"] == "finished"
     job.write_gallery()
     assert (tmp_path / "out" / "gallery.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.ray
+def test_stills_and_videos_of_one_table_share_job_and_ledger(cluster, tmp_path, capsys):
+    still, fixed = {**SMALL, "num_frames": 1}, {"prompt": "a fox", "seed": 1}
+    table = [
+        {"id": "video", **fixed, **SMALL},
+        {"id": "still", **fixed, **still},
+        {"id": "webp", **fixed, **still, "image_format": "webp", "guidance_decay": 0.5},
+    ]
+    source = write_table(tmp_path / "in.parquet", table)
+    job, _ = run(settings(source, tmp_path / "out"), cluster)
+    rows = {row["id"]: row for row in job.view().to_pylist()}
+    assert {name: row["media_type"] for name, row in rows.items()} == {
+        "video": "video/mp4",
+        "still": "image/png",
+        "webp": "image/webp",
+    }
+    for row in rows.values():
+        assert hashlib.sha256((tmp_path / "out" / row["uri"]).read_bytes()).hexdigest() == row["sha256"]
+    assert (rows["video"]["image_format"], rows["webp"]["guidance_decay"]) == (None, 0.5)
+    assert rows["still"]["latents_sha256"] == rows["webp"]["latents_sha256"]
+    assert find_orphans(job.storage) == []
+    job.write_gallery()
+    assert render.main(flags(source, tmp_path / "out")) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 3 rows succeeded; this run took 0 rows" in printed
+    assert f"images   file://{tmp_path}/out/images" in printed
+    assert f"videos   file://{tmp_path}/out/videos" in printed
 
 
 @pytest.mark.ray

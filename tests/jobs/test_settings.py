@@ -1,12 +1,14 @@
 """Settings: flags win over YAML, nothing else counts, and every mistake is one line and exit code 2."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from jobs.settings import DemoSettings, RenderSettings, parse
+from pipeline.request import RenderRequest
 
 NEEDED = ["--input", "in.parquet", "--output", "out", "--model", "model"]
 VALUES = {"input": ["in.parquet"], "output": "out", "model": "model"}
@@ -30,6 +32,14 @@ def the_line(capsys: pytest.CaptureFixture[str], caught: pytest.ExceptionInfo[Sy
     [line] = output.err.splitlines()
     assert line.startswith("pyramid-render render: ")
     return line
+
+
+def test_the_help_and_the_readme_name_every_column():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    words = re.findall(r"\w+", str(RenderSettings.__doc__))
+    for name in RenderRequest.model_fields:
+        assert name in words
+        assert f"`{name}`" in readme
 
 
 def test_defaults_are_those_of_the_help():

@@ -51,7 +51,7 @@ def test_the_ledger_and_its_failures_are_told(tmp_path, capsys, monkeypatch):
     assert status.main([str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "2 rows in the ledger, 1 failed"
-    assert printed[1] == "  failed, 1 x: height 65 is not a multiple of 64"
+    assert printed[1] == "  failed, 1 x: height 65 is not a multiple of 64: the nearest are 64 and 128"
     assert "finished: 2 of 2 rows, 1 failed" in printed[2]
 
 

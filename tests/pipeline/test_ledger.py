@@ -123,6 +123,15 @@ def test_a_column_that_no_row_has_is_null(storage):
         written(storage, rows("a").drop_columns(["seed"]))
 
 
+def test_parts_of_before_a_column_was_there_are_read_with_it(storage):
+    newer = ["image_fit", "image_format", "guidance_decay", "min_guidance_scale"]
+    later = rows("b")
+    filled = later.set_column(later.column_names.index("image_format"), "image_format", pa.array(["png"]))
+    written(storage, rows("a").drop_columns(newer), filled)
+    assert read(storage)["image_format"].to_pylist() == [None, "png"]
+    assert read(storage).schema.field("guidance_decay").type == pa.float64()
+
+
 def test_a_column_is_not_taken_for_one_that_begins_with_its_name(storage):
     written(storage, rows("a", **{"own": pa.array([1]), "own.x": pa.array([2]), "id.x": pa.array([3])}))
     assert read(storage, ["own"]).to_pylist() == [{"own": 1}]

@@ -77,13 +77,13 @@ def test_entries_beyond_the_cap_are_counted_not_drawn():
     entry = GalleryEntry("a", "b")
     full, more = ([entry] * n for n in (MAX_ENTRIES, MAX_ENTRIES + 7))
     assert pixels(gallery(more)).shape == pixels(gallery(full)).shape
-    assert report._heading(more) == f"{MAX_ENTRIES + 7} videos, 7 of them not shown"
+    assert report._heading(more) == f"{MAX_ENTRIES + 7} rendered, 7 of them not shown"
 
 
 def test_the_heading_counts():
     good, bad = GalleryEntry("a", "b"), GalleryEntry("a", "b", error="no")
-    assert report._heading([good, bad, bad]) == "1 video, 2 failed"
-    assert report._heading([]) == "no videos yet"
+    assert report._heading([good, bad, bad]) == "1 rendered, 2 failed"
+    assert report._heading([]) == "nothing yet"
 
 
 def test_a_broken_thumbnail_is_told_not_raised():

@@ -37,6 +37,8 @@ FULL = {
     "video_guidance_scale": 4.5,
     "seed": 11,
 }
+NEWER = {"image_fit": "pad", "image_format": "webp", "guidance_decay": 0.5, "min_guidance_scale": 1.5}
+"""Fields that requests had none of at first."""
 
 
 def parsed(**values: object) -> RenderRequest:
@@ -81,6 +83,13 @@ def test_the_hash_depends_on_every_field_that_is_asked_for(field, other):
     assert field == "prompt" or RenderRequest.parse({**FULL, field: None}).content_hash != base
 
 
+@pytest.mark.parametrize("field", NEWER)
+def test_the_hash_depends_on_every_newer_field_too(field):
+    others = {name: value for name, value in NEWER.items() if name != field}
+    hashes = {RenderRequest.parse({**FULL, **values}).content_hash for values in ({}, others, NEWER)}
+    assert len(hashes) == 3
+
+
 @pytest.mark.parametrize("values", [{"id": "mine"}, {"num_videos_per_prompt": 7}, {"seed": None}, {"image": None}])
 def test_the_hash_ignores_the_id_the_number_of_copies_and_nulls(values):
     assert parsed(**values).content_hash == parsed().content_hash
@@ -119,6 +128,8 @@ def test_image_bytes_count_by_their_content_and_uris_by_their_text():
 def test_the_hash_survives_new_fields_without_a_value():
     # a change here makes every finished row render again
     assert parsed().content_hash == hash_of({"prompt": "a fox"}) == "48b66f8b435fba65fa9ddd3d959a5e79"
+    assert RenderRequest.parse(FULL).content_hash == "eb3dc552880ec1c49c56bb7e2d54f3ed"
+    assert set(RenderRequest.model_fields) == {*FULL, *NEWER, "id", "num_videos_per_prompt"}
 
 
 def test_a_seed_is_taken_or_derived_from_the_id_alone():
@@ -148,6 +159,35 @@ def test_what_is_left_out_comes_from_the_preset():
     assert image.video_guidance_scale == PRESET.image_to_video_guidance_scale
     assert resolved(negative_prompt="", guidance_scale=0).negative_prompt == ""
     assert resolved(guidance_scale=0, video_guidance_scale=0).video_guidance_scale == 0
+
+
+def test_stills_have_a_format_and_videos_none():
+    assert resolved(num_frames=1).image_format == "png"
+    still = resolved(num_frames=1, image_format="webp")
+    assert (still.image_format, still.media_type) == ("webp", "image/webp")
+    video = resolved(num_frames=9, image_format="webp")
+    assert (video.image_format, video.media_type) == (None, "video/mp4")
+    request = parsed()
+    assert request.resolve(Preset(max_num_frames=1), "x").media_type == "image/png"
+
+
+def test_images_have_a_fit_and_rows_without_one_none():
+    assert resolved(image="a.png").image_fit == "crop"
+    assert resolved(image="a.png", image_fit="pad").image_fit == "pad"
+    assert resolved(image_fit="pad").image_fit is None
+
+
+def test_guidance_is_constant_unless_a_decay_is_given():
+    assert (resolved().guidance_decay, resolved().min_guidance_scale) == (None, 2.0)
+    decaying = resolved(guidance_decay=0, min_guidance_scale=0)
+    assert (decaying.guidance_decay, decaying.min_guidance_scale) == (0, 0)
+
+
+def test_a_request_that_was_resolved_without_the_newer_fields_is_what_it_was():
+    kept = {name: value for name, value in resolved(num_frames=1).model_dump().items() if name not in NEWER}
+    request = ResolvedRequest.model_validate(kept)
+    assert request.media_type == "video/mp4"
+    assert request.guidance_decay is None
 
 
 BAD = [
@@ -184,7 +224,7 @@ BAD = [
     ("image", {"bytes": b"x", "path": None}, "bytes"),
     ("height", 0, "multiple of 64"),
     ("height", -64, "multiple of 64"),
-    ("height", 700, "multiple of 64"),
+    ("height", 700, "multiple of 64: the nearest are 640 and 704"),
     ("height", True, "boolean"),
     ("height", 64.5, "integer"),
     ("height", NAN, "finite"),
@@ -195,7 +235,7 @@ BAD = [
     ("width", 64 * 10**40, str(MAX_SIDE)),
     ("width", -1, "multiple of 64"),
     ("num_frames", 0, "8k"),
-    ("num_frames", 24, "8k"),
+    ("num_frames", 24, "8k: the nearest are 17 and 25"),
     ("num_frames", True, "boolean"),
     ("num_frames", MAX_NUM_FRAMES + 8, str(MAX_NUM_FRAMES)),
     ("fps", 0, "1"),
@@ -221,6 +261,13 @@ BAD = [
     ("guidance_scale", [1.0], "number"),
     ("guidance_scale", 10**400, "number"),
     ("video_guidance_scale", 31, "between 0 and 30"),
+    ("guidance_decay", 31, "between 0 and 30"),
+    ("guidance_decay", NAN, "finite"),
+    ("min_guidance_scale", -1, "between 0 and 30"),
+    ("image_fit", "stretch", "'crop' or 'pad'"),
+    ("image_fit", True, "boolean"),
+    ("image_format", "jpg", "'png' or 'webp'"),
+    ("image_format", 5, "'png' or 'webp'"),
     ("seed", -1, "0"),
     ("seed", 2**63, str(MAX_SEED)),
     ("seed", 10**400, str(MAX_SEED)),
@@ -285,9 +332,30 @@ def test_only_untrained_sizes_and_lengths_need_leave(values):
     with pytest.raises(RequestError, match="trained") as caught:
         request.resolve(PRESET, "x")
     assert "--allow-untrained" in str(caught.value)
+    assert str(caught.value).isprintable()
     lifted = request.resolve(PRESET, "x", allow_untrained=True)
     assert {name: getattr(lifted, name) for name in values} == values
     assert resolved(num_frames=1).num_frames == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"height": 448}, "height x width 448x640 is not a trained size, which is 384x640 or 640x384 (`"),
+        (
+            {"height": 768, "width": 1280},
+            "768x1280 is not a trained size, which is 384x640 or 640x384; "
+            "the published variant 768p was trained for it (`",
+        ),
+        ({"height": 1024, "width": 1024}, "the published variant image was trained for it"),
+        ({"num_frames": 129}, "num_frames 129 is more than the trained 121; the published variant 768p was trained"),
+        ({"num_frames": 249}, "num_frames 249 is more than the trained 121 (`"),
+    ],
+)
+def test_what_is_not_trained_says_what_is(values, message):
+    with pytest.raises(RequestError) as caught:
+        resolved(**values)
+    assert message in str(caught.value)
 
 
 def test_unusual_guidance_is_noted_and_rendered():
@@ -301,10 +369,12 @@ def test_unusual_guidance_is_noted_and_rendered():
 
 
 def test_rows_of_one_shape_have_common_sampling_parameters():
-    one, two = resolved(guidance_scale=3, seed=1), resolved(prompt="b", guidance_scale=8, fps=12, seed=2)
+    one = resolved(guidance_scale=3, seed=1, guidance_decay=0.5, min_guidance_scale=1)
+    two = resolved(prompt="b", guidance_scale=8, fps=12, seed=2)
     assert one.shape == two.shape
     params = sampling_params([one, two])
-    assert list(params.guidance_scale) == [3, 8]
+    assert params.guidance_scale == (3, 8)
+    assert (params.guidance_decay, params.min_guidance_scale) == ((0.5, None), (1, 2))
     others = [
         {"height": 640, "width": 384},
         {"num_frames": 1},
@@ -317,5 +387,5 @@ def test_rows_of_one_shape_have_common_sampling_parameters():
 
 
 def test_a_resolved_request_survives_json():
-    request = resolved(**FULL)
+    request = resolved(**FULL, **NEWER)
     assert ResolvedRequest.model_validate_json(request.model_dump_json()) == request

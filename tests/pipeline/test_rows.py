@@ -113,12 +113,22 @@ def test_ledger_rows_hold_the_request_the_error_and_the_constants():
     assert records.schema.names == [*LEDGER_SCHEMA.names, "own"]
     assert (good["status"], good["id"], good["prompt"], good["seed"]) == ("succeeded", "x", PROMPT, 2**63 - 1)
     assert (good["num_inference_steps"], good["bytes"], good["warnings"]) == ("[1, 2, 3]", 2**40, ["one", "two"])
+    assert (good["image_fit"], good["image_format"], good["guidance_decay"]) == (None, None, None)
     assert dict(good["seconds"]) == FULL.seconds
     assert good["started_at"] == FULL.started_at
     assert (bad["status"], bad["error_stage"], bad["error_message"]) == ("failed", "read", "height 700")
     assert {row["model"] for row in (good, bad)} == {"m"}
     assert bad["seed"] is None
     assert [row["own"] for row in (good, bad)] == ["0", "1"]
+
+
+def test_a_ledger_row_holds_what_was_resolved_of_every_field():
+    given = {"image": "a.png", "image_fit": "pad", "num_frames": 1, "guidance_decay": 0.5, "min_guidance_scale": 1.0}
+    request = RenderRequest.parse({"prompt": "a", **given}).resolve(Preset(), "x")
+    [record] = ledger_table(Batch((Item(FULL.updated(request=request)),), table(1)), {}).to_pylist()
+    expected = given | {"image_uri": "a.png", "image_format": "png"}
+    del expected["image"]
+    assert {name: record[name] for name in expected} == expected
 
 
 def test_a_ledger_row_names_the_given_id_also_for_duplicates():

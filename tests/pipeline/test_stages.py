@@ -73,6 +73,28 @@ def test_a_batch_becomes_videos_with_metadata(model, preset, encode, sample, tmp
         assert row.started_at < row.finished_at
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "png"), ("png", "png"), ("webp", "webp")])
+def test_one_frame_becomes_a_picture_with_its_tags(model, preset, encode, sample, tmp_path, given, expected):
+    one = item(preset, prompt="a red ball", seed=5, image_format=given, **SHAPE | {"num_frames": 1})
+    publish = Publish(str(tmp_path), node="here")
+    [done] = through(batch(one), encode, sample, Decode(model, window=1, tile=None, encoder_threads=1), publish).items
+    row, path = done.row, tmp_path / str(done.row.uri)
+    assert row.error is None
+    assert row.uri == f"images/{row.id[:2]}/{row.id}-{row.sha256[:8]}.{expected}"
+    assert (row.media_type, row.frames, row.bytes) == (f"image/{expected}", 1, path.stat().st_size)
+    image = Image.open(io.BytesIO(path.read_bytes()))
+    assert (image.format, image.size) == (expected.upper(), (64, 64))
+    pipe = PyramidFlowPipeline.from_pretrained("toy", torch_dtype=torch.float32)
+    [[frame]] = pipe("a red ball", seed=5, **SHAPE | {"num_frames": 1}).frames
+    difference = np.abs(np.asarray(image.convert("RGB")).astype(int) - frame)
+    assert difference.max() <= 1 if expected == "png" else difference.mean() < 4
+    if expected == "png":
+        assert image.text == {"prompt": "a red ball", "seed": "5", "model": "toy", "render_id": row.id}
+    thumbnail = (tmp_path / str(row.thumbnail_uri)).read_bytes()
+    assert Image.open(io.BytesIO(thumbnail)).size == (64, 64)
+    assert not (tmp_path / "videos").exists()
+
+
 def test_the_stages_equal_the_pipeline(preset, encode, sample):
     one = item(preset, prompt="a red ball", seed=11, **SHAPE)
     two = item(preset, prompt="something else that is longer", seed=12, guidance_scale=4.0, **SHAPE)
@@ -91,6 +113,36 @@ def test_an_image_row_equals_the_pipeline_and_depends_on_its_image(preset, encod
     expected = pipe("it moves", image=image, seed=3, output_type="latent", **SHAPE).frames
     assert (first - expected).norm() / expected.norm() <= 1e-5
     assert not torch.allclose(first, second)
+
+
+def test_an_image_is_brought_to_the_size_as_its_row_says(preset, encode):
+    buffer = io.BytesIO()
+    Image.new("RGB", (200, 30), "red").save(buffer, "PNG")
+    given = {"prompt": "it moves", "image": buffer.getvalue(), **SHAPE}
+    crop, pad = (item(preset, image_fit=fit, **given) for fit in ("crop", "pad"))
+    cropped, default, padded = (
+        one.tensors["posterior.mean"] for one in encode(batch(crop, item(preset, **given), pad)).items
+    )
+    assert torch.equal(cropped, default)
+    assert not torch.allclose(cropped, padded)
+
+
+def test_rows_of_any_negative_prompt_and_decay_share_a_batch(preset, encode, sample):
+    given = [
+        {"prompt": "a red ball", "negative_prompt": "blurry", "guidance_decay": 3.0, "min_guidance_scale": 1.0},
+        {"prompt": "a blue ball that rolls", "negative_prompt": ""},
+        {"prompt": "a green ball", "guidance_decay": 0.5, "guidance_scale": 4.0},
+    ]
+    items = [item(preset, seed=seed, **SHAPE, **values) for seed, values in enumerate(given)]
+    together = through(batch(*items), encode, sample).items
+    assert [one.row.batch_size for one in together] == [3, 3, 3]
+    for one, row in zip(items, together, strict=True):
+        [alone] = through(batch(one), encode, sample).items
+        expected = alone.tensors["latents"]
+        assert (row.tensors["latents"] - expected).norm() / expected.norm() <= 1e-5
+    plain = item(preset, seed=0, prompt="a red ball", **SHAPE)
+    [constant] = through(batch(plain), encode, sample).items
+    assert not torch.allclose(constant.tensors["latents"], together[0].tensors["latents"], atol=1e-2)
 
 
 def test_decoded_frames_equal_the_pipeline(model, preset, encode, sample, tmp_path):
@@ -179,6 +231,18 @@ def test_latents_that_are_not_finite_fail_their_row_only(preset, encode, sample,
     requests = [item(preset, prompt=prompt, **SHAPE) for prompt in ("one", "two")]
     done = rows(sample(encode(batch(*requests))))
     assert [row.error.message if row.error else None for row in done] == ["the latents are not finite", None]
+    assert done[0].error.is_own_fault
+
+
+@pytest.mark.parametrize("num_frames", [1, 9])
+def test_frames_that_are_not_finite_fail_their_row(model, preset, encode, sample, monkeypatch, num_frames):
+    decode = Decode(model, window=1, tile=None, encoder_threads=1)
+    decoded = through(batch(item(preset, prompt="one", **SHAPE | {"num_frames": num_frames})), encode, sample)
+    frames = torch.full((1, 3, num_frames, 64, 64), float("nan"))
+    monkeypatch.setattr(decode.vae, "decode_stream", lambda *_, **__: iter([frames]))
+    [row] = rows(decode(decoded))
+    assert (row.error.stage, row.error.message) == ("decode", "the decoded frames are not finite")
+    assert row.error.is_own_fault
 
 
 def test_skipped_rows_pass_through(preset, encode, sample):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyramid_flow import CheckpointError, InvalidValueError, PyramidFlowPipeline, StepInfo
+from pyramid_flow import CheckpointError, InvalidValueError, NonFiniteError, PyramidFlowPipeline, StepInfo
 from pyramid_flow.pixels import decode_frames
 from pyramid_flow.presets import PRESETS
 from tests.pyramid_flow.goldens import TINY, TINY_MINIFLUX, assert_run_equal
@@ -118,6 +118,39 @@ def test_images_of_any_size_and_mode_are_fitted(pipe):
     assert image.size == (30, 200)
 
 
+def test_an_image_is_cropped_or_padded(pipe):
+    image = Image.new("RGB", (200, 30), "red")
+    cropped, padded = (latents(pipe, image=image, image_fit=fit)[:, :, :1] for fit in ("crop", "pad"))
+    assert torch.equal(latents(pipe, image=image)[:, :, :1], cropped)
+    assert differ(padded, cropped)
+
+
+def test_guidance_may_decay(pipe):
+    decaying = latents(pipe, guidance_scale=7.0, guidance_decay=3.0, min_guidance_scale=1.0)
+    assert torch.equal(decaying, latents(pipe, guidance_scale=7.0, video_guidance_scale=4.0))
+    least = latents(pipe, guidance_scale=7.0, guidance_decay=6.0)
+    assert torch.equal(least, latents(pipe, guidance_scale=7.0, video_guidance_scale=2.0))
+
+
+def test_one_frame_is_a_still(pipe):
+    assert pipe("a", **SHORT | {"num_frames": 1}).frames.shape == (1, 1, 64, 128, 3)
+
+
+def test_latents_that_are_not_finite_are_an_error(pipe):
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: output * float("nan"))
+    try:
+        with pytest.raises(NonFiniteError, match="the latents are not finite"):
+            pipe("a", **SHORT)
+    finally:
+        handle.remove()
+
+
+def test_frames_that_are_not_finite_are_an_error(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.vae, "decode_stream", lambda *_, **__: iter([torch.full((1, 3, 9, 64, 128), torch.inf)]))
+    with pytest.raises(NonFiniteError, match="the decoded frames are not finite"):
+        pipe("a", **SHORT)
+
+
 def test_missing_values_come_from_the_preset(toy):
     preset = toy.preset
     counts: dict[tuple[int, int], int] = {}
@@ -170,9 +203,11 @@ def test_dropped_rows_are_missing_from_the_result(pipe):
         ("  ", {}, "prompt .* is empty"),
         ([], {}, "prompt .* is empty"),
         (["a", ""], {}, "prompt .* is empty"),
-        ("a", {"height": 100}, "height 100 is not a multiple of 64"),
+        ("a", {"height": 100}, "height 100 is not a multiple of 64: the nearest are 64 and 128"),
         ("a", {"height": 0}, "height 0"),
-        ("a", {"num_frames": 10}, "num_frames 10"),
+        ("a", {"num_frames": 10}, r"num_frames 10 is not 1 \+ 8k: the nearest are 9 and 17"),
+        ("a", {"image": PICTURE, "image_fit": "stretch"}, "image_fit stretch is not one of crop, pad"),
+        ("a", {"guidance_decay": -1}, "guidance_decay -1 is not between 0 and 30"),
         ("a", {"num_frames": 0}, "num_frames 0"),
         ("a", {"num_inference_steps": 0}, "num_inference_steps 0"),
         ("a", {"guidance_scale": float("nan")}, "guidance_scale nan"),

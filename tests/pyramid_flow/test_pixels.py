@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image, features
 
-from pyramid_flow import InvalidValueError, LatentStatistics, ShapeError
+from pyramid_flow import InvalidValueError, LatentStatistics, NonFiniteError, ShapeError
+from pyramid_flow import pixels as pixels_module
 from pyramid_flow.pixels import as_uint8, decode_frames, encode_image, image_latent, image_pixels, open_image
 from pyramid_flow.presets import PRESETS
 from tests.pyramid_flow.goldens import assert_forward_equal, assert_run_equal, randn, tensors, tiny_vae
@@ -17,10 +18,19 @@ AVIF = ["AVIF"] if features.check("avif") else []
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))
 
 
-def encoded(image: Image.Image, file_format: str) -> bytes:
+RED, HALF = (255, 0, 0), (255, 127, 127)
+
+
+def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, file_format)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def colours(image: Image.Image) -> list[tuple[int, ...]]:
+    """Return the colours of an image of one row, from left to right."""
+    assert image.mode == "RGB"
+    return [tuple(colour) for colour in np.asarray(image)[0].tolist()]
 
 
 def corrupted(data: bytes, seed: int) -> bytes:
@@ -33,10 +43,9 @@ def corrupted(data: bytes, seed: int) -> bytes:
 def test_a_photo_is_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held sideways: turn right
-    buffer = io.BytesIO()
-    PICTURE.save(buffer, "PNG", exif=exif)
-    upright = open_image(buffer.getvalue())
+    upright = open_image(encoded(PICTURE, "PNG", exif=exif))
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(PICTURE), -1))
+    assert np.array_equal(np.asarray(pixels_module.upright(upright)), np.asarray(upright))
 
 
 # Decoding
@@ -79,6 +88,14 @@ def test_grey_levels_are_truncated_and_clamped_not_rounded():
     assert as_uint8(frames.double().float())[0, 0, 0, :, 0].tolist() == expected
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_frames_that_are_not_finite_are_refused(value):
+    frames = randn(1, 3, 2, 6, 5)
+    frames[0, 1, 1, 2, 3] = value
+    with pytest.raises(NonFiniteError, match="the decoded frames are not finite"):
+        as_uint8(frames)
+
+
 def test_channels_come_last():
     frames = randn(2, 3, 4, 6, 5)
     levels = as_uint8(frames)
@@ -118,6 +135,104 @@ def test_an_image_is_scaled_to_cover_and_cropped_around_its_centre(height, width
     assert pixels.shape == (3, height, width)
     inside = pixels[:, height // 8 : -height // 8, width // 8 : -width // 8]
     assert torch.equal(inside, torch.tensor([-1.0, 1, -1]).view(3, 1, 1).expand_as(inside))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 128), (128, 64), (64, 64)])
+def test_a_padded_image_is_whole_and_has_bars_around(height, width):
+    padded = image_pixels(Image.new("RGB", (90, 30), "red"), height, width, "pad")[0, :, 0]
+    shown = (padded == torch.tensor([1.0, -1, -1]).view(3, 1, 1)).all(dim=0)
+    bars = (padded == -1).all(dim=0)
+    assert (shown | bars).all()
+    inner = round(width / 3)
+    top = (height - inner) // 2
+    assert shown[top : top + inner].all()
+    assert shown.sum() == inner * width
+
+
+@pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000)])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_a_very_thin_image_is_no_trouble(size, fit):
+    assert image_pixels(Image.new("RGB", size, "red"), 64, 128, fit).amax() == 1
+
+
+def test_an_unknown_fit_is_refused():
+    with pytest.raises(InvalidValueError, match="image_fit stretch is not one of crop, pad"):
+        image_pixels(PICTURE, 64, 64, "stretch")
+
+
+def with_palette() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 255, 255, 0, 0])
+    image.putpixel((1, 0), 1)
+    return image
+
+
+def row_of(mode: str, *values: object) -> Image.Image:
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(values)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encoded(row_of("RGBA", (*RED, 255), (*RED, 128), (*RED, 0)), "PNG"), [RED, HALF, (255, 255, 255)]),
+        (encoded(row_of("LA", (0, 255), (0, 128), (0, 0)), "PNG"), [(0,) * 3, (127,) * 3, (255,) * 3]),
+        (encoded(with_palette(), "PNG", transparency=0), [(255,) * 3, RED]),
+        (encoded(with_palette(), "PNG", transparency=bytes([0, 128])), [(255,) * 3, HALF]),
+        (encoded(with_palette(), "GIF", transparency=0), [(255,) * 3, RED]),
+        (encoded(row_of("RGB", RED, (1, 2, 3)), "PNG", transparency=(1, 2, 3)), [RED, (255,) * 3]),
+        (encoded(row_of("L", 0, 9, 255), "PNG"), [(0,) * 3, (9,) * 3, (255,) * 3]),
+        (encoded(row_of("1", 0, 255), "PNG"), [(0,) * 3, (255,) * 3]),
+        (encoded(row_of("I;16", 0, 0x0AFF, 0x8000, 0xFFFF), "PNG"), [(n,) * 3 for n in (0, 10, 128, 255)]),
+        (encoded(row_of("I;16", 0, 0x0AFF, 0x8000, 0xFFFF), "TIFF"), [(n,) * 3 for n in (0, 10, 128, 255)]),
+        (b"P5 4 1 65535 " + bytes([0, 0, 0x0A, 0xFF, 0x80, 0, 0xFF, 0xFF]), [(n,) * 3 for n in (0, 10, 128, 255)]),
+        (encoded(row_of("CMYK", (0, 255, 255, 0), (0, 0, 0, 255)), "TIFF"), [RED, (0,) * 3]),
+    ],
+    ids=["RGBA", "LA", "P", "P with alpha", "GIF", "RGB with a key", "L", "1", "I;16", "I;16 TIFF", "PGM", "CMYK"],
+)
+def test_files_of_any_kind_become_8_bits_of_rgb_on_white(data, expected):
+    assert colours(open_image(data)) == expected
+
+
+def test_a_jpeg_in_cmyk_keeps_its_colours():
+    [[red, green]] = np.asarray(open_image(encoded(Image.new("CMYK", (2, 1), (0, 255, 255, 0)), "JPEG"))).astype(int)
+    assert np.abs([red - RED, green - RED]).max() < 8
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_is_its_first_frame(file_format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    assert set(colours(open_image(data))) == {RED}
+
+
+@pytest.mark.parametrize(
+    "image", [Image.new("F", (4, 4), 0.5), row_of("I", 0, 2**20), row_of("I", -1, 5)], ids=["F", "large", "negative"]
+)
+def test_levels_that_cannot_be_scaled_are_refused(image):
+    with pytest.raises(InvalidValueError, match=f"image of mode {image.mode} has levels of neither 8 nor 16 bits"):
+        open_image(encoded(image, "TIFF"))
+
+
+def test_a_file_that_is_too_large_is_not_looked_at(monkeypatch):
+    monkeypatch.setattr(pixels_module, "MAX_BYTES", 100)
+    with pytest.raises(InvalidValueError, match=r"image \(101 bytes\) is larger than 100 bytes"):
+        open_image(bytes(101))
+
+
+def test_a_truncated_file_is_said_to_be_truncated():
+    data = encoded(PICTURE.resize((300, 300)), "JPEG")
+    with pytest.raises(InvalidValueError, match=r"does not decode: image file is truncated"):
+        open_image(data[: len(data) // 2])
+
+
+def test_a_bomb_is_refused_before_it_is_decoded():
+    bomb = encoded(Image.new("1", (2**13, 2**13 + 1)), "PNG")
+    assert len(bomb) < 100_000
+    with pytest.raises(InvalidValueError, match="image 8192x8193 has more than 67108864 pixels"):
+        open_image(bomb)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])

@@ -145,6 +145,49 @@ def test_each_row_has_its_own_guidance():
         assert_run_equal(together[row : row + 1], generate(rows(text, row), [row + 1], own))
 
 
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [(None, [7, 4, 4, 4, 4]), (1.5, [7, 5.5, 4, 3, 3]), (0, [7, 7, 7, 7, 7]), (30, [7, 3, 3, 3, 3])],
+)
+def test_a_guidance_that_decays_falls_by_unit_to_its_least(decay, expected):
+    params = dataclasses.replace(
+        PARAMS, guidance_scale=7.0, video_guidance_scale=4.0, guidance_decay=decay, min_guidance_scale=3.0
+    )
+    assert [params.scale(unit, 2).flatten().tolist() for unit in range(5)] == [[scale] * 2 for scale in expected]
+
+
+def test_the_least_guidance_is_2_unless_another_is_asked_for():
+    params = SamplingParams(64, 64, 25, guidance_scale=3.0, guidance_decay=0.75)
+    assert [params.scale(unit, 1).item() for unit in range(4)] == [3, 2.25, 2, 2]
+
+
+@pytest.mark.parametrize("has_image", [False, True])
+def test_rows_with_and_without_decay_and_of_any_negative_prompt_share_a_batch(has_image):
+    text, negative, seeds = random_text([3, 6, 4]), random_text([5, 2, 9], seed=20), [1, 2, 3]
+    image = randn(3, 16, 1, 8, 16) if has_image else None
+    decays, least = (None, 1.0, 0.0), (2.0, 3.5, 2.0)
+    together = generate(
+        text, seeds, dataclasses.replace(PARAMS, guidance_decay=decays, min_guidance_scale=least), negative, image
+    )
+    for row in range(3):
+        own = dataclasses.replace(PARAMS, guidance_decay=decays[row], min_guidance_scale=least[row])
+        one = None if image is None else image[row : row + 1]
+        alone = generate(rows(text, row), seeds[row : row + 1], own, rows(negative, row), one)
+        assert_run_equal(together[row : row + 1], alone)
+    constant = generate(text, seeds, PARAMS, negative, image)
+    assert_run_equal(together[:1], constant[:1])
+    assert all((together[row] - constant[row]).abs().max() > 1e-3 for row in (1, 2))
+
+
+def test_a_decay_equals_the_constant_scales_it_stands_for():
+    text, two_units = random_text([4]), dataclasses.replace(PARAMS, num_frames=9)
+    decaying = dataclasses.replace(two_units, guidance_scale=5.0, guidance_decay=1.25, min_guidance_scale=0.0)
+    constant = dataclasses.replace(two_units, guidance_scale=5.0, video_guidance_scale=3.75)
+    assert torch.equal(generate(text, [0], decaying), generate(text, [0], constant))
+    image = randn(1, 16, 1, 8, 16)
+    assert torch.equal(generate(text, [0], decaying, image=image), generate(text, [0], constant, image=image))
+
+
 def test_only_the_first_unit_of_text_to_video_uses_the_first_settings():
     text, image = random_text([4]), randn(1, 16, 1, 8, 16)
     base = generate(text, [0])
@@ -298,14 +341,16 @@ def test_masks_of_another_shape_are_refused(mask):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"height": 96}, "height 96 is not a multiple of 64"),
-        ({"width": 700}, "width 700 is not a multiple of 64"),
-        ({"width": 0}, "width 0"),
-        ({"height": -64}, "height -64"),
+        ({"height": 96}, "height 96 is not a multiple of 64: the nearest are 64 and 128$"),
+        ({"width": 700}, "width 700 is not a multiple of 64: the nearest are 640 and 704$"),
+        ({"width": 0}, "width 0 is not a multiple of 64: the least is 64$"),
+        ({"width": 63}, "width 63 .* the least is 64$"),
+        ({"height": -64}, "height -64 is not a multiple of 64: the least is 64$"),
         ({"height": float("nan")}, "height nan"),
-        ({"num_frames": 16}, r"num_frames 16 is not 1 \+ 8k"),
-        ({"num_frames": 0}, "num_frames 0"),
-        ({"num_frames": -7}, "num_frames -7"),
+        ({"num_frames": 120}, r"num_frames 120 is not 1 \+ 8k: the nearest are 113 and 121$"),
+        ({"num_frames": 2}, r"num_frames 2 .* the nearest are 1 and 9$"),
+        ({"num_frames": 0}, "num_frames 0 .* the least is 1$"),
+        ({"num_frames": -7}, "num_frames -7 .* the least is 1$"),
         ({"num_inference_steps": 0}, f"num_inference_steps 0 is not between 1 and {MAX_STEPS}"),
         ({"num_inference_steps": (5, 0, 5)}, r"num_inference_steps \(5, 0, 5\)"),
         ({"num_inference_steps": ()}, "num_inference_steps"),
@@ -316,6 +361,9 @@ def test_masks_of_another_shape_are_refused(mask):
         ({"guidance_scale": -1.0}, r"guidance_scale -1.0"),
         ({"guidance_scale": (0.0, 5.0)}, "guidance_scale .* is on for some rows of the batch only"),
         ({"video_guidance_scale": 31}, "video_guidance_scale 31"),
+        ({"guidance_decay": -0.5}, "guidance_decay -0.5 is not between 0 and 30"),
+        ({"guidance_decay": (None, float("nan"))}, "guidance_decay nan"),
+        ({"min_guidance_scale": 31}, "min_guidance_scale 31"),
         ({"video_guidance_scale": float("inf")}, "video_guidance_scale inf"),
     ],
 )
@@ -333,7 +381,7 @@ def test_one_step_count_per_level_is_needed(name, steps):
     assert not calls
 
 
-@pytest.mark.parametrize("name", ["guidance_scale", "video_guidance_scale"])
+@pytest.mark.parametrize("name", ["guidance_scale", "video_guidance_scale", "guidance_decay", "min_guidance_scale"])
 @pytest.mark.parametrize("has_image", [False, True])
 def test_one_guidance_scale_per_row_is_needed(name, has_image):
     calls: list[StepInfo] = []

@@ -49,8 +49,9 @@ class Running:
             for job in jobs:
                 storage.put(f"videos/{job.id}.mp4", VIDEO)
                 storage.put(f"thumbnails/{job.id}.webp", STRIP.getvalue())
-                uris = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
-                store.complete(job.claim, {**uris, "sha256": "ab" * 32, "seconds": {"sample": 1.5}})
+                files = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
+                facts = {"media_type": "video/mp4", "sha256": "ab" * 32, "seconds": {"sample": 1.5}}
+                store.complete(job.claim, files | facts)
 
 
 def service_in(folder: Path, limits: Limits = LIMITS, preset: Preset = PRESET) -> Service:

@@ -392,6 +392,29 @@ def test_one_key_may_have_so_many_streams_open(running, monkeypatch):
         time.sleep(0.1)
 
 
+def test_a_still_is_a_picture_and_does_not_stream(running):
+    client, http, service = running.client(), running.http(), running.service
+    video = client.videos.create(prompt="a fox", model="toy", extra_body={"num_frames": 1, "image_format": "webp"})
+    path = f"/v1/videos/{video.id}"
+    assert (video.image_format, video.seconds) == ("webp", "0")
+    refused = http.get(f"{path}/stream")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "still_image")
+    [job] = service.store.claim(1, 60)
+    assert not job.followed
+    files = {"uri": "images/a.webp", "thumbnail_uri": "thumbnails/a.webp", "media_type": "image/webp"}
+    service.storage.put(files["uri"], b"picture")
+    service.storage.put(files["thumbnail_uri"], picture())
+    service.store.complete(job.claim, files)
+    answer = http.get(f"{path}/content")
+    assert (answer.content, answer.headers["content-type"]) == (b"picture", "image/webp")
+    assert f"{video.id}.webp" in answer.headers["content-disposition"]
+    for variant in ("thumbnail", "spritesheet"):
+        answer = http.get(f"{path}/content?variant={variant}")
+        assert Image.open(io.BytesIO(answer.content)).size == (70, 90)
+    http.delete(path)
+    assert service.storage.list("images") == service.storage.list("thumbnails") == []
+
+
 def test_what_will_never_be_seen_does_not_stream(running):
     http = running.http()
     video = http.post("/v1/videos", json={"prompt": "a fox"}).json()

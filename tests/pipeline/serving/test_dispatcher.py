@@ -135,6 +135,25 @@ def test_files_of_a_lost_attempt_go_with_the_video(farm, forget):
     assert farm.storage.list("videos") == farm.storage.list("thumbnails") == []
 
 
+def test_a_still_is_made_and_lost_attempts_at_it_leave_no_file(farm):
+    video_id = farm.ask("a picture", num_frames=1, image_format="webp")
+    publish, calls = farm.local.stages[-1], []
+
+    def dies_after(batch):
+        calls.append(publish(batch))
+        if len(calls) == 1:
+            raise ConnectionError("the worker is gone")
+        return calls[-1]
+
+    farm.local.stages = (*farm.local.stages[:-1], dies_after)
+    farm.run_all()
+    result = farm.job(video_id).result
+    assert (result["media_type"], result["uri"].endswith(".webp")) == ("image/webp", True)
+    assert len(farm.storage.list("images")) == 2
+    remove_files(farm.storage, farm.job(video_id))
+    assert farm.storage.list("images") == farm.storage.list("thumbnails") == []
+
+
 def test_one_video_that_cannot_be_removed_keeps_no_other(farm, monkeypatch):
     ids = [farm.ask("first"), farm.ask("second")]
     farm.run_all()

@@ -34,6 +34,9 @@ def test_a_form_of_text_is_understood():
     assert (request.width, request.height, request.num_frames) == (64, 64, 121)
     assert (request.seed, request.guidance_scale, request.negative_prompt) == (7, 3.5, "mist")
     assert video.priority == Priority.BATCH
+    request = asked(image_fit="pad", image_format="webp", guidance_decay="0.5", min_guidance_scale="1").request
+    assert (request.image_fit, request.image_format) == ("pad", "webp")
+    assert (request.guidance_decay, request.min_guidance_scale) == (0.5, 1)
 
 
 def test_lists_have_brackets_in_forms_and_none_in_json():
@@ -60,13 +63,16 @@ def test_a_seed_is_drawn_if_none_is_given():
         ({"prompt": " "}, "prompt", "is empty"),
         ({"size": "640"}, "size", "WIDTHxHEIGHT"),
         ({"size": "9999999x64"}, "size", "WIDTHxHEIGHT"),
-        ({"size": "700x64"}, "width", "not a multiple of 64"),
+        ({"size": "700x64"}, "width", "not a multiple of 64: the nearest are 640 and 704"),
         ({"size": "64x64", "width": 64}, "size", "together"),
         ({"seconds": "soon"}, "seconds", "not a number"),
         ({"seconds": "nan"}, "seconds", "not a number"),
         ({"seconds": "5", "num_frames": "121"}, "seconds", "together"),
         ({"seconds": [5]}, "seconds", "not a number"),
-        ({"num_frames": "100"}, "num_frames", "100"),
+        ({"num_frames": "100"}, "num_frames", "the nearest are 97 and 105"),
+        ({"image_format": "gif"}, "image_format", "'png' or 'webp'"),
+        ({"image_fit": "stretch"}, "image_fit", "'crop' or 'pad'"),
+        ({"guidance_decay": "fast"}, "guidance_decay", "fast"),
         ({"guidance_scale": "high"}, "guidance_scale", "high"),
         ({"seed": True}, "seed", "boolean"),
         ({"priority": "now"}, "priority", "interactive, batch"),
@@ -100,7 +106,7 @@ def test_another_model_is_not_found():
 
 
 def test_an_untrained_size_is_refused_when_the_job_is_made():
-    with pytest.raises(APIError, match="not a trained size"):
+    with pytest.raises(APIError, match="128x128 is not a trained size, which is 384x640 or 64x64"):
         asked(size="128x128").job(PRESET, owner="me", model="toy", created_at=0.0)
 
 
@@ -129,6 +135,18 @@ def test_a_job_is_shown_with_every_value_decided():
     )
     assert shown["error"] is None
     assert shown["content_id"] == job.request["id"]
+    assert (shown["image_format"], shown["guidance_decay"], shown["min_guidance_scale"]) == (None, None, 2)
+    still = asked(num_frames=1, guidance_decay=1).job(PRESET, owner="me", model="toy", created_at=12.7)
+    still.status, still.progress = Status.QUEUED, 0
+    shown = Video.of(still, "f00d").model_dump(mode="json")
+    assert (shown["image_format"], shown["guidance_decay"], shown["seconds"]) == ("png", 1, "0")
+
+
+def test_a_job_of_before_there_were_pictures_is_shown():
+    job = asked(num_frames=1).job(PRESET, owner="me", model="toy", created_at=0.0)
+    job.status, job.progress = Status.QUEUED, 0
+    job.request = {name: value for name, value in job.request.items() if not name.startswith("image_f")}
+    assert Video.of(job, "f00d").image_format is None
 
 
 def test_ids_are_random_and_of_the_dialects_form():
