@@ -62,6 +62,10 @@ class ImageRoot:
         return data
 
 
+NO_IMAGES = ImageRoot("/nonexistent")
+"""No folder, and no web server: pictures come with their requests."""
+
+
 def _local(uri: str, root: str) -> str | None:
     """Return the path of a local file with all links resolved, or None if it lies outside the root."""
     base, name = Path(root).resolve(), uri.removeprefix("file://")

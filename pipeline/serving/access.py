@@ -9,10 +9,10 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from pipeline.images import ImageRoot
+from pipeline.images import NO_IMAGES, ImageRoot
 from pipeline.serving.keys import Keys
 from pipeline.serving.links import Links
-from pipeline.serving.schemas import NO_IMAGES, APIError
+from pipeline.serving.schemas import APIError
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Job
 from pipeline.storage import Storage

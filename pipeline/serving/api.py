@@ -22,6 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from pipeline.fragments import padded
 from pipeline.request import hash_of
 from pipeline.serving.access import Own, Owner, Readable, Served, Service, Told, check_room, file_path, found, opened
+from pipeline.serving.creation import NewVideo, Remix, new_video, remixed
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
 from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
@@ -32,12 +33,8 @@ from pipeline.serving.schemas import (
     FileLinks,
     Model,
     ModelList,
-    NewVideo,
-    Remix,
     Video,
     VideoList,
-    new_video,
-    remixed,
 )
 from pipeline.serving.scrape import scraped
 from pipeline.serving.store import BusyError

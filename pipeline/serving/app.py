@@ -12,6 +12,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
+from pipeline.images import NO_IMAGES
 from pipeline.logs import log_as_json
 from pipeline.plan import StageSpec
 from pipeline.serving.access import Service
@@ -20,7 +21,6 @@ from pipeline.serving.dispatcher import DispatchSettings
 from pipeline.serving.keys import Keys
 from pipeline.serving.links import Links
 from pipeline.serving.live import LiveDecode
-from pipeline.serving.schemas import NO_IMAGES
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.webhooks import Webhook
 from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica

@@ -6,7 +6,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from pipeline.request import RenderRequest
-from pipeline.serving.schemas import PRIORITIES, REQUEST_FIELDS, ErrorBody, Remix
+from pipeline.serving.creation import REQUEST_FIELDS, Remix
+from pipeline.serving.schemas import ErrorBody
+from pipeline.serving.tables import PRIORITIES
 from pyramid_flow import Preset
 from pyramid_flow.sampling import TEMPORAL_FACTOR
 

@@ -12,9 +12,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from pipeline.serving.schemas import PRIORITIES
 from pipeline.serving.store import Census
-from pipeline.serving.tables import Status
+from pipeline.serving.tables import PRIORITIES, Status
 
 logger = logging.getLogger(__name__)
 

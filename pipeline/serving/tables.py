@@ -32,6 +32,10 @@ class Priority:
     BATCH = 1
 
 
+PRIORITIES = {"interactive": Priority.INTERACTIVE, "batch": Priority.BATCH}
+"""By the names that clients know."""
+
+
 class Base(DeclarativeBase):
     """What SQLAlchemy knows of the tables."""
 

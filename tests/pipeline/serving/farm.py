@@ -8,9 +8,9 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from pipeline.rows import pack, unpack
+from pipeline.serving.creation import new_video
 from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
 from pipeline.serving.live import LiveDecode, Relay
-from pipeline.serving.schemas import new_video
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.tables import Status
 from pipeline.serving.watch import Watch

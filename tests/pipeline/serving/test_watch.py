@@ -6,7 +6,7 @@ from sqlalchemy.exc import OperationalError
 
 from pipeline.rows import Item, RenderRow
 from pipeline.serving import watch
-from pipeline.serving.schemas import new_video
+from pipeline.serving.creation import new_video
 from pipeline.serving.watch import BEFORE, SAMPLING, Watch
 from pyramid_flow import Checkpoint, StepInfo
 

@@ -1,0 +1,179 @@
+"""The HTTP dialect: what a client may ask for."""
+
+import base64
+import binascii
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import nan
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.faults import StorageError
+from pipeline.fetch import ImageError, is_web
+from pipeline.images import NO_IMAGES, ImageRoot
+from pipeline.request import MAX_NUM_FRAMES, MAX_SEED, RenderRequest, RequestError
+from pipeline.serving.schemas import APIError
+from pipeline.serving.tables import ID_PREFIX, PRIORITIES, Job
+from pyramid_flow import InvalidValueError, Preset
+from pyramid_flow.pixels import open_image
+from pyramid_flow.sampling import TEMPORAL_FACTOR
+
+ID_BYTES = 16
+"""Random bytes of a video's id: 22 url-safe characters."""
+
+REQUEST_FIELDS = frozenset(RenderRequest.model_fields) - {"image"}
+OWN_FIELDS = frozenset({"model", "seconds", "size", "input_reference", "image_reference", "priority"})
+DATA_URL = "data:image/"
+MAX_PROMPT = 10_000
+"""Characters; encoders read some hundred."""
+
+
+class Remix(BaseModel):
+    """What a remix asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class NewVideo:
+    """A video that is asked for: the request with its picture, and how urgent it is."""
+
+    request: RenderRequest
+    priority: int
+
+    def job(self, preset: Preset, **values: Any) -> Job:  # noqa: ANN401 - columns
+        """Return the job, with every value decided."""
+        content_id = self.request.id or self.request.content_hash
+        try:
+            resolved = self.request.resolve(preset, content_id)
+        except RequestError as error:
+            raise invalid(str(error)) from error
+        return Job(
+            id=new_id(),
+            given=self.request.model_dump(mode="json", exclude={"image"}, exclude_none=True),
+            request=resolved.model_dump(mode="json"),
+            shape=str(resolved.shape),
+            priority=self.priority,
+            **values,
+        )
+
+
+def new_id() -> str:
+    """Draw the id of a video."""
+    return f"{ID_PREFIX}{secrets.token_urlsafe(ID_BYTES)}"
+
+
+def invalid(message: str, param: str | None = None) -> APIError:
+    """Return the error for a request that breaks a rule."""
+    return APIError(400, "invalid_value", message, param)
+
+
+def new_video(
+    fields: Mapping[str, Any], upload: bytes | None, preset: Preset, model: str, images: ImageRoot = NO_IMAGES
+) -> NewVideo:
+    """Read the fields of a create call; a seed is drawn if none is given. Raises APIError.
+
+    fields: of a form, where every value is text and lists are called `name[]`, or of JSON; upload: `input_reference`;
+    images: fetches `image_reference` if it is a URL.
+    """
+    known = {name.removesuffix("[]"): value for name, value in fields.items() if value is not None}
+    for name in known.keys() - REQUEST_FIELDS - OWN_FIELDS:
+        raise APIError(400, "unknown_parameter", f"there is no field {name!r}", name)
+    if known.get("model", model) != model:
+        raise APIError(404, "model_not_found", f"there is no model {known['model']!r}, there is {model!r}", "model")
+    priority = PRIORITIES.get(str(known.get("priority", "interactive")))
+    if priority is None:
+        raise invalid(f"priority {known['priority']!r} is not one of {', '.join(PRIORITIES)}", "priority")
+    values = {name: value for name, value in known.items() if name in REQUEST_FIELDS}
+    if values.get("num_videos_per_prompt") not in (None, 1, "1"):
+        raise invalid("num_videos_per_prompt is more than 1: ask for each video by itself", "num_videos_per_prompt")
+    values |= _size(known) | _length(known, preset)
+    image = _image(known, upload, images)
+    return NewVideo(_request({"seed": secrets.randbelow(MAX_SEED + 1), **values} | image), priority)
+
+
+def remixed(job: Job, prompt: str, image: bytes | None) -> NewVideo:
+    """Return the request of a job with another prompt, the same seed and image."""
+    given = {name: value for name, value in job.given.items() if name != "id"} | {"seed": job.request["seed"]}
+    return NewVideo(_request(given | {"prompt": prompt} | ({"image": image} if image else {})), job.priority)
+
+
+def _request(values: dict[str, Any]) -> RenderRequest:
+    for name in ("prompt", "negative_prompt"):
+        if isinstance(values.get(name), str) and len(values[name]) > MAX_PROMPT:
+            raise invalid(f"{name} has {len(values[name])} characters, more than {MAX_PROMPT}", name)
+    try:
+        return RenderRequest.parse(values)
+    except RequestError as error:
+        raise invalid(str(error), str(error).partition(" ")[0]) from error
+
+
+def _size(fields: Mapping[str, Any]) -> dict[str, int]:
+    size = fields.get("size")
+    if size is None:
+        return {}
+    if "height" in fields or "width" in fields:
+        raise invalid("size is given together with height or width", "size")
+    width, _, height = str(size).partition("x")
+    if not (width.isdecimal() and height.isdecimal() and max(len(width), len(height)) <= 5):
+        raise invalid(f"size {str(size)[:40]!r} is not WIDTHxHEIGHT in pixels", "size")
+    return {"width": int(width), "height": int(height)}
+
+
+def _length(fields: Mapping[str, Any], preset: Preset) -> dict[str, int]:
+    """Return the number of frames 1 + 8k that is nearest to what `seconds` asks for."""
+    seconds = fields.get("seconds")
+    if seconds is None:
+        return {}
+    if "num_frames" in fields:
+        raise invalid("seconds is given together with num_frames", "seconds")
+    try:
+        count = float(seconds) * float(fields.get("fps", preset.fps))
+    except (TypeError, ValueError, OverflowError):
+        count = nan
+    if not 0 < count <= MAX_NUM_FRAMES:
+        raise invalid(f"seconds {str(seconds)[:40]!r} is not a number above 0", "seconds")
+    return {"num_frames": 1 + TEMPORAL_FACTOR * round((count - 1) / TEMPORAL_FACTOR)}
+
+
+def _image(fields: Mapping[str, Any], upload: bytes | None, images: ImageRoot) -> dict[str, bytes]:
+    """Return the picture that a video starts from, which is decoded to see that it is one."""
+    if "input_reference" in fields:
+        raise invalid("input_reference is not a file", "input_reference")
+    reference = fields.get("image_reference")
+    if reference is not None and upload is not None:
+        raise invalid("image_reference is given together with input_reference", "image_reference")
+    if reference is None and upload is None:
+        return {}
+    data = upload if upload is not None else _referenced(reference, images)
+    try:
+        open_image(data)
+    except InvalidValueError as error:
+        raise invalid(str(error), "input_reference" if upload is not None else "image_reference") from error
+    return {"image": data}
+
+
+def _referenced(reference: object, images: ImageRoot) -> bytes:
+    """Return the picture that a data: URL holds, or the web server of an allowed host."""
+    if isinstance(reference, Mapping):
+        reference = reference.get("image_url")
+    if isinstance(reference, str) and reference.startswith(DATA_URL):
+        return _from_data_url(reference)
+    if not isinstance(reference, str) or not is_web(reference):
+        raise invalid("image_reference is neither a data:image/... nor an http(s) URL", "image_reference")
+    try:
+        return images.read(reference)
+    except (RequestError, ImageError, StorageError) as error:
+        raise invalid(str(error), "image_reference") from error
+
+
+def _from_data_url(url: str) -> bytes:
+    _, separator, payload = url.partition(";base64,")
+    try:
+        return base64.b64decode(payload if separator else "!", validate=True)
+    except binascii.Error as error:
+        raise invalid("image_reference is not in base64", "image_reference") from error
