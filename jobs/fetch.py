@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import cast
 
 from huggingface_hub import DryRunFileInfo, HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -29,7 +30,7 @@ NEEDED = (
 )
 """What of a repository is needed; never pickled weights, which could run code when they are loaded."""
 
-HTTP_ERROR = HfHubHTTPError.__bases__[0]
+HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """Base of the errors of whichever HTTP client huggingface_hub uses."""
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,9 @@ def _listing(hub: HfApi, repository: str, revision: str) -> tuple[str, list[str]
     try:
         info = hub.model_info(repository, revision=revision)
     except GatedRepoError as error:
-        raise FetchError(f"{repository} is open only to accounts with access: set HF_TOKEN to a token of one") from error
+        raise FetchError(
+            f"{repository} is open only to accounts with access: set HF_TOKEN to a token of one"
+        ) from error
     except RevisionNotFoundError as error:
         raise FetchError(f"{repository} has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:

@@ -45,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(InspectSettings, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        variants = [
-            describe(Checkpoint.open(settings.model, name), settings) for name in list_variants(settings.model)
-        ]
+        variants = [describe(Checkpoint.open(settings.model, name), settings) for name in list_variants(settings.model)]
     except PyramidFlowError as error:
         print(f"pyramid-render inspect: {error}", file=sys.stderr)
         return EXIT_WRONG_JOB

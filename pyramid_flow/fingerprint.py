@@ -51,7 +51,7 @@ def fingerprint(folders: Sequence[Path], settings: bytes = b"", cache: Path | No
 
 
 def _hash(weights: Weights, settings: bytes) -> str:
-    """Read every tensor once, in pieces; one thread, because a chain of SHA-256 is slower than the reads ahead of it."""
+    """Read every tensor once, in pieces, by one thread: hashing waits for nothing, and one hash is one chain."""
     size = sum(tensor.stop - tensor.start for tensors in weights.values() for tensor in tensors.values())
     if size >= SLOW_BYTES:
         logger.info("reading %.1f GB of weights for their fingerprint", size / 1e9)

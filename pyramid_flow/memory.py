@@ -175,7 +175,8 @@ def _encoder_peak(folder: Path, dtype: torch.dtype) -> int:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is no text encoder that is known: {error}") from error
     with META:
-        encoder = cls(config).eval().to(dtype)
+        encoder: Any = cls(config)
+    encoder = encoder.eval().to(dtype)
     with _peak() as peak:
         encoder(input_ids=torch.empty(2, num_tokens, dtype=torch.long, device=META))
     return peak.bytes
@@ -192,7 +193,7 @@ class _LiveTensors(TorchDispatchMode):
     """Adds up the storages that operations make, until they are freed; `bytes` is the peak."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         self._live: dict[int, int] = {}
 

@@ -5,7 +5,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """What it serves and what it has served.
 
-    cuts: after how many bytes of a file the connection ends, once per entry of its list; down: answer nothing more.
+    cuts: after how many bytes of a file the connection ends, once per entry of its list. stall: a file that ends
+    halfway and then waits, which `stalled` tells.
     """
 
     repository: str
@@ -26,8 +27,8 @@ class Hub:
     url: str = ""
     served: Counter[str] = field(default_factory=Counter)
     cuts: dict[str, list[int]] = field(default_factory=dict)
-    down_after: str | None = None
-    reached: threading.Event = field(default_factory=threading.Event)
+    stall: str | None = None
+    stalled: threading.Event = field(default_factory=threading.Event)
 
     @property
     def names(self) -> list[str]:
@@ -68,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = self.path.partition("?")[0]
         model, resolved = f"/api/models/{self.hub.repository}", f"/{self.hub.repository}/resolve/{COMMIT}/"
-        if path in (model, f"{model}/revision/main"):
+        if path in (model, f"{model}/revision/main", f"{model}/revision/{COMMIT}"):
             siblings = [{"rfilename": name} for name in self.hub.names]
             self.send(200, json.dumps({"id": self.hub.repository, "sha": COMMIT, "siblings": siblings}).encode())
         elif path.startswith(f"{model}/revision/"):
@@ -88,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
         part = data[start : start + cuts.pop(0)] if cuts and self.command == "GET" else data[start:]
         if self.command == "GET":
             self.hub.served[name] += len(part)
+            if self.hub.stall == name:
+                part = part[: len(part) // 2]
         self.send(206 if start else 200, part, headers, length=len(data) - start)
 
     def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
@@ -97,6 +100,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+            self.wfile.flush()
+        if self.command == "GET" and length is not None and len(body) < length and self.hub.stall:
+            self.hub.stalled.set()
+            with suppress(ConnectionError):
+                self.connection.recv(1)  # until the other side has gone
         self.close_connection = True
 
     def log_message(self, format: str, *arguments: object) -> None:
