@@ -1,22 +1,22 @@
-"""A checkpoint folder in the published layout: which parts it has, loading them strictly, and its fingerprint."""
+"""A checkpoint folder in the published layout: which parts it has, and loading them strictly."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from pyramid_flow.errors import CheckpointError, InvalidValueError
+from pyramid_flow.fingerprint import fingerprint
 from pyramid_flow.presets import PRESETS, Preset
+from pyramid_flow.published import REPOSITORIES, fetched_folder
 from pyramid_flow.text import TEXT_LAYOUTS, TextEncoder, TextLayout
 from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
 from pyramid_flow.transformer_mmdit import PyramidDiffusionMMDiT
 from pyramid_flow.vae import CausalVideoVAE
+from pyramid_flow.weight_files import read_json, stored_tensors
 
 BUNDLED = {"toy": Path(__file__).resolve().parent / "toy" / "weights"}
 """Checkpoints that come with the package, by the name that stands for their path."""
@@ -30,7 +30,6 @@ TRANSFORMERS: dict[str, type[PyramidTransformer]] = {
 TRANSFORMER_PREFIX = "diffusion_transformer_"
 VAE_FOLDER = "causal_video_vae"
 CONFIG_FILE = "config.json"
-WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 PRESET_FILE = "pyramid.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,19 +56,16 @@ class Checkpoint:
     def open(cls, path: str | Path, variant: str | None = None) -> "Checkpoint":
         """Find the transformer of a checkpoint; raises CheckpointError for a missing folder or an unclear variant.
 
-        path: a folder in the published layout, or "toy" for the bundled model (a folder of that name is "./toy").
+        path: a folder in the published layout, or a name: "toy" for the bundled model, "miniflux" or "sd3" for what was
+        fetched (a folder of that name is "./toy").
         variant: "384p", "768p", "image" or a folder name; None = the only transformer folder there is.
         """
-        root = BUNDLED.get(str(path), Path(path)).expanduser().resolve()
-        if not root.is_dir():
-            raise CheckpointError(f"there is no checkpoint folder {root}")
-        folders = sorted(folder for folder in root.glob(TRANSFORMER_PREFIX + "*") if folder.is_dir())
-        names = [folder.name.removeprefix(TRANSFORMER_PREFIX) for folder in folders]
-        if not folders:
-            raise CheckpointError(f"{root} has no folder {TRANSFORMER_PREFIX}*")
-        if variant is None and len(folders) > 1:
+        root = find_root(path)
+        names = list_variants(path)
+        if variant is None and len(names) > 1:
             raise CheckpointError(f"{root} has several variants, choose one of: {', '.join(names)}")
-        for name, folder in zip(names, folders, strict=True):
+        for name in names:
+            folder = root / f"{TRANSFORMER_PREFIX}{name}"
             if variant in (None, name, folder.name):
                 return cls(root, folder)
         raise CheckpointError(f"{root} has no variant {variant!r}, it has: {', '.join(names)}")
@@ -88,7 +84,11 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """What people call it: "toy", or folder and variant, such as "pyramid-flow-miniflux/384p"."""
-        return self.path if self.path in BUNDLED else f"{self.root.name}/{self.variant}"
+        if self.path in BUNDLED:
+            return self.path
+        in_cache = self.root.parent.name == "snapshots"  # of the Hub: models--OWNER--NAME/snapshots/COMMIT
+        folder = self.root.parents[1].name.rpartition("--")[2] if in_cache else self.root.name
+        return f"{folder}/{self.variant}"
 
     @cached_property
     def family(self) -> str:
@@ -115,24 +115,13 @@ class Checkpoint:
         presets = PRESETS[self.family]
         preset = presets.get(self.variant, presets["384p"])
         path = self.root / PRESET_FILE
-        return preset.updated(_read_json(path)) if path.exists() else preset
+        return preset.updated(read_json(path)) if path.exists() else preset
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a hash over pyramid.json and every tensor in use, however the weights are sharded.
-
-        Of a tensor its name, type, shape and bytes count.
-        """
+        """16 hex digits of a hash over pyramid.json and every tensor in use; see `fingerprint.fingerprint`."""
         settings = self.root / PRESET_FILE
-        digest = hashlib.sha256(settings.read_bytes() if settings.exists() else b"")
-        for folder in self.folders:
-            digest.update(folder.name.encode())
-            for name, file in sorted(_tensor_files(folder).items()):
-                with safe_open(file, framework="pt") as tensors:
-                    tensor = tensors.get_tensor(name).contiguous()
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.folders, settings.read_bytes() if settings.exists() else b"")
 
     def empty_transformer(self) -> PyramidTransformer:
         """Return the transformer that the config describes, on the meta device."""
@@ -168,7 +157,25 @@ class Checkpoint:
             if not (self.root / name).is_dir():
                 raise CheckpointError(f"{self.root} has no folder {name}")
         for name in layout.encoders:
-            _tensor_shapes(self.root / name)
+            stored_tensors(self.root / name)
+
+
+def list_variants(path: str | Path) -> list[str]:
+    """Return the names of the transformers of a checkpoint; raises CheckpointError if there is none."""
+    root = find_root(path)
+    if not root.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {root}")
+    folders = sorted(folder for folder in root.glob(TRANSFORMER_PREFIX + "*") if folder.is_dir())
+    if not folders:
+        raise CheckpointError(f"{root} has no folder {TRANSFORMER_PREFIX}*")
+    return [folder.name.removeprefix(TRANSFORMER_PREFIX) for folder in folders]
+
+
+def find_root(path: str | Path) -> Path:
+    """Return the absolute folder that a path or a name stands for; raises CheckpointError for a name not fetched."""
+    if str(path) in REPOSITORIES:
+        return fetched_folder(str(path)).resolve()
+    return BUNDLED.get(str(path), Path(path)).expanduser().resolve()
 
 
 def load_model(cls: type[Model], folder: Path, dtype: torch.dtype, device: torch.device | str) -> Model:
@@ -184,7 +191,7 @@ def load_model(cls: type[Model], folder: Path, dtype: torch.dtype, device: torch
 def check_tensors(cls: type[Model], folder: Path) -> None:
     """Raise CheckpointError unless the folder holds exactly the tensors that its config asks for."""
     expected = {name: tuple(tensor.shape) for name, tensor in _empty(cls, folder).state_dict().items()}
-    actual = _tensor_shapes(folder)
+    actual = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
     for name in sorted(expected.keys() - actual.keys()):
         raise CheckpointError(f"{folder} lacks the tensor {name} {list(expected[name])}")
     for name in sorted(actual.keys() - expected.keys()):
@@ -207,43 +214,4 @@ def _empty(cls: type[Model], folder: Path) -> Model:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG_FILE}")
-    return _read_json(folder / CONFIG_FILE)
-
-
-def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(set(_tensor_files(folder).values())):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return shapes
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Map each tensor name to its safetensors file: one file, or several with an index."""
-    for stem in WEIGHT_STEMS:  # not a variant's file beside them, such as model.fp16.safetensors
-        index, file = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.exists():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} has no weight_map")
-            return {name: folder / file for name, file in weight_map.items()}
-        if file.exists():
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    return dict.fromkeys(tensors.keys(), file)
-            except SafetensorError as error:
-                raise CheckpointError(f"{file} cannot be read: {error}") from error
-    raise CheckpointError(f"{folder} has no safetensors file")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
+    return read_json(folder / CONFIG_FILE)

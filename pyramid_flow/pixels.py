@@ -135,11 +135,13 @@ def decode_frames(
 
 
 def as_uint8(frames: Tensor) -> Tensor:
-    """Map decoded frames [B,3,N,H,W] to uint8 [B,N,H,W,3]: y * 127.5 + 127.5, clamped and truncated.
-
-    Raises NonFiniteError, as NaN would become black.
-    """
+    """Return `quantized` frames; raises NonFiniteError for NaN, which would become black, and infinity."""
     if not frames.isfinite().all():
         raise NonFiniteError("the decoded frames are not finite")
+    return quantized(frames)
+
+
+def quantized(frames: Tensor) -> Tensor:
+    """Map decoded frames [B,3,N,H,W] to uint8 [B,N,H,W,3]: y * 127.5 + 127.5, clamped and truncated."""
     levels = (frames.float() * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 4, 1).contiguous()

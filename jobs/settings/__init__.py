@@ -1,6 +1,7 @@
 """Settings of the jobs, one module per kind of job; nothing else reads the environment."""
 
 from jobs.settings.base import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, parse
+from jobs.settings.model import FetchSettings, InspectSettings
 from jobs.settings.render import CompactSettings, DemoSettings, RenderSettings, StatusSettings
 from jobs.settings.serve import ServeSettings, webhook_secret
 from jobs.settings.training import EncodeSettings, PhaseSettings, TrainSettings, WorldSettings
@@ -12,6 +13,8 @@ __all__ = [
     "CompactSettings",
     "DemoSettings",
     "EncodeSettings",
+    "FetchSettings",
+    "InspectSettings",
     "PhaseSettings",
     "RenderSettings",
     "ServeSettings",

@@ -16,7 +16,7 @@ from pipeline.fetch import host_name
 
 EXIT_BROKEN, EXIT_WRONG_JOB, EXIT_INTERRUPTED = 1, 2, 130
 OWN_CLUSTER = "local"
-MODEL = 'checkpoint folder in the published layout, or "toy" for the bundled model'
+MODEL = 'checkpoint folder in the published layout, "miniflux" or "sd3" once fetched, or "toy" for the bundled model'
 
 Count = Annotated[int, Field(ge=1)]
 Hosts = Annotated[list[str], AfterValidator(lambda hosts: [host_name(host) for host in hosts])]

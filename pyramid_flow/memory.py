@@ -1,0 +1,235 @@
+"""How much device memory a checkpoint takes, by part and by memory mode.
+
+Weights come from the headers of their files. Activations are the peak of live tensors while a part works, counted on
+its own modules without weights, so any size takes a second or two.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+from weakref import finalize
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
+
+from pyramid_flow.checkpoint import Checkpoint
+from pyramid_flow.errors import CheckpointError
+from pyramid_flow.pixels import quantized
+from pyramid_flow.pyramid import history_clips, latent_pyramid
+from pyramid_flow.sampling import SamplingParams, guided
+from pyramid_flow.schedule import PyramidSchedule
+from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS, TextEmbedding
+from pyramid_flow.vae import temporal_chunks
+from pyramid_flow.weight_files import StoredTensor, stored_tensors
+
+META = torch.device("meta")
+
+MemoryMode = Literal["full", "offload", "sequential"]
+MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
+"""full: every part stays on the device; offload: a part is there while it works; sequential: a block is."""
+
+TRANSFORMER, VAE = "transformer", "vae"
+ENCODERS: dict[str, tuple[type[T5EncoderModel | CLIPTextModel], int]] = {
+    "t5": (T5EncoderModel, MAX_TOKENS),
+    "clip_text_model": (CLIPTextModel, POOLED_MAX_TOKENS),
+}
+"""Class and tokens of a text encoder, by the model_type of its config."""
+
+BLOCK = re.compile(r"(.*?\.\d+)\.")
+"""Of a tensor's name what names its block: the outermost numbered module."""
+
+
+@dataclass(frozen=True)
+class PartMemory:
+    """Bytes that one part takes on the device.
+
+    weights: all of them. block: the largest block and what lies outside of all blocks, which is there when the part
+    runs block by block. activations: the peak beyond the weights while it works.
+    """
+
+    weights: int
+    block: int
+    activations: int
+
+
+def part_folders(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Return the folders of "transformer", "vae" and each text encoder, which is called by its folder."""
+    transformer, vae, *encoders = checkpoint.folders
+    return {folder.name: folder for folder in encoders} | {TRANSFORMER: transformer, VAE: vae}
+
+
+def part_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
+    """Return the bytes of each part's weights once loaded; reads file headers. Raises CheckpointError."""
+    return {part: sum(_block_bytes(folder, dtype).values()) for part, folder in part_folders(checkpoint).items()}
+
+
+def part_memory(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    params: SamplingParams,
+    *,
+    batch_size: int = 1,
+    has_image: bool = False,
+    window: int = 1,
+    tile: int | None = None,
+) -> dict[str, PartMemory]:
+    """Return what each part takes while videos of one shape are rendered; the names are those of `part_folders`.
+
+    batch_size: videos that are sampled together (they are encoded and decoded one by one); has_image: image-to-video;
+    window, tile: as in `CausalVideoVAE.decode`. Activations are those of the sampler's widest evaluation, of two
+    prompts of full length, and of decoding the first chunks. Not counted is what a device's libraries keep for
+    themselves, such as workspaces, fragments and compiled kernels: leave some room. Reads no weights. Raises
+    CheckpointError.
+    """
+    activations = {
+        TRANSFORMER: _sampling_peak(checkpoint, dtype, params, batch_size),
+        VAE: _vae_peak(checkpoint, dtype, params, has_image, window, tile),
+    }
+    parts = {}
+    for part, folder in part_folders(checkpoint).items():
+        blocks = _block_bytes(folder, dtype)
+        outside = blocks.pop("", 0)
+        parts[part] = PartMemory(
+            weights=outside + sum(blocks.values()),
+            block=outside + max(blocks.values(), default=0),
+            activations=activations[part] if part in activations else _encoder_peak(folder, dtype),
+        )
+    return parts
+
+
+def needed_bytes(parts: Mapping[str, PartMemory], mode: MemoryMode) -> int:
+    """Return what a mode needs on the device when one part works at a time."""
+    if mode == "full":
+        return sum(part.weights for part in parts.values()) + max(part.activations for part in parts.values())
+    return max((part.weights if mode == "offload" else part.block) + part.activations for part in parts.values())
+
+
+def _block_bytes(folder: Path, dtype: torch.dtype) -> Counter[str]:
+    """Return the bytes of each block by its name; "" holds what lies outside of all blocks."""
+    sizes: Counter[str] = Counter()
+    for name, tensor in stored_tensors(folder).items():
+        block = BLOCK.match(name)
+        sizes[block[1] if block else ""] += _loaded_bytes(tensor, dtype)
+    return sizes
+
+
+def _loaded_bytes(tensor: StoredTensor, dtype: torch.dtype) -> int:
+    loaded = dtype if tensor.dtype.is_floating_point else tensor.dtype
+    return tensor.num_elements * loaded.itemsize
+
+
+@torch.no_grad()
+def _sampling_peak(checkpoint: Checkpoint, dtype: torch.dtype, params: SamplingParams, batch_size: int) -> int:
+    """Count the evaluation of the last unit at the last level, which has the most tokens."""
+    transformer: Any = nn.Module.to(checkpoint.empty_transformer(), dtype)
+    num_levels = len(PyramidSchedule().levels)
+    branches = batch_size * (1 + params.guided)
+    config = transformer.config
+    text = TextEmbedding(
+        tokens=torch.empty(branches, MAX_TOKENS, config["joint_attention_dim"], device=META),
+        mask=torch.ones(branches, MAX_TOKENS, dtype=torch.bool),
+        pooled=torch.empty(branches, config["pooled_projection_dim"], device=META),
+    )
+    scale = torch.empty(batch_size, 1, 1, 1, 1, device=META) if params.guided else None
+    with _peak() as peak:
+        latents = torch.empty(params.latent_shape(batch_size, transformer.latent_channels), device=META)
+        frame, *past = latents.split(1, dim=2)
+        finished = [latent_pyramid(each, num_levels) for each in past]
+        state = transformer.embed_text(text)
+        velocity = guided(transformer, state, history_clips(finished, num_levels - 1), frame.shape, scale)
+        frame + velocity(frame, 0.0)
+    return peak.bytes
+
+
+@torch.no_grad()
+def _vae_peak(
+    checkpoint: Checkpoint, dtype: torch.dtype, params: SamplingParams, has_image: bool, window: int, tile: int | None
+) -> int:
+    """Count the first chunk, which is the longest, and the second, which meets what the first one left."""
+    vae: Any = nn.Module.to(checkpoint.empty_vae(), dtype)
+    with _peak() as peak:
+        if has_image:
+            vae.encode_moments(torch.empty(1, 3, 1, params.height, params.width, device=META))
+        latents = torch.empty(params.latent_shape(1, vae.config["decoder_in_channels"]), dtype=dtype, device=META)
+        chunks = temporal_chunks(latents[:, :, : 1 + 2 * window], window)
+        for pixels in vae.decode_stream(chunks, tile=tile):
+            quantized(pixels)
+    return peak.bytes
+
+
+@torch.no_grad()
+def _encoder_peak(folder: Path, dtype: torch.dtype) -> int:
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        cls, num_tokens = ENCODERS[config.model_type]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no text encoder that is known: {error}") from error
+    with META:
+        encoder: Any = cls(config)
+    encoder = encoder.eval().to(dtype)
+    with _peak() as peak:
+        encoder(input_ids=torch.empty(2, num_tokens, dtype=torch.long, device=META))
+    return peak.bytes
+
+
+@contextmanager
+def _peak() -> Iterator["_LiveTensors"]:
+    """Count tensors on the meta device, taking attention to be fused."""
+    with _FusedAttention(), _LiveTensors() as live:
+        yield live
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed; `bytes` is the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+        self._live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        out = func(*args, **(kwargs or {}))
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            if id(storage) not in given:  # else a view, perhaps of weights
+                self._note(storage)
+        copies = _layout_copies(*args[:2]) if func is torch.ops.aten.convolution.default else 0
+        self.bytes = max(self.bytes, sum(self._live.values()) + copies)
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key not in self._live:
+            self._live[key] = storage.nbytes()
+            finalize(storage, partial(self._live.pop, key))
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:  # noqa: ANN401 - whatever an operation takes or gives
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.device == META]
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
+def _layout_copies(x: Tensor, weight: Tensor) -> int:
+    """Return the bytes that a convolution takes to bring its input and weight into its kernel's layout."""
+    return x.numel() * x.element_size() + weight.numel() * weight.element_size()
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Gives attention its output and the sums of a fused kernel; without it meta tensors take a matrix of scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if func is F.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+            return sums.new_empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype)
+        return func(*args, **(kwargs or {}))
