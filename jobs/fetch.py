@@ -72,7 +72,7 @@ def fetch(settings: FetchSettings) -> Path:
     commit, names = _listing(hub, repository, settings.revision)
     files = needed_files(names, settings.variant)
     wanted = [_described(hub, repository, commit, file, settings.output) for file in files]
-    _check_space(wanted, settings.output or Path(constants.HF_HUB_CACHE))
+    _check_space(wanted, settings.output)
     for file in files:
         path = hub.hf_hub_download(repository, file, revision=commit, local_dir=settings.output)
     folder = Path(path).parents[len(PurePosixPath(file).parts) - 1].absolute()
@@ -121,13 +121,18 @@ def _described(hub: HfApi, repository: str, commit: str, file: str, output: Path
     return hub.hf_hub_download(repository, file, revision=commit, local_dir=output, dry_run=True)
 
 
-def _check_space(files: Sequence[DryRunFileInfo], target: Path) -> None:
-    missing = [file.file_size or 0 for file in files if file.will_download]
+def _check_space(files: Sequence[DryRunFileInfo], output: Path | None) -> None:
+    target = output or Path(constants.HF_HUB_CACHE)
+    missing = [file.file_size or 0 for file in files if file.will_download or (output and _is_missing(file))]
     existing = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if sum(missing) > free:
         raise FetchError(f"{target} has {_gb(free)} free, but {_gb(sum(missing))} are to come: give another --output")
     logger.info("fetching %d of %d files, %s, into %s", len(missing), len(files), _gb(sum(missing)), target)
+
+
+def _is_missing(file: DryRunFileInfo) -> bool:
+    return not Path(file.local_path).exists()  # it may be copied from the cache, which takes space too
 
 
 def _check_whole(folder: Path, files: Sequence[str], repository: str) -> None:

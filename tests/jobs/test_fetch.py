@@ -187,10 +187,11 @@ def test_too_little_disk_is_said_before_anything_comes(hub, tmp_path, monkeypatc
     assert files_in(tmp_path / "new" / "out") == set()
 
 
-def test_files_that_are_there_need_no_disk(hub, monkeypatch):
+def test_files_that_are_there_need_no_disk_but_copies_do(hub, tmp_path, monkeypatch):
     assert fetch.main(["miniflux"]) == 0
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("usage", "free")(0))
     assert fetch.main(["miniflux"]) == 0
+    assert fetch.main(["miniflux", "--output", str(tmp_path / "out")]) == 2
 
 
 def test_without_a_network_it_is_said_what_to_bring(hub, monkeypatch, capsys):
