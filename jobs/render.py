@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     """Check everything that can be checked before a model is loaded; raises a PyramidFlowError if the job is wrong."""
-    checkpoint = Checkpoint.open(settings.model, settings.variant)
+    checkpoint = Checkpoint.open(settings.model, settings.variant, settings.lora)
     checkpoint.check()
     parts = list_parts(settings.input)
     storage = Storage(settings.output)
@@ -129,6 +129,7 @@ def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, 
     return Job(
         model_path=checkpoint.path,
         variant=checkpoint.transformer_folder.name,
+        lora=checkpoint.lora,
         device=device,
         dtype=dtype,
         output=storage.uri,

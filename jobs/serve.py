@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(settings: ServeSettings) -> ServiceConfig:
     """Check everything that can be checked before a cluster is used; raises a PyramidFlowError."""
-    checkpoint = Checkpoint.open(settings.model, settings.variant)
+    checkpoint = Checkpoint.open(settings.model, settings.variant, settings.lora)
     checkpoint.check()
     device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()) else "cpu"
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
@@ -87,6 +87,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
     return ServiceConfig(
         model=checkpoint.path,
         variant=checkpoint.variant,
+        lora=checkpoint.lora,
         device=device,
         dtype=dtype,
         database=database,

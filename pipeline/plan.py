@@ -99,6 +99,7 @@ class Job:
     decode_window: int
     tile: int | None
     batch_size: int
+    lora: tuple[str, ...] = ()
     image_hosts: frozenset[str] = frozenset()
     workers: Mapping[str, int] = field(default_factory=dict)
     gpu_shares: Mapping[str, float] = field(default_factory=dict)
@@ -211,7 +212,7 @@ def _stages(job: Job, resources: Resources, workers: int) -> tuple[float, dict[s
     """Return the logical CPUs of each of the workers that decode, which are their ffmpeg's, and the stages by name."""
     threads = max(1, resources.cpus // workers)
     cpus = job.encoder_threads or min(threads, MAX_ENCODER_THREADS, resources.cpus / (2 * workers))
-    model = ModelConfig(job.model_path, job.variant, job.device, job.dtype, threads)
+    model = ModelConfig(job.model_path, job.variant, job.device, job.dtype, threads, job.lora)
     decode = {"window": job.decode_window, "tile": job.tile, "encoder_threads": max(1, int(cpus))}
     stages = (
         StageSpec(Encode, {"model": model, "image_root": job.image_root, "image_hosts": job.image_hosts}),

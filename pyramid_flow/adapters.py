@@ -1,5 +1,6 @@
 """Low-rank adapters (Hu et al. 2021) in the format of `peft`, added to a transformer's weights when it is loaded."""
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -33,14 +34,14 @@ class Adapter:
         """Read PATH or PATH=WEIGHT; raises InvalidValueError for a weight that is no finite number."""
         path, separator, weight = text.rpartition("=")
         if not separator:
-            return cls(Path(text))
+            return cls(Path(text).expanduser().resolve())
         try:
             number = float(weight)
         except ValueError:
             number = math.nan
         if not path or not math.isfinite(number):
             raise InvalidValueError("lora", text, "is not PATH or PATH=WEIGHT, such as style=0.8")
-        return cls(Path(path), number)
+        return cls(Path(path).expanduser().resolve(), number)
 
     def __str__(self) -> str:
         return f"{self.path.name}={self.weight:g}"
@@ -53,6 +54,15 @@ class Adapter:
             if not file.is_file():
                 raise CheckpointError(f"the adapter {self.path} has no file {file.name}")
         return files
+
+    @property
+    def digest(self) -> str:
+        """A hash over its config, its weights and how much of them is added; raises CheckpointError."""
+        digest = hashlib.sha256(f"{self.weight}".encode())
+        for file in self.files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """A checkpoint folder in the published layout: which parts it has, and loading them strictly."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pyramid_flow.adapters import Adapter, adapting, fused
 from pyramid_flow.errors import CheckpointError, InvalidValueError
 from pyramid_flow.fingerprint import fingerprint
 from pyramid_flow.presets import PRESETS, Preset
@@ -51,14 +53,16 @@ class Checkpoint:
 
     root: Path
     transformer_folder: Path
+    adapters: tuple[Adapter, ...] = ()
 
     @classmethod
-    def open(cls, path: str | Path, variant: str | None = None) -> "Checkpoint":
+    def open(cls, path: str | Path, variant: str | None = None, lora: Sequence[str] = ()) -> "Checkpoint":
         """Find the transformer of a checkpoint; raises CheckpointError for a missing folder or an unclear variant.
 
         path: a folder in the published layout, or a name: "toy" for the bundled model, "miniflux" or "sd3" for what was
         fetched (a folder of that name is "./toy").
-        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder there is.
+        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder there is. lora: adapters
+        of the transformer, each PATH or PATH=WEIGHT (1 if not given).
         """
         root = find_root(path)
         names = list_variants(path)
@@ -67,7 +71,7 @@ class Checkpoint:
         for name in names:
             folder = root / f"{TRANSFORMER_PREFIX}{name}"
             if variant in (None, name, folder.name):
-                return cls(root, folder)
+                return cls(root, folder, tuple(map(Adapter.parse, lora)))
         raise CheckpointError(f"{root} has no variant {variant!r}, it has: {', '.join(names)}")
 
     @property
@@ -83,7 +87,16 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What people call it: "toy", or folder and variant, such as "pyramid-flow-miniflux/384p"."""
+        """What people call it: "toy", or folder and variant, and adapters: "pyramid-flow-miniflux/384p + style=0.8"."""
+        return " + ".join((self._base_name, *map(str, self.adapters)))
+
+    @property
+    def lora(self) -> tuple[str, ...]:
+        """The adapters, as `open` takes them, on every machine that has them."""
+        return tuple(f"{adapter.path}={adapter.weight!r}" for adapter in self.adapters)
+
+    @property
+    def _base_name(self) -> str:
         if self.path in BUNDLED:
             return self.path
         in_cache = self.root.parent.name == "snapshots"  # of the Hub: models--OWNER--NAME/snapshots/COMMIT
@@ -119,9 +132,10 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a hash over pyramid.json and every tensor in use; see `fingerprint.fingerprint`."""
+        """16 hex digits of a hash over pyramid.json, adapters and all tensors in use; see `fingerprint.fingerprint`."""
         settings = self.root / PRESET_FILE
-        return fingerprint(self.folders, settings.read_bytes() if settings.exists() else b"")
+        beside = "".join(adapter.digest for adapter in self.adapters)
+        return fingerprint(self.folders, (settings.read_bytes() if settings.exists() else b"") + beside.encode())
 
     def empty_transformer(self) -> PyramidTransformer:
         """Return the transformer that the config describes, on the meta device."""
@@ -133,8 +147,9 @@ class Checkpoint:
         return vae
 
     def load_transformer(self, dtype: torch.dtype, device: torch.device | str) -> PyramidTransformer:
-        """Load the transformer strictly; raises CheckpointError naming what is missing, unknown or misshapen."""
-        return load_model(TRANSFORMERS[self.family], self.transformer_folder, dtype, device)
+        """Load the transformer with its adapters, strictly; raises CheckpointError naming what does not fit."""
+        transformer: PyramidTransformer = load_model(TRANSFORMERS[self.family], self.transformer_folder, dtype, device)
+        return fused(transformer, self.adapters)
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> CausalVideoVAE:
         """Load the VAE strictly."""
@@ -146,7 +161,7 @@ class Checkpoint:
         return TextEncoder.from_pretrained(self.root, self.text_layout, check_dtype(dtype)).to(device)
 
     def check(self) -> None:
-        """Compare the tensors of transformer and VAE with their configs, and see that the text folders can be read.
+        """Compare transformer, VAE and adapters with their configs, and see that the text folders can be read.
 
         Loads no weights; raises CheckpointError.
         """
@@ -158,6 +173,8 @@ class Checkpoint:
                 raise CheckpointError(f"{self.root} has no folder {name}")
         for name in layout.encoders:
             stored_tensors(self.root / name)
+        for adapter in self.adapters:
+            adapting(self.empty_transformer(), adapter)
 
 
 def list_variants(path: str | Path) -> list[str]:

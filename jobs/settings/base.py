@@ -16,6 +16,7 @@ from pipeline.fetch import host_name
 
 EXIT_BROKEN, EXIT_WRONG_JOB, EXIT_INTERRUPTED = 1, 2, 130
 OWN_CLUSTER = "local"
+LORA = "adapter of the transformer in the format of peft: PATH, or PATH=WEIGHT; may be repeated"
 MODEL = 'checkpoint folder in the published layout, "miniflux" or "sd3" once fetched, or "toy" for the bundled model'
 
 Count = Annotated[int, Field(ge=1)]

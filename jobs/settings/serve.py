@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from jobs.settings.base import MODEL, ClusterSettings, Count, Hosts
+from jobs.settings.base import LORA, MODEL, ClusterSettings, Count, Hosts
 
 
 class ServeSettings(ClusterSettings):
@@ -22,6 +22,7 @@ class ServeSettings(ClusterSettings):
 
     model: str = Field("toy", min_length=1, description=MODEL)
     variant: str | None = Field(None, description="which transformer, if there are several")
+    lora: list[str] = Field([], description=LORA)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = float32 on cpu, else bfloat16")
     host: str = Field("127.0.0.1", description="address to listen at; any but this machine's own needs API keys")

@@ -55,6 +55,7 @@ class ServiceConfig(BaseModel):
 
     model: str = "toy"
     variant: str | None = None
+    lora: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: str = "float32"
     database: str
@@ -145,7 +146,7 @@ def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -
 
 
 def _model_stages(config: ServiceConfig) -> dict[str, Application]:
-    model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads)
+    model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads, config.lora)
     places = {"database": config.database, "output": config.output}
     frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
     live = {"max_live": config.max_live}
@@ -193,7 +194,7 @@ def _size(config: ServiceConfig, name: str) -> Mapping[str, Any]:
 
 
 def _service(config: ServiceConfig, links: Links) -> Service:
-    checkpoint = Checkpoint.open(config.model, config.variant)
+    checkpoint = Checkpoint.open(config.model, config.variant, config.lora)
     return Service(
         store=Store(config.database, limits=config.limits, retention_s=config.retention_s),
         storage=Storage(config.output),

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class ModelConfig:
     """Which checkpoint a worker loads, and how: device ("cpu", "cuda") and dtype ("float32", "bfloat16").
 
-    threads: CPU threads of the worker's tensor operations.
+    threads: CPU threads of the worker's tensor operations; lora: adapters, as `Checkpoint.open` takes them.
     """
 
     path: str
@@ -28,11 +28,12 @@ class ModelConfig:
     device: str
     dtype: str
     threads: int
+    lora: tuple[str, ...] = ()
 
     def open(self) -> Checkpoint:
         """Open the checkpoint and limit this process to its threads."""
         torch.set_num_threads(self.threads)
-        return Checkpoint.open(self.path, self.variant)
+        return Checkpoint.open(self.path, self.variant, self.lora)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from jobs import render
 from jobs.settings import RenderSettings
@@ -23,8 +24,10 @@ from pipeline.compact import find_orphans
 from pipeline.job import StopRequest
 from pipeline.plan import Resources
 from pipeline.storage import Storage
+from pyramid_flow import Checkpoint
 from tests.pipeline.mp4 import probe
 from tests.pipeline.tables import write_table
+from tests.pyramid_flow.goldens import save_adapter
 
 SMALL = {"num_frames": 9, "num_inference_steps": 2, "video_num_inference_steps": 1}
 LONG = {**SMALL, "num_frames": 17}
@@ -108,6 +111,27 @@ def test_stills_and_videos_of_one_table_share_job_and_ledger(cluster, tmp_path, 
 
 
 @pytest.mark.ray
+def test_adapters_change_the_videos_and_are_told_in_the_ledger(cluster, tmp_path):
+    adapter = save_adapter(Checkpoint.open("toy").load_transformer(torch.float32, "cpu"), tmp_path / "style", seed=1)
+    source = write_table(tmp_path / "in.parquet", [{"prompt": "a red circle", "seed": 3, **SMALL}])
+    hashes = set()
+    for lora, name in (([], "toy"), ([str(adapter)], "toy + style=1"), ([f"{adapter}=-1"], "toy + style=-1")):
+        job, _ = run(settings(source, tmp_path / name, lora=lora), cluster)
+        [row] = ledger.read(job.storage).to_pylist()
+        assert (row["status"], row["model"]) == ("succeeded", name)
+        hashes.add(row["latents_sha256"])
+    assert len(hashes) == 3
+
+
+def test_other_adapters_into_the_same_output_are_refused(tmp_path, caplog):
+    adapter = save_adapter(Checkpoint.open("toy").load_transformer(torch.float32, "cpu"), tmp_path / "style", seed=1)
+    source = write_table(tmp_path / "in.parquet", [{"prompt": "a red circle", **SMALL}])
+    render.prepare(settings(source, tmp_path / "out", lora=[str(adapter)]), Resources(2, 0))
+    assert render.main(flags(source, tmp_path / "out", "--lora", f"{adapter}=0.5")) == 2
+    assert "model_fingerprint" in caplog.text
+
+
+@pytest.mark.ray
 def test_a_second_run_renders_only_what_is_missing(cluster, tmp_path):
     rows = [{"prompt": f"prompt {i}", **SMALL} for i in range(3)]
     write_table(tmp_path / "in.parquet", rows[:2])
@@ -170,6 +194,8 @@ def test_latents_do_not_depend_on_workers_or_batches(cluster, tmp_path):
         ({"output": "nowhere://bucket/out"}, "nowhere"),
         ({"variant": "768p"}, "has no variant '768p'"),
         ({"device": "cuda", "gpus": "0"}, "wants GPUs"),
+        ({"lora": "no/such/adapter"}, "has no file adapter_config.json"),
+        ({"lora": "style=much"}, "is not PATH or PATH=WEIGHT"),
     ],
 )
 def test_a_wrong_job_exits_2_with_one_line(change, message, tmp_path, caplog):

@@ -108,3 +108,19 @@ def assert_run_equal(actual: Tensor, expected: Tensor) -> None:
     """A whole run: relative L2 distance <= 1e-5."""
     assert actual.shape == expected.shape
     assert ((actual - expected).norm() / expected.norm()).item() <= 1e-5
+
+
+def save_adapter(transformer: PyramidTransformer, folder: Path, seed: int, rank: int = 2, alpha: int = 6) -> Path:
+    """Write random adapters of a transformer as a training with peft leaves them."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "proj_mlp"])
+    adapted = get_peft_model(transformer, config)
+    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    with torch.no_grad():
+        for number, layer in enumerate(layers):
+            for part in (layer.lora_A, layer.lora_B):
+                part["default"].weight.copy_(randn(*part["default"].weight.shape, seed=100 * seed + number))
+    adapted.save_pretrained(str(folder))
+    return folder

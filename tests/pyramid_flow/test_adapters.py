@@ -5,30 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from pyramid_flow import Checkpoint, CheckpointError, InvalidValueError
 from pyramid_flow.adapters import Adapter, fused
-from tests.pyramid_flow.goldens import TINY_MINIFLUX, randn
+from tests.pyramid_flow.goldens import TINY_MINIFLUX, save_adapter
 
 
 def transformer():
     return Checkpoint.open(TINY_MINIFLUX).load_transformer(torch.float32, "cpu")
-
-
-def save_adapter(folder: Path, seed: int, rank: int = 2, alpha: int = 6) -> Path:
-    """Write random adapters as a training with peft leaves them."""
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "proj_mlp"])
-    adapted = get_peft_model(transformer(), config)
-    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
-    with torch.no_grad():
-        for number, layer in enumerate(layers):
-            for part in (layer.lora_A, layer.lora_B):
-                part["default"].weight.copy_(randn(*part["default"].weight.shape, seed=100 * seed + number))
-    adapted.save_pretrained(str(folder))
-    return folder
 
 
 def delta(folder: Path, module: str, scale: float) -> torch.Tensor:
@@ -38,8 +23,8 @@ def delta(folder: Path, module: str, scale: float) -> torch.Tensor:
 
 
 def test_adapters_add_up_each_by_its_weight(tmp_path):
-    first = save_adapter(tmp_path / "first", seed=1, rank=2, alpha=6)
-    second = save_adapter(tmp_path / "second", seed=2, rank=4, alpha=4)
+    first = save_adapter(transformer(), tmp_path / "first", seed=1, rank=2, alpha=6)
+    second = save_adapter(transformer(), tmp_path / "second", seed=2, rank=4, alpha=4)
     plain, names = transformer(), ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp")
     expected = {
         name: plain.get_submodule(name).weight + delta(first, name, 0.5 * 6 / 2) + delta(second, name, -1.0)
@@ -54,11 +39,31 @@ def test_adapters_add_up_each_by_its_weight(tmp_path):
     assert torch.equal(made.state_dict()[untouched], plain.state_dict()[untouched])
 
 
+def test_a_checkpoint_with_adapters_is_another_model(tmp_path):
+    folder = save_adapter(transformer(), tmp_path / "style", seed=1)
+    plain = Checkpoint.open(TINY_MINIFLUX)
+    made = Checkpoint.open(TINY_MINIFLUX, lora=[f"{folder}=0.5"])
+    made.check()
+    assert made.name == f"{plain.name} + style=0.5"
+    name = "transformer_blocks.0.attn.to_q"
+    weight = made.load_transformer(torch.float32, "cpu").get_submodule(name).weight
+    torch.testing.assert_close(weight, transformer().get_submodule(name).weight + delta(folder, name, 0.5 * 6 / 2))
+    again = Checkpoint.open(TINY_MINIFLUX, lora=made.lora)
+    assert again == made
+    fingerprints = {checkpoint.fingerprint for checkpoint in (plain, made, again)}
+    fingerprints |= {Checkpoint.open(TINY_MINIFLUX, lora=[str(folder)]).fingerprint}
+    assert len(fingerprints) == 3
+    _reshaped(folder)
+    with pytest.raises(CheckpointError, match=r"has shape \[3, 3\]"):
+        made.check()
+    assert again.fingerprint == made.fingerprint != Checkpoint.open(TINY_MINIFLUX, lora=made.lora).fingerprint
+
+
 @pytest.mark.parametrize(
     ("text", "path", "weight"), [("style", "style", 1.0), ("a/b=0.5", "a/b", 0.5), ("a=b=-2", "a=b", -2.0)]
 )
 def test_an_adapter_is_named_with_its_weight(text, path, weight):
-    assert Adapter.parse(text) == Adapter(Path(path), weight)
+    assert Adapter.parse(text) == Adapter(Path(path).resolve(), weight)
 
 
 @pytest.mark.parametrize("text", ["style=", "style=x", "=0.5", "style=nan", "style=inf"])
@@ -113,7 +118,7 @@ def _more(folder: Path) -> None:
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, broken, message):
-    folder = save_adapter(tmp_path / "style", seed=1)
+    folder = save_adapter(transformer(), tmp_path / "style", seed=1)
     broken(folder)
     with pytest.raises(CheckpointError, match=message):
         fused(transformer(), [Adapter(folder)])
