@@ -32,7 +32,7 @@ from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS, TextEmbedding
 from pyramid_flow.vae import temporal_chunks
 from pyramid_flow.weight_files import StoredTensor, stored_tensors
 
-META = torch.device("meta")
+META, HOST = torch.device("meta"), torch.device("cpu")
 
 MemoryMode = Literal["full", "offload", "sequential"]
 MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
@@ -198,7 +198,7 @@ class _LiveTensors(TorchDispatchMode):
         self._live: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        out = func(*args, **(kwargs or {}))
+        out = _run(func, args, kwargs or {})
         given = {id(storage) for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             if id(storage) not in given:  # else a view, perhaps of weights
@@ -212,6 +212,13 @@ class _LiveTensors(TorchDispatchMode):
         if key not in self._live:
             self._live[key] = storage.nbytes()
             finalize(storage, partial(self._live.pop, key))
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+    """Run an operation; what it brings to host memory has no values there either."""
+    if func is torch.ops.aten._to_copy.default and kwargs.get("device") == HOST and args[0].device == META:
+        return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=HOST)
+    return func(*args, **kwargs)
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:  # noqa: ANN401 - whatever an operation takes or gives

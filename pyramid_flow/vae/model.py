@@ -52,7 +52,8 @@ class LatentDistribution:
 class VAEState:
     """What the chunks of a video leave behind for its next chunk; never changed once made.
 
-    features: one entry per tile in row-major order (one in all without tiling), see `conv.Features`.
+    features: one entry per tile in row-major order (one in all without tiling), see `conv.Features`. Those of tiles
+    wait in host memory: together they are larger than what a tile takes while it works.
     batch_and_size: (B, H, W) of the chunks.  tile_sides: of a tile before and after the network; None without tiling.
     """
 
@@ -229,14 +230,20 @@ def _run_chunk(
     past = iter(state.features) if state else None
     features: list[Features] = []
 
+    waiting = torch.device("cpu") if sides else x.device
+
     def run(part: Tensor) -> Tensor:
-        cache = FeatureCache(next(past) if past else None, keep=keep)
+        cache = FeatureCache(_moved(next(past), x.device) if past else None, keep=keep)
         out = network(part, cache)
-        features.append(cache.present)
+        features.append(_moved(cache.present, waiting))
         return out
 
     out = map_tiles(run, x, sides)
     return out, VAEState(tuple(features), _batch_and_size(x), sides)
+
+
+def _moved(features: Features, device: torch.device) -> Features:
+    return tuple(feature.to(device) for feature in features)
 
 
 def _run_whole(network: Network, x: Tensor, window: int | None, sides: tuple[int, int] | None) -> Tensor:
