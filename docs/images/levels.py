@@ -35,7 +35,9 @@ def draw() -> str:
     size = f'width="{RIGHT + 12}" height="{END}"'
     view = f'viewBox="0 0 {RIGHT + 12} {END}" font-family="system-ui, sans-serif" font-size="13" fill="{INK}"'
     frame = f'<rect {size} fill="white"/>'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {view}>', frame, *_stairs(), *_rows(), "</svg>\n"])
+    return "\n".join(
+        [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {view}>', frame, *_stairs(), *_rows(), "</svg>\n"]
+    )
 
 
 def _stairs() -> list[str]:
@@ -57,7 +59,10 @@ def _stairs() -> list[str]:
 
 def _rows() -> list[str]:
     """Draw the history that the newest unit sees at each level, in the columns of its frames."""
-    marks = [_title(ROWS_TOP - 14, f"What unit {NEWEST} sees while it is sampled"), _text(RIGHT, ROWS_TOP - 14, "in all", "end", PALE)]
+    marks = [
+        _title(ROWS_TOP - 14, f"What unit {NEWEST} sees while it is sampled"),
+        _text(RIGHT, ROWS_TOP - 14, "in all", "end", PALE),
+    ]
     for row, level in enumerate(LEVELS):
         middle = ROWS_TOP + row * ROW + 22
         levels = [*held(NEWEST, level), level]
