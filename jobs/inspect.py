@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe(checkpoint: Checkpoint, settings: InspectSettings) -> Variant:
     """Read and count everything that is told of one variant; raises CheckpointError."""
+    checkpoint.check()
     preset = checkpoint.preset
     params = SamplingParams(*preset.sizes[0], preset.max_num_frames)
     memory = part_memory(checkpoint, DTYPES[settings.dtype], params, has_image=True, tile=settings.tile)

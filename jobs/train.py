@@ -29,7 +29,7 @@ from pipeline.training.state import trained_weights
 from pipeline.training.tasks import Phase, Task, TransformerSource, VAESource
 from pipeline.training.trainer import Metrics, TrainJob, check_streams, fit
 from pyramid_flow import CausalVideoVAE, Checkpoint
-from pyramid_flow.checkpoint import PRESET_FILE
+from pyramid_flow.checkpoint import PRESET_FILE, write_preset
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.sampling import TEMPORAL_FACTOR, check_num_frames
 from pyramid_flow.training import Objective
@@ -222,7 +222,7 @@ def write_model(settings: TrainSettings, checkpoint: Checkpoint, job: TrainJob, 
                 values["statistics"] = asdict(measure_statistics(_latents(model, job)))
         model.save_pretrained(made / "model" / part)
         if values:
-            (made / "model" / PRESET_FILE).write_text(json.dumps(values, indent=2) + "\n")
+            write_preset(made / "model", values)
         others = [path for path in checkpoint.root.iterdir() if path.name not in (part, PRESET_FILE)]
         _put(storage, checkpoint.root, others, "model/")
         _put(storage, made, made.iterdir(), "")

@@ -1,7 +1,10 @@
-"""A checkpoint folder in the published layout: which parts it has, and loading them strictly."""
+"""A checkpoint folder in the published layout: which parts it has, loading them strictly, and writing one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +16,7 @@ from pyramid_flow.errors import CheckpointError, InvalidValueError
 from pyramid_flow.fingerprint import fingerprint
 from pyramid_flow.presets import PRESETS, Preset
 from pyramid_flow.published import REPOSITORIES, fetched_folder
-from pyramid_flow.text import TEXT_LAYOUTS, TextEncoder, TextLayout
+from pyramid_flow.text import TEXT_LAYOUTS, TextEncoder, TextLayout, check_vocabulary
 from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
 from pyramid_flow.transformer_mmdit import PyramidDiffusionMMDiT
@@ -173,18 +176,65 @@ class Checkpoint:
                 raise CheckpointError(f"{self.root} has no folder {name}")
         for name in layout.encoders:
             stored_tensors(self.root / name)
+        for name in layout.tokenizers:
+            check_vocabulary(self.root / name)
         for adapter in self.adapters:
             adapting(self.empty_transformer(), adapter)
+
+
+def save_checkpoint(
+    folder: Path,
+    variant: str,
+    transformer: PyramidTransformer,
+    vae: CausalVideoVAE,
+    text_encoder: TextEncoder,
+    preset: Preset,
+) -> None:
+    """Write a checkpoint in the published layout, weights in safetensors and the preset in pyramid.json.
+
+    The folder must be new or empty, or hold a checkpoint of this family with this variant alone, whose parts are
+    replaced once all are written; files of other names stay. Else raises CheckpointError.
+    """
+    family = next(name for name, cls in TRANSFORMERS.items() if isinstance(transformer, cls))
+    folder = folder.expanduser().resolve()
+    _check_replaceable(folder, family, variant)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
+        made = Path(name)
+        transformer.save_pretrained(made / f"{TRANSFORMER_PREFIX}{variant}")
+        vae.save_pretrained(made / VAE_FOLDER)
+        text_encoder.save_pretrained(made, TEXT_LAYOUTS[family])
+        write_preset(made, asdict(preset))
+        for part in made.iterdir():
+            if (folder / part.name).is_dir():
+                shutil.rmtree(folder / part.name)
+            part.replace(folder / part.name)
+
+
+def write_preset(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write a checkpoint's own values of `Preset`, which win over the built-in ones."""
+    (folder / PRESET_FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _check_replaceable(folder: Path, family: str, variant: str) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        same = list_variants(folder) == [variant] and Checkpoint.open(folder).family == family
+    except CheckpointError:
+        same = False
+    if not same:
+        raise CheckpointError(f"{folder} is neither empty nor a {family} checkpoint with the variant {variant} alone")
 
 
 def list_variants(path: str | Path) -> list[str]:
     """Return the names of the transformers of a checkpoint; raises CheckpointError if there is none."""
     root = find_root(path)
     if not root.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {root}")
+        raise CheckpointError(f"there is no checkpoint folder {root} (`pyramid-render fetch` downloads published ones)")
     folders = sorted(folder for folder in root.glob(TRANSFORMER_PREFIX + "*") if folder.is_dir())
     if not folders:
-        raise CheckpointError(f"{root} has no folder {TRANSFORMER_PREFIX}*")
+        raise CheckpointError(f"{root} has no folder {TRANSFORMER_PREFIX}*, as published checkpoints have")
     return [folder.name.removeprefix(TRANSFORMER_PREFIX) for folder in folders]
 
 
@@ -222,8 +272,11 @@ def _empty(cls: type[Model], folder: Path) -> Model:
     config = _read_config(folder)
     if config.get("_class_name") != cls.__name__:
         raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a {cls.__name__}")
-    with torch.device("meta"):
-        model: Any = cls.from_config(config)
+    try:
+        with torch.device("meta"):
+            model: Any = cls.from_config(config)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} describes no {cls.__name__}: {error}") from error
     ready: Model = model.eval()
     return ready
 

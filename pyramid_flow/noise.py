@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -43,6 +44,8 @@ class SeededNoise:
 
     def __post_init__(self) -> None:
         for seed in self.seeds:
+            if not isinstance(seed, Integral):
+                raise InvalidValueError("seed", repr(seed), "is not a whole number")
             if not 0 <= seed <= MAX_SEED:
                 raise InvalidValueError("seed", seed, "is not between 0 and 2^63 - 1")
         object.__setattr__(self, "generators", tuple(torch.Generator().manual_seed(seed) for seed in self.seeds))

@@ -1,16 +1,17 @@
 """PyramidFlowPipeline: a prompt (and an image) in, a video out; a thin bundle of the model's parts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyramid_flow.checkpoint import Checkpoint
+from pyramid_flow.checkpoint import Checkpoint, check_dtype, save_checkpoint
 from pyramid_flow.errors import InvalidValueError, NonFiniteError
 from pyramid_flow.noise import NoiseSource, SeededNoise
 from pyramid_flow.pixels import ImageFit, decode_frames, encode_image, image_latent, image_pixels
@@ -36,7 +37,7 @@ class PyramidFlowOutput:
 
 
 class PyramidFlowPipeline:
-    """The parts of one checkpoint, loaded, and the settings it was trained with."""
+    """The parts of one checkpoint, loaded, the settings it was trained with, and the name of its variant."""
 
     def __init__(
         self,
@@ -44,10 +45,11 @@ class PyramidFlowPipeline:
         vae: CausalVideoVAE,
         text_encoder: TextEncoder,
         preset: Preset,
+        variant: str,
         schedule: PyramidSchedule | None = None,
     ) -> None:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
-        self.preset = preset
+        self.preset, self.variant = preset, variant
         self.schedule = schedule or PyramidSchedule()
 
     @classmethod
@@ -57,19 +59,59 @@ class PyramidFlowPipeline:
         variant: str | None = None,
         torch_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        lora: Sequence[str] = (),
     ) -> "PyramidFlowPipeline":
         """Load a checkpoint folder of the published layout, or the bundled model if path is "toy".
 
-        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder. Raises CheckpointError,
-        or InvalidValueError for float16.
+        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder. lora: adapters in the
+        format of peft, each PATH or PATH=WEIGHT. Raises CheckpointError, or InvalidValueError for float16.
         """
-        checkpoint = Checkpoint.open(path, variant)
+        checkpoint = Checkpoint.open(path, variant, lora)
         return cls(
             transformer=checkpoint.load_transformer(torch_dtype, device),
             vae=checkpoint.load_vae(torch_dtype, device),
             text_encoder=checkpoint.load_text_encoder(torch_dtype, device),
             preset=checkpoint.preset,
+            variant=checkpoint.variant,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lies."""
+        device: torch.device = self.transformer.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer's weights."""
+        dtype: torch.dtype = self.transformer.dtype
+        return dtype
+
+    def to(
+        self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> "PyramidFlowPipeline":
+        """Bring all parts to a device, a dtype or both, in place, and return the pipeline.
+
+        Weights that were brought to bfloat16 do not get their precision back. Raises InvalidValueError for float16.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None:
+            check_dtype(dtype)
+        parts: tuple[nn.Module, ...] = (self.transformer, self.vae, self.text_encoder)
+        for part in parts:
+            part.to(device=device, dtype=dtype)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` loads, weights in the pipeline's dtype; see `save_checkpoint`.
+
+        Raises CheckpointError for a folder with other contents, InvalidValueError for a schedule of one's own, which
+        the layout has no place for.
+        """
+        if self.schedule != PyramidSchedule():
+            raise InvalidValueError("schedule", self.schedule, "is not the published one, the only one that is saved")
+        save_checkpoint(Path(folder), self.variant, self.transformer, self.vae, self.text_encoder, self.preset)
 
     @torch.no_grad()
     def __call__(
@@ -97,7 +139,7 @@ class PyramidFlowPipeline:
         from which prompt i takes seed + i. on_step: see `generate_latents`; guidance: see `SamplingParams`. Raises
         InvalidValueError for values that cannot be rendered, and NonFiniteError if NaN or infinity comes out.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _texts("prompt", prompt)
         if not prompts or not all(text.strip() for text in prompts):
             raise InvalidValueError("prompt", prompts, "is empty")
         if output_type not in ("np", "pt", "pil", "latent"):
@@ -114,8 +156,7 @@ class PyramidFlowPipeline:
             guidance_decay=guidance_decay,
             min_guidance_scale=min_guidance_scale,
         )
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        noise = SeededNoise(seeds, self.schedule.gamma)
+        noise = SeededNoise(_seeds(seed, len(prompts)), self.schedule.gamma)
         pixels = None if image is None else image_pixels(image, params.height, params.width, image_fit)
         latents = self._latents(prompts, pixels, negative_prompt, params, noise, on_step)
         return PyramidFlowOutput(latents if output_type == "latent" else self._frames(latents, output_type))
@@ -145,7 +186,7 @@ class PyramidFlowPipeline:
     ) -> Tensor:
         text = self.text_encoder([prompt + self.preset.prompt_suffix for prompt in prompts])
         unwanted = self.preset.negative_prompt if negative_prompt is None else negative_prompt
-        negative = self.text_encoder([unwanted]) if params.guided else None
+        negative = self.text_encoder(_texts("negative_prompt", [unwanted])) if params.guided else None
         first = None
         if pixels is not None:
             posterior = encode_image(self.vae, pixels)
@@ -170,3 +211,18 @@ class PyramidFlowPipeline:
         if output_type == "pil":
             return [[Image.fromarray(frame) for frame in video.numpy()] for video in frames]
         return frames.numpy()
+
+
+def _texts(name: str, given: str | Iterable[str]) -> list[str]:
+    texts = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidValueError(name, repr(given), "is not text")
+    return texts
+
+
+def _seeds(given: int | Iterable[int], count: int) -> list[int]:
+    if isinstance(given, Iterable):
+        return list(given)
+    if not isinstance(given, Integral):
+        raise InvalidValueError("seed", repr(given), "is neither a whole number nor one per prompt")
+    return [given + i for i in range(count)]

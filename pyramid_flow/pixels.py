@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import numpy as np
@@ -36,14 +37,20 @@ def open_image(data: bytes) -> Image.Image:
     """
     if len(data) > MAX_BYTES:
         raise InvalidValueError("image", f"({len(data)} bytes)", f"is larger than {MAX_BYTES} bytes")
+    with _decoding(f"({len(data)} bytes)"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise InvalidValueError("image", f"{image.width}x{image.height}", f"has more than {MAX_PIXELS} pixels")
+        return upright(image)
+
+
+@contextmanager
+def _decoding(shown: str) -> Iterator[None]:
+    """Turn what Pillow raises while it decodes into InvalidValueError."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InvalidValueError("image", f"{image.width}x{image.height}", f"has more than {MAX_PIXELS} pixels")
-            return upright(image)
+        yield
     except UnidentifiedImageError as error:
         rule = f"is not in a known picture format ({', '.join(FORMATS)})"
-        raise InvalidValueError("image", f"({len(data)} bytes)", rule) from error
+        raise InvalidValueError("image", shown, rule) from error
     except InvalidValueError:
         raise
     except (
@@ -54,7 +61,7 @@ def open_image(data: bytes) -> Image.Image:
         SyntaxError,
         ValueError,
     ) as error:
-        raise InvalidValueError("image", f"({len(data)} bytes)", f"does not decode: {error}") from error
+        raise InvalidValueError("image", shown, f"does not decode: {error}") from error
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -83,11 +90,15 @@ def image_pixels(image: Image.Image, height: int, width: int, fit: ImageFit = "c
     """Bring an image to a size: float32 [1,3,1,H,W] in [-1, 1].
 
     fit: "crop" = scaled to cover the size and cropped around the centre; "pad" = scaled to lie within it, centred, with
-    `BARS` around. Raises InvalidValueError for another fit.
+    `BARS` around. Raises InvalidValueError for another fit, or an image that is none or does not decode.
     """
+    if not isinstance(image, Image.Image):
+        raise InvalidValueError("image", f"of type {type(image).__name__}", "is not a PIL.Image.Image")
     if fit not in get_args(ImageFit):
         raise InvalidValueError("image_fit", fit, f"is not one of {', '.join(get_args(ImageFit))}")
-    rgb, size = upright(image), (width, height)
+    with _decoding(f"{image.width}x{image.height}"):
+        rgb = upright(image)
+    size = (width, height)
     fitted = _padded(rgb, size) if fit == "pad" else ImageOps.fit(rgb, size, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32)) / 255 * 2 - 1
     return pixels.permute(2, 0, 1)[None, :, None].contiguous()

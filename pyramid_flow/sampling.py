@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeVar
 
 import torch
@@ -84,13 +85,13 @@ class SamplingParams:
     def steps(self, unit: int, level: int) -> int:
         """Number of evaluations of a unit at a level."""
         counts = self.num_inference_steps if unit == 0 else self.video_num_inference_steps
-        return counts if isinstance(counts, int) else counts[level]
+        return counts[level] if isinstance(counts, Sequence) else counts
 
     def check(self, batch: int, num_levels: int) -> None:
         """Raise InvalidValueError unless there are as many steps as levels and as many scales as rows, or one."""
         for name in STEPS_FIELDS:
             steps = getattr(self, name)
-            if not isinstance(steps, int) and len(steps) != num_levels:
+            if isinstance(steps, Sequence) and len(steps) != num_levels:
                 raise InvalidValueError(name, steps, f"is neither one number nor one per {num_levels} levels")
         for name in (*GUIDANCE_FIELDS, "guidance_decay"):
             scales = getattr(self, name)
@@ -226,6 +227,8 @@ def check_num_frames(value: int) -> None:
 
 def check_steps(name: str, value: Steps) -> None:
     """Raise InvalidValueError unless every count of steps is sensible."""
+    if not all(isinstance(count, Integral) for count in _as_sequence(value)):
+        raise InvalidValueError(name, repr(value), "is not a whole number, or one per level")
     _check_range(name, value, 1, MAX_STEPS)
 
 
@@ -236,6 +239,8 @@ def check_guidance(name: str, value: Guidance) -> None:
 
 def _check_multiple(name: str, value: int, rule: str, least: int, step: int) -> None:
     """Raise InvalidValueError, which names the nearest good ones, unless a value is `least`, `least` + `step`, ..."""
+    if not isinstance(value, Integral):
+        raise InvalidValueError(name, repr(value), "is not a whole number")
     lower = value - (value - least) % step
     if value == lower >= least:
         return
@@ -247,6 +252,8 @@ def _check_range(name: str, value: Guidance, low: float, high: float) -> None:
     numbers = _as_sequence(value)
     if not numbers:
         raise InvalidValueError(name, value, "is empty")
+    if not all(isinstance(number, Real) for number in numbers):
+        raise InvalidValueError(name, repr(value), "is not a number")
     if not all(low <= number <= high for number in numbers):
         raise InvalidValueError(name, value, f"is not between {low:g} and {high:g}")
 
@@ -293,6 +300,8 @@ def _staying(answer: Tensor | None, batch: int) -> Tensor:
     """Return which of the rows as given stay, bool [B] on the CPU."""
     if answer is None:
         return torch.ones(batch, dtype=torch.bool)
+    if not isinstance(answer, Tensor):
+        raise InvalidValueError("on_step's answer", repr(answer), "is neither None nor a mask of the rows to keep")
     if answer.shape != (batch,):
         raise ShapeError("on_step's mask", str([batch]), tuple(answer.shape))
     return answer.bool().cpu()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -20,9 +19,11 @@ from transformers import (
 )
 
 from pyramid_flow.errors import CheckpointError, ShapeError
+from pyramid_flow.weight_files import stored_tensors
 
 MAX_TOKENS = 128
 POOLED_MAX_TOKENS = 77
+VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,13 @@ class TextEncoder(nn.Module):
             t5_tokenizer=_tokenizer(path / tokenizer_of(layout.t5)),
         ).eval()
 
+    def save_pretrained(self, path: Path, layout: TextLayout) -> None:
+        """Write encoders and tokenizers to the folders that `from_pretrained` reads."""
+        tokenizers = (*self.clip_tokenizers, self.t5_tokenizer)
+        for folder, encoder, tokenizer in zip(layout.encoders, (*self.clips, self.t5), tokenizers, strict=True):
+            encoder.save_pretrained(path / folder)
+            tokenizer.save_pretrained(path / tokenizer_of(folder))
+
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> TextEmbedding:
         """Encode prompts as they are (no suffix is added): tokens [B,128,D], mask [B,128], pooled [B,P].
@@ -147,6 +155,12 @@ def tokenizer_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
+def check_vocabulary(folder: Path) -> None:
+    """Raise CheckpointError unless a tokenizer's folder has a vocabulary."""
+    if not any((_existing(folder) / name).exists() for name in VOCABULARIES):
+        raise CheckpointError(f"{folder} has no vocabulary: {', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}")
+
+
 def _pooled(clip: nn.Module, ids: Tensor) -> Tensor:
     """Return the vector [B,P] at the end of the text, projected if the encoder does that."""
     output = clip(input_ids=ids)
@@ -162,12 +176,10 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    _existing(folder)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "spiece.model", "vocab.json")):
-        raise CheckpointError(f"{folder} has no vocabulary: tokenizer.json, spiece.model or vocab.json")
+    check_vocabulary(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     return tokenizer
 
@@ -176,6 +188,7 @@ def _load(cls: type[PreTrainedModel], folder: Path, torch_dtype: torch.dtype) ->
     """Load an encoder strictly; transformers accepts CLIP keys with and without the `text_model.` prefix."""
     if not (_existing(folder) / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json")
+    stored_tensors(folder)
     try:
         loaded: Any = cls.from_pretrained(
             folder,
@@ -185,7 +198,7 @@ def _load(cls: type[PreTrainedModel], folder: Path, torch_dtype: torch.dtype) ->
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed; they raise below
         )
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     model, info = loaded
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]

@@ -73,7 +73,8 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in sorted(set(weight_map.values()))]
         if file.exists():
             return [file]
-    raise CheckpointError(f"{folder} has no safetensors file")
+    pickled = ", only pickled weights (*.bin), which are never read" if any(folder.glob("*.bin")) else ""
+    raise CheckpointError(f"{folder} has no safetensors file{pickled}")
 
 
 def _tensors_of(file: Path) -> dict[str, StoredTensor]:

@@ -3,13 +3,12 @@
 `python -m pyramid_flow.toy.blank FOLDER` writes it.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from pyramid_flow.checkpoint import PRESET_FILE, TRANSFORMER_PREFIX
+from pyramid_flow.checkpoint import TRANSFORMER_PREFIX, write_preset
 from pyramid_flow.toy.text import write_clip, write_t5
 from pyramid_flow.toy.world import held_out_captions
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
@@ -42,7 +41,7 @@ def write_blank_toy(folder: Path, seed: int = 0) -> None:
         _vae().save_pretrained(folder / "causal_video_vae")
         write_clip(folder, words, TEXT_DIM, num_layers=2)
         write_t5(folder, words, TEXT_DIM, num_layers=2)
-    (folder / PRESET_FILE).write_text(json.dumps(PRESET, indent=2) + "\n")
+    write_preset(folder, PRESET)
 
 
 def _transformer() -> PyramidFluxTransformer:

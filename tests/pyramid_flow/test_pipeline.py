@@ -1,15 +1,27 @@
 """The pipeline: what goes in and out of one call, and that equal inputs give equal videos."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pyramid_flow import CheckpointError, InvalidValueError, NonFiniteError, PyramidFlowPipeline, StepInfo
+from pyramid_flow import (
+    Checkpoint,
+    CheckpointError,
+    InvalidValueError,
+    NonFiniteError,
+    PyramidFlowPipeline,
+    PyramidSchedule,
+    StepInfo,
+)
 from pyramid_flow.pixels import decode_frames
 from pyramid_flow.presets import PRESETS
-from tests.pyramid_flow.goldens import TINY, TINY_MINIFLUX, assert_run_equal
+from pyramid_flow.weight_files import stored_tensors
+from tests.pyramid_flow.goldens import TINY, TINY_MINIFLUX, TINY_SD3, assert_run_equal
 
 SHORT = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 1, "video_num_inference_steps": 1}
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8))
@@ -33,22 +45,23 @@ def differ(one: Tensor, two: Tensor) -> bool:
     return bool((one - two).abs().max() > 1e-2)
 
 
-def test_output_types(pipe):
-    prompts = ["a red ball", "a blue cube"]
-    normalised = pipe(prompts, **SHORT, output_type="latent").frames
-    assert (normalised.shape, normalised.dtype) == ((2, 16, 2, 8, 16), torch.float32)
-    array = pipe(prompts, **SHORT).frames
+@pytest.mark.parametrize("num_frames", [1, 9])
+def test_output_types(pipe, num_frames):
+    prompts, options = ["a red ball", "a blue cube"], SHORT | {"num_frames": num_frames}
+    normalised = pipe(prompts, **options, output_type="latent").frames
+    assert (normalised.shape, normalised.dtype) == ((2, 16, 1 + num_frames // 8, 8, 16), torch.float32)
+    array = pipe(prompts, **options).frames
     assert isinstance(array, np.ndarray)
-    assert (array.shape, array.dtype) == ((2, 9, 64, 128, 3), np.uint8)
+    assert (array.shape, array.dtype) == ((2, num_frames, 64, 128, 3), np.uint8)
     expected = torch.cat(list(decode_frames(pipe.vae, normalised, pipe.preset.statistics)), dim=1)
     assert np.array_equal(array, expected.numpy())
-    tensor = pipe(prompts, **SHORT, output_type="pt").frames
+    tensor = pipe(prompts, **options, output_type="pt").frames
     assert tensor.dtype == torch.uint8
     assert torch.equal(tensor.permute(0, 1, 3, 4, 2), expected)
-    images = pipe(prompts, **SHORT, output_type="pil").frames
-    assert [len(video) for video in images] == [9, 9]
-    assert images[1][8].size == (128, 64)
-    assert np.array_equal(np.array(images[1][8]), array[1, 8])
+    images = pipe(prompts, **options, output_type="pil").frames
+    assert [len(video) for video in images] == [num_frames, num_frames]
+    assert images[1][-1].size == (128, 64)
+    assert np.array_equal(np.array(images[1][-1]), array[1, -1])
 
 
 def test_the_seed_decides(pipe):
@@ -130,10 +143,6 @@ def test_guidance_may_decay(pipe):
     assert torch.equal(decaying, latents(pipe, guidance_scale=7.0, video_guidance_scale=4.0))
     least = latents(pipe, guidance_scale=7.0, guidance_decay=6.0)
     assert torch.equal(least, latents(pipe, guidance_scale=7.0, video_guidance_scale=2.0))
-
-
-def test_one_frame_is_a_still(pipe):
-    assert pipe("a", **SHORT | {"num_frames": 1}).frames.shape == (1, 1, 64, 128, 3)
 
 
 def test_latents_that_are_not_finite_are_an_error(pipe):
@@ -239,3 +248,135 @@ def test_from_pretrained_errors(tmp_path):
 def test_from_pretrained_takes_the_preset_of_family_and_variant(family):
     pipe = PyramidFlowPipeline.from_pretrained(TINY[family], torch_dtype=torch.float32)
     assert pipe.preset == PRESETS[family]["384p"]
+
+
+# Moving
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments"), [(TINY_MINIFLUX, (torch.bfloat16,)), (TINY_SD3, (torch.device("cpu"), torch.bfloat16))]
+)
+def test_to_changes_every_part_and_gives_what_loading_gives(path, arguments):
+    moved = PyramidFlowPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    assert (moved.device, moved.dtype) == (torch.device("cpu"), torch.float32)
+    assert moved.to(*arguments) is moved
+    assert (moved.device, moved.dtype) == (torch.device("cpu"), torch.bfloat16)
+    loaded = PyramidFlowPipeline.from_pretrained(path, torch_dtype=torch.bfloat16)
+    still = SHORT | {"num_frames": 1}
+    assert np.array_equal(moved("a", **still).frames, loaded("a", **still).frames)
+
+
+def test_to_takes_every_part_to_the_device():
+    pipe = PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX).to("meta")
+    assert pipe.device == torch.device("meta")
+    assert {weight.device.type for part in parts(pipe) for weight in part.parameters()} == {"meta"}
+
+
+def test_to_float16_is_refused_and_changes_nothing():
+    pipe = PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX)
+    for arguments in ((torch.float16,), ("cpu", torch.float16)):
+        with pytest.raises(InvalidValueError, match=r"torch\.float16 .* bfloat16 or float32 \(float16 overflows"):
+            pipe.to(*arguments)
+    assert {weight.dtype for part in parts(pipe) for weight in part.parameters()} == {torch.bfloat16}
+
+
+def parts(pipe: PyramidFlowPipeline) -> tuple[torch.nn.Module, ...]:
+    return pipe.transformer, pipe.vae, pipe.text_encoder
+
+
+# Saving
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return all files below a folder, hidden ones too."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def stored(path: Path | str) -> dict[str, bytes]:
+    """Return the tensors that a fingerprint counts, by folder, name, type and shape."""
+    return {
+        f"{folder.name} {name} {tensor.dtype} {tensor.shape}": tensor.file.read_bytes()[tensor.start : tensor.stop]
+        for folder in Checkpoint.open(path).folders
+        for name, tensor in stored_tensors(folder).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [(TINY_MINIFLUX, torch.float32), (TINY_SD3, torch.float32), ("toy", torch.bfloat16)],
+    ids=["miniflux", "sd3", "toy"],
+)
+def test_a_saved_pipeline_is_the_same_checkpoint(path, dtype, tmp_path):
+    before, folder = PyramidFlowPipeline.from_pretrained(path, torch_dtype=dtype), tmp_path / "new" / "model"
+    before.save_pretrained(folder)
+    original, saved = Checkpoint.open(path), Checkpoint.open(folder)
+    assert stored(folder) == stored(path)
+    assert (saved.family, saved.variant, saved.preset) == (original.family, original.variant, original.preset)
+    assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt")]
+    saved.check()
+    after = PyramidFlowPipeline.from_pretrained(folder, torch_dtype=dtype)
+    assert np.array_equal(after("a red ball", **SHORT).frames, before("a red ball", **SHORT).frames)
+    after.save_pretrained(tmp_path / "again")
+    assert Checkpoint.open(tmp_path / "again").fingerprint == saved.fingerprint
+
+
+def test_a_pipeline_in_bfloat16_is_saved_in_bfloat16(tmp_path):
+    PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX).save_pretrained(tmp_path)
+    folders = Checkpoint.open(tmp_path).folders
+    assert {tensor.dtype for folder in folders for tensor in stored_tensors(folder).values()} == {torch.bfloat16}
+
+
+def test_the_same_checkpoint_is_replaced_and_other_files_stay(tmp_path):
+    folder = shutil.copytree(TINY_MINIFLUX, tmp_path / "model")
+    (folder / "LICENSE").write_text("as it was")
+    (folder / "text_encoder" / "stale.json").write_text("{}")
+    pipe = PyramidFlowPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.transformer.proj_out.bias.add_(1)
+    pipe.save_pretrained(folder)  # whose files the pipeline's weights may still lie in
+    after = PyramidFlowPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    assert torch.equal(after.transformer.proj_out.bias, pipe.transformer.proj_out.bias)
+    assert torch.equal(latents(after), latents(pipe))
+    assert (folder / "LICENSE").read_text() == "as it was"
+    assert not (folder / "text_encoder" / "stale.json").exists()
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda folder: (folder / "thesis.txt").write_text("years of work"),
+        lambda folder: shutil.copytree(TINY_SD3, folder, dirs_exist_ok=True),
+        lambda folder: shutil.copytree(
+            TINY_MINIFLUX / "diffusion_transformer_384p", folder / "diffusion_transformer_768p"
+        ),
+        lambda folder: [
+            shutil.copytree(TINY_MINIFLUX / "diffusion_transformer_384p", folder / f"diffusion_transformer_{name}")
+            for name in ("384p", "768p")
+        ],
+    ],
+    ids=["files", "family", "variant", "variants"],
+)
+def test_nothing_else_is_written_over(prepare, tmp_path):
+    prepare(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="neither empty nor a miniflux checkpoint with the variant 384p alone"):
+        PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX).save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_save_that_breaks_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    folder = shutil.copytree(TINY_MINIFLUX, tmp_path / "model")
+    before = contents(folder)
+    pipe = PyramidFlowPipeline.from_pretrained(folder)
+    monkeypatch.setattr(pipe.text_encoder.t5, "save_pretrained", lambda path: shutil.copy(path / "nowhere", path))
+    with pytest.raises(FileNotFoundError):
+        pipe.save_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_a_schedule_that_cannot_be_saved_is_refused(tmp_path):
+    pipe = PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX)
+    pipe.schedule = PyramidSchedule(gamma=0.25)
+    with pytest.raises(InvalidValueError, match="the only one that is saved"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

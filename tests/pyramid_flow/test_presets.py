@@ -1,6 +1,7 @@
 """Presets: the published numbers, and what a checkpoint's own pyramid.json may change."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -116,6 +117,11 @@ def test_values_of_pyramid_json_win_and_the_rest_stays():
 def test_unknown_keys_and_wrong_types_are_named(values, message):
     with pytest.raises(CheckpointError, match=message):
         Preset().updated(values)
+
+
+@pytest.mark.parametrize("preset", EVERY)
+def test_a_preset_survives_pyramid_json(preset):
+    assert Preset(fps=1, guidance_scale=2.0).updated(json.loads(json.dumps(dataclasses.asdict(preset)))) == preset
 
 
 def test_presets_are_immutable():
