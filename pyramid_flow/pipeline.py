@@ -12,8 +12,10 @@ from torch import Tensor
 
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import InvalidValueError, NonFiniteError
+from pyramid_flow.fit import Memory, choose_placement
 from pyramid_flow.noise import NoiseSource, SeededNoise
 from pyramid_flow.pixels import ImageFit, decode_frames, encode_image, image_latent, image_pixels
+from pyramid_flow.placement import Placement
 from pyramid_flow.presets import Preset
 from pyramid_flow.sampling import Guidance, GuidanceDecay, OnStep, SamplingParams, Steps, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
@@ -45,10 +47,12 @@ class PyramidFlowPipeline:
         text_encoder: TextEncoder,
         preset: Preset,
         schedule: PyramidSchedule | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.preset = preset
         self.schedule = schedule or PyramidSchedule()
+        self.placement = placement or Placement(transformer.device)
 
     @classmethod
     def from_pretrained(
@@ -57,18 +61,22 @@ class PyramidFlowPipeline:
         variant: str | None = None,
         torch_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        memory: Memory = "auto",
     ) -> "PyramidFlowPipeline":
         """Load a checkpoint folder of the published layout, or the bundled model if path is "toy".
 
-        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder. Raises CheckpointError,
-        or InvalidValueError for float16.
+        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder. memory: "full" keeps all
+        parts on the device, "offload" a part while it works, "sequential" a layer; "auto" takes the first that fits.
+        Raises CheckpointError, or InvalidValueError for float16 or an unknown mode.
         """
         checkpoint = Checkpoint.open(path, variant)
+        placement = choose_placement(checkpoint, torch_dtype, device, memory)
         return cls(
-            transformer=checkpoint.load_transformer(torch_dtype, device),
-            vae=checkpoint.load_vae(torch_dtype, device),
-            text_encoder=checkpoint.load_text_encoder(torch_dtype, device),
+            transformer=placement.place(checkpoint.load_transformer(torch_dtype, "cpu")),
+            vae=placement.place(checkpoint.load_vae(torch_dtype, "cpu")),
+            text_encoder=placement.place(checkpoint.load_text_encoder(torch_dtype, "cpu")),
             preset=checkpoint.preset,
+            placement=placement,
         )
 
     @torch.no_grad()
@@ -143,25 +151,29 @@ class PyramidFlowPipeline:
         noise: NoiseSource,
         on_step: OnStep | None,
     ) -> Tensor:
-        text = self.text_encoder([prompt + self.preset.prompt_suffix for prompt in prompts])
         unwanted = self.preset.negative_prompt if negative_prompt is None else negative_prompt
-        negative = self.text_encoder([unwanted]) if params.guided else None
+        with self.placement.working(self.text_encoder):
+            text = self.text_encoder([prompt + self.preset.prompt_suffix for prompt in prompts])
+            negative = self.text_encoder([unwanted]) if params.guided else None
         first = None
         if pixels is not None:
-            posterior = encode_image(self.vae, pixels)
+            with self.placement.working(self.vae):
+                posterior = encode_image(self.vae, pixels)
             shape = (len(prompts), *posterior.mean.shape[1:])
             posterior = LatentDistribution(posterior.mean.expand(shape), posterior.logvar.expand(shape))
             first = image_latent(posterior, noise.posterior(shape), self.preset.statistics)
-        latents = generate_latents(
-            self.transformer, self.schedule, text, negative, params, noise, image_latent=first, on_step=on_step
-        )
+        with self.placement.working(self.transformer):
+            latents = generate_latents(
+                self.transformer, self.schedule, text, negative, params, noise, image_latent=first, on_step=on_step
+            )
         if not latents.isfinite().all():
             raise NonFiniteError("the latents are not finite")
         return latents
 
     def _frames(self, latents: Tensor, output_type: OutputType) -> np.ndarray | Tensor | list[list[Image.Image]]:
         if len(latents):
-            frames = torch.cat(list(decode_frames(self.vae, latents, self.preset.statistics)), dim=1)
+            with self.placement.working(self.vae):
+                frames = torch.cat(list(decode_frames(self.vae, latents, self.preset.statistics)), dim=1)
         else:
             _, _, units, height, width = latents.shape
             frames = torch.empty(0, 8 * units - 7, 8 * height, 8 * width, 3, dtype=torch.uint8)
