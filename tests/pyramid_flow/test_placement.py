@@ -122,7 +122,8 @@ def test_offload_leaves_the_device_when_the_work_fails(monkeypatch):
             there.append(copies.bytes)
             raise RuntimeError("broke")
 
-    pytest.raises(RuntimeError, work)
+    with pytest.raises(RuntimeError, match="broke"):
+        work()
     assert there == [bytes_on(CPU, vae)]
     assert copies.bytes == 0
 
