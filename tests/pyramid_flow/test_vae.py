@@ -294,7 +294,7 @@ def border_step(frames: Tensor, tile: int) -> float:
 
 @pytest.mark.parametrize("tile", [64, 128])
 def test_tiles_leave_no_seam(tile):
-    """Measured are 0.9 to 1.0 of the step without tiles, and without blending 4 to 7."""
+    """Measured are 0.75 and 1.2 of what it is without tiles; with no blending 4.6 and 10.5."""
     vae = Checkpoint.open("toy").load_vae(torch.float32, "cpu")
     scenes = [draw_scene(random.Random(seed), ("large",)).render(1, 256) for seed in range(3)]
     pixels = torch.stack([torch.from_numpy(scene) for scene in scenes]).permute(0, 4, 1, 2, 3) / 127.5 - 1
