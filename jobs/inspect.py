@@ -10,7 +10,8 @@ from jobs.settings import EXIT_INTERRUPTED, EXIT_WRONG_JOB, InspectSettings, par
 from pyramid_flow import Checkpoint, SamplingParams
 from pyramid_flow.checkpoint import DTYPES, list_variants
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.memory import MODES, PartMemory, needed_bytes, part_folders, part_memory
+from pyramid_flow.memory import PartMemory, needed_bytes, part_folders, part_memory
+from pyramid_flow.placement import MODES
 from pyramid_flow.weight_files import stored_tensors
 
 

@@ -91,7 +91,8 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         worklist = worklist.shard(*settings.shard_of)
     if not settings.dry_run or settings.calibrate:
         storage.probe()
-        pixels = {"model_fingerprint": checkpoint.fingerprint, "dtype": dtype, "tile": settings.tile}
+        tile = None if settings.tile == "auto" and device == "cpu" else settings.tile
+        pixels = {"model_fingerprint": checkpoint.fingerprint, "dtype": dtype, "tile": tile}
         ledger.claim(storage, _job_record(settings), pixels)
 
     def plan_for(costs: Costs | None) -> Plan:
@@ -137,6 +138,7 @@ def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, 
         image_hosts=frozenset(settings.allow_image_host),
         decode_window=settings.decode_window,
         tile=settings.tile,
+        memory=settings.memory,
         batch_size=settings.batch_size,
         workers=settings.workers,
         gpu_shares=settings.gpu_shares,

@@ -105,6 +105,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
         gpus=shares if device == "cuda" else {},
         threads=settings.threads,
         tile=settings.tile,
+        memory=settings.memory,
         decode_window=settings.decode_window,
         max_live=settings.max_live,
         render_s=settings.render_s,

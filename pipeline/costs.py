@@ -10,6 +10,7 @@ from pipeline.request import Shape
 from pipeline.rows import Batch
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint, render_flops
+from pyramid_flow.fit import Tile
 
 ASSUMED_FLOPS = {"cuda": 150e12, "cpu": 30e9}
 """Floating-point operations per second of one device that are assumed until a run has measured its own."""
@@ -105,11 +106,12 @@ def expected_costs(
     return Costs(_mean(common, estimates), measured=bool(known))
 
 
-def flops_estimate(checkpoint: Checkpoint, device: str, tile: int | None) -> Callable[[Shape], Seconds]:
-    """Return a function from a shape to its estimated seconds per row and stage on one device."""
+def flops_estimate(checkpoint: Checkpoint, device: str, tile: Tile) -> Callable[[Shape], Seconds]:
+    """Return a function from a shape to its estimated seconds per row and stage on one device; auto = no tile."""
+    side = None if tile == "auto" else tile
 
     def estimate(shape: Shape) -> Seconds:
-        flops = render_flops(checkpoint, shape.sampling_params(), has_image=shape.has_image, tile=tile)
+        flops = render_flops(checkpoint, shape.sampling_params(), has_image=shape.has_image, tile=side)
         speed = ASSUMED_FLOPS[device]
         seconds = {"encode": flops.encode, "sample": flops.sample, "decode": flops.decode}
         return {stage: count / speed for stage, count in seconds.items()} | {"publish": ASSUMED_PUBLISH_S}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pipeline.costs import Costs
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample, Stage
 from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.fit import Memory, Tile
 
 SAMPLER_SHARE, ENCODER_SHARE = 0.55, 0.2
 """What of a GPU a worker takes. Ray knows only fractions, and places whatever fits: two samplers never meet on a GPU,
@@ -87,7 +88,8 @@ class Job:
     """What a plan is made for.
 
     workers: pinned sizes of the pools that encode, sample and publish; gpu_shares: pinned shares of a GPU of the first
-    two; encoder_threads: pinned threads of ffmpeg; tile: side of a VAE tile in pixels; costs: None = unknown.
+    two; encoder_threads: pinned threads of ffmpeg; tile: side of a VAE tile in pixels; memory: mode of the parts;
+    costs: None = unknown.
     """
 
     model_path: str
@@ -97,7 +99,7 @@ class Job:
     output: str
     image_root: str
     decode_window: int
-    tile: int | None
+    tile: Tile
     batch_size: int
     lora: tuple[str, ...] = ()
     image_hosts: frozenset[str] = frozenset()
@@ -105,6 +107,7 @@ class Job:
     gpu_shares: Mapping[str, float] = field(default_factory=dict)
     encoder_threads: int | None = None
     layout: Layout = "auto"
+    memory: Memory = "auto"
     costs: Costs | None = None
 
 
@@ -173,7 +176,7 @@ def _fused(job: Job, resources: Resources) -> Plan:
     workers = pinned.pop("sample", resources.gpus if on_gpu else max(1, resources.cpus // CPUS_PER_WORKER))
     if pinned or job.gpu_shares:
         raise PlanError("with one pool for all stages only --sample-workers can be pinned: use --layout staged")
-    cpus, stages = _stages(job, resources, workers)
+    cpus, stages = _stages(job, resources, workers, together=True)
     pool = Pool(tuple(stages.values()), workers, cpus, 1.0 if on_gpu else 0.0)
     return Plan((pool,), job.batch_size, workers, job.costs)
 
@@ -183,7 +186,7 @@ def _staged(job: Job, resources: Resources) -> Plan:
     devices = resources.gpus if on_gpu else job.workers.get("sample", 1)
     workers = _workers(job.costs, devices) | dict(job.workers)
     shares = _gpu_shares(job, workers["encode"]) if on_gpu else {}
-    cpus, stages = _stages(job, resources, workers["sample"])
+    cpus, stages = _stages(job, resources, workers["sample"], together=False)
     pools = (
         Pool((stages["encode"],), workers["encode"], 0.0, shares.get("encode", 0.0)),
         Pool((stages["sample"], stages["decode"]), workers["sample"], cpus, shares.get("sample", 0.0), overlap=True),
@@ -208,11 +211,11 @@ def _gpu_shares(job: Job, encoders: int) -> dict[str, float]:
     return {"encode": min(ENCODER_SHARE, left) or ENCODER_SHARE, "sample": sampler} | dict(job.gpu_shares)
 
 
-def _stages(job: Job, resources: Resources, workers: int) -> tuple[float, dict[str, StageSpec]]:
+def _stages(job: Job, resources: Resources, workers: int, *, together: bool) -> tuple[float, dict[str, StageSpec]]:
     """Return the logical CPUs of each of the workers that decode, which are their ffmpeg's, and the stages by name."""
     threads = max(1, resources.cpus // workers)
     cpus = job.encoder_threads or min(threads, MAX_ENCODER_THREADS, resources.cpus / (2 * workers))
-    model = ModelConfig(job.model_path, job.variant, job.device, job.dtype, threads, job.lora)
+    model = ModelConfig(job.model_path, job.variant, job.device, job.dtype, threads, job.lora, job.memory, together)
     decode = {"window": job.decode_window, "tile": job.tile, "encoder_threads": max(1, int(cpus))}
     stages = (
         StageSpec(Encode, {"model": model, "image_root": job.image_root, "image_hosts": job.image_hosts}),

@@ -6,12 +6,12 @@ its own modules without weights, so any size takes a second or two.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from weakref import finalize
 
 import torch
@@ -25,6 +25,7 @@ from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError
 from pyramid_flow.pixels import quantized
+from pyramid_flow.placement import MemoryMode
 from pyramid_flow.pyramid import history_clips, latent_pyramid
 from pyramid_flow.sampling import SamplingParams, guided
 from pyramid_flow.schedule import PyramidSchedule
@@ -33,10 +34,6 @@ from pyramid_flow.vae import temporal_chunks
 from pyramid_flow.weight_files import StoredTensor, stored_tensors
 
 META, HOST = torch.device("meta"), torch.device("cpu")
-
-MemoryMode = Literal["full", "offload", "sequential"]
-MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
-"""full: every part stays on the device; offload: a part is there while it works; sequential: a block is."""
 
 TRANSFORMER, VAE = "transformer", "vae"
 ENCODERS: dict[str, tuple[type[T5EncoderModel | CLIPTextModel], int]] = {
@@ -53,8 +50,8 @@ BLOCK = re.compile(r"(.*?\.\d+)\.")
 class PartMemory:
     """Bytes that one part takes on the device.
 
-    weights: all of them. block: the largest block and what lies outside of all blocks, which is there when the part
-    runs block by block. activations: the peak beyond the weights while it works.
+    weights: all of them. block: the largest block and what lies outside of all blocks, which is more than is there when
+    the part runs layer by layer. activations: the peak beyond the weights while it works.
     """
 
     weights: int
@@ -82,36 +79,43 @@ def part_memory(
     has_image: bool = False,
     window: int = 1,
     tile: int | None = None,
+    parts: Collection[str] | None = None,
 ) -> dict[str, PartMemory]:
     """Return what each part takes while videos of one shape are rendered; the names are those of `part_folders`.
 
     batch_size: videos that are sampled together (they are encoded and decoded one by one); has_image: image-to-video;
-    window, tile: as in `CausalVideoVAE.decode`. Activations are those of the sampler's widest evaluation, of two
-    prompts of full length, and of decoding the first chunks. Not counted is what a device's libraries keep for
-    themselves, such as workspaces, fragments and compiled kernels: leave some room. Reads no weights. Raises
-    CheckpointError.
+    window, tile: as in `CausalVideoVAE.decode`; parts: of these only, None = of all. Activations are those of the
+    sampler's widest evaluation, of two prompts of full length, and of decoding the first chunks. Not counted is what a
+    device's libraries keep for themselves, such as workspaces, fragments and compiled kernels: leave some room. Reads
+    no weights. Raises CheckpointError.
     """
-    activations = {
-        TRANSFORMER: _sampling_peak(checkpoint, dtype, params, batch_size),
-        VAE: _vae_peak(checkpoint, dtype, params, has_image, window, tile),
+    peaks = {
+        TRANSFORMER: partial(_sampling_peak, checkpoint, dtype, params, batch_size),
+        VAE: partial(_vae_peak, checkpoint, dtype, params, has_image, window, tile),
     }
-    parts = {}
+    taken = {}
     for part, folder in part_folders(checkpoint).items():
+        if parts is not None and part not in parts:
+            continue
         blocks = _block_bytes(folder, dtype)
         outside = blocks.pop("", 0)
-        parts[part] = PartMemory(
+        taken[part] = PartMemory(
             weights=outside + sum(blocks.values()),
             block=outside + max(blocks.values(), default=0),
-            activations=activations[part] if part in activations else _encoder_peak(folder, dtype),
+            activations=peaks[part]() if part in peaks else _encoder_peak(folder, dtype),
         )
-    return parts
+    return taken
 
 
 def needed_bytes(parts: Mapping[str, PartMemory], mode: MemoryMode) -> int:
-    """Return what a mode needs on the device when one part works at a time."""
+    """Return what a mode needs on the device when one part works at a time; the text encoders come and go together."""
     if mode == "full":
         return sum(part.weights for part in parts.values()) + max(part.activations for part in parts.values())
-    return max((part.weights if mode == "offload" else part.block) + part.activations for part in parts.values())
+    if mode == "sequential":
+        return max(part.block + part.activations for part in parts.values())
+    encoders = [part for name, part in parts.items() if name not in (TRANSFORMER, VAE)]
+    beside = sum(part.weights for part in encoders)
+    return max((beside if part in encoders else part.weights) + part.activations for part in parts.values())
 
 
 def _block_bytes(folder: Path, dtype: torch.dtype) -> Counter[str]:

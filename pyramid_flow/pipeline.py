@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from pyramid_flow.checkpoint import Checkpoint, check_dtype, save_checkpoint
 from pyramid_flow.errors import InvalidValueError, NonFiniteError
+from pyramid_flow.fit import Memory, choose_placement
 from pyramid_flow.noise import NoiseSource, SeededNoise
 from pyramid_flow.pixels import ImageFit, decode_frames, encode_image, image_latent, image_pixels
+from pyramid_flow.placement import Placement
 from pyramid_flow.presets import Preset
 from pyramid_flow.sampling import Guidance, GuidanceDecay, OnStep, SamplingParams, Steps, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
@@ -47,10 +49,12 @@ class PyramidFlowPipeline:
         preset: Preset,
         variant: str,
         schedule: PyramidSchedule | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.preset, self.variant = preset, variant
         self.schedule = schedule or PyramidSchedule()
+        self.placement = placement or Placement(transformer.device)
 
     @classmethod
     def from_pretrained(
@@ -59,27 +63,31 @@ class PyramidFlowPipeline:
         variant: str | None = None,
         torch_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        memory: Memory = "auto",
         lora: Sequence[str] = (),
     ) -> "PyramidFlowPipeline":
         """Load a checkpoint folder of the published layout, or the bundled model if path is "toy".
 
-        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder. lora: adapters in the
-        format of peft, each PATH or PATH=WEIGHT. Raises CheckpointError, or InvalidValueError for float16.
+        variant: "384p", "768p", "image" or a folder name; None = the only transformer folder. memory: "full" keeps all
+        parts on the device, "offload" a part while it works, "sequential" a layer; "auto" takes the first that fits.
+        lora: adapters in the format of peft, each PATH or PATH=WEIGHT. Raises CheckpointError, or InvalidValueError for
+        float16 or an unknown mode.
         """
         checkpoint = Checkpoint.open(path, variant, lora)
+        placement = choose_placement(checkpoint, torch_dtype, device, memory)
         return cls(
-            transformer=checkpoint.load_transformer(torch_dtype, device),
-            vae=checkpoint.load_vae(torch_dtype, device),
-            text_encoder=checkpoint.load_text_encoder(torch_dtype, device),
+            transformer=placement.place(checkpoint.load_transformer(torch_dtype, "cpu")),
+            vae=placement.place(checkpoint.load_vae(torch_dtype, "cpu")),
+            text_encoder=placement.place(checkpoint.load_text_encoder(torch_dtype, "cpu")),
             preset=checkpoint.preset,
             variant=checkpoint.variant,
+            placement=placement,
         )
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lies."""
-        device: torch.device = self.transformer.device
-        return device
+        """Where the parts compute."""
+        return self.placement.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,26 +100,34 @@ class PyramidFlowPipeline:
     ) -> "PyramidFlowPipeline":
         """Bring all parts to a device, a dtype or both, in place, and return the pipeline.
 
-        Weights that were brought to bfloat16 do not get their precision back. Raises InvalidValueError for float16.
+        Weights that were brought to bfloat16 do not get their precision back. Raises InvalidValueError for float16, and
+        in any memory mode but full.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype is not None:
             check_dtype(dtype)
+        self._check_full("is for parts that stay where they are")
         parts: tuple[nn.Module, ...] = (self.transformer, self.vae, self.text_encoder)
         for part in parts:
             part.to(device=device, dtype=dtype)
+        self.placement = Placement(self.transformer.device)
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads, weights in the pipeline's dtype; see `save_checkpoint`.
 
         Raises CheckpointError for a folder with other contents, InvalidValueError for a schedule of one's own, which
-        the layout has no place for.
+        the layout has no place for, and in any memory mode but full.
         """
+        self._check_full("is for weights that are at hand")
         if self.schedule != PyramidSchedule():
             raise InvalidValueError("schedule", self.schedule, "is not the published one, the only one that is saved")
         save_checkpoint(Path(folder), self.variant, self.transformer, self.vae, self.text_encoder, self.preset)
+
+    def _check_full(self, why: str) -> None:
+        if self.placement.mode != "full":
+            raise InvalidValueError("memory", self.placement.mode, f"is not full, and this {why}")
 
     @torch.no_grad()
     def __call__(
@@ -130,12 +146,14 @@ class PyramidFlowPipeline:
         output_type: OutputType = "np",
         on_step: OnStep | None = None,
         image_fit: ImageFit = "crop",
+        tile: int | None = None,
         guidance_decay: GuidanceDecay = None,
         min_guidance_scale: Guidance | None = None,
     ) -> PyramidFlowOutput:
         """Render one video per prompt, or one still (num_frames 1); None = the checkpoint's preset.
 
-        image: the first frame of every video, see `image_pixels` for image_fit. seed: one per prompt, or one number
+        image: the first frame of every video, see `image_pixels` for image_fit. tile: side in pixels of the
+        tiles that frames are decoded in, to save memory; it changes pixels. seed: one per prompt, or one number
         from which prompt i takes seed + i. on_step: see `generate_latents`; guidance: see `SamplingParams`. Raises
         InvalidValueError for values that cannot be rendered, and NonFiniteError if NaN or infinity comes out.
         """
@@ -159,7 +177,7 @@ class PyramidFlowPipeline:
         noise = SeededNoise(_seeds(seed, len(prompts)), self.schedule.gamma)
         pixels = None if image is None else image_pixels(image, params.height, params.width, image_fit)
         latents = self._latents(prompts, pixels, negative_prompt, params, noise, on_step)
-        return PyramidFlowOutput(latents if output_type == "latent" else self._frames(latents, output_type))
+        return PyramidFlowOutput(latents if output_type == "latent" else self._frames(latents, output_type, tile))
 
     def _params(self, has_image: bool, **given: Any) -> SamplingParams:  # noqa: ANN401 - fields of SamplingParams
         """Return what is given, and for what is None the preset's value."""
@@ -184,25 +202,31 @@ class PyramidFlowPipeline:
         noise: NoiseSource,
         on_step: OnStep | None,
     ) -> Tensor:
-        text = self.text_encoder([prompt + self.preset.prompt_suffix for prompt in prompts])
         unwanted = self.preset.negative_prompt if negative_prompt is None else negative_prompt
-        negative = self.text_encoder(_texts("negative_prompt", [unwanted])) if params.guided else None
+        with self.placement.working(self.text_encoder):
+            text = self.text_encoder([prompt + self.preset.prompt_suffix for prompt in prompts])
+            negative = self.text_encoder(_texts("negative_prompt", [unwanted])) if params.guided else None
         first = None
         if pixels is not None:
-            posterior = encode_image(self.vae, pixels)
+            with self.placement.working(self.vae):
+                posterior = encode_image(self.vae, pixels)
             shape = (len(prompts), *posterior.mean.shape[1:])
             posterior = LatentDistribution(posterior.mean.expand(shape), posterior.logvar.expand(shape))
             first = image_latent(posterior, noise.posterior(shape), self.preset.statistics)
-        latents = generate_latents(
-            self.transformer, self.schedule, text, negative, params, noise, image_latent=first, on_step=on_step
-        )
+        with self.placement.working(self.transformer):
+            latents = generate_latents(
+                self.transformer, self.schedule, text, negative, params, noise, image_latent=first, on_step=on_step
+            )
         if not latents.isfinite().all():
             raise NonFiniteError("the latents are not finite")
         return latents
 
-    def _frames(self, latents: Tensor, output_type: OutputType) -> np.ndarray | Tensor | list[list[Image.Image]]:
+    def _frames(
+        self, latents: Tensor, output_type: OutputType, tile: int | None
+    ) -> np.ndarray | Tensor | list[list[Image.Image]]:
         if len(latents):
-            frames = torch.cat(list(decode_frames(self.vae, latents, self.preset.statistics)), dim=1)
+            with self.placement.working(self.vae):
+                frames = torch.cat(list(decode_frames(self.vae, latents, self.preset.statistics, tile=tile)), dim=1)
         else:
             _, _, units, height, width = latents.shape
             frames = torch.empty(0, 8 * units - 7, 8 * height, 8 * width, 3, dtype=torch.uint8)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from pyramid_flow.errors import CheckpointError, ShapeError
+from pyramid_flow.placement import execution_device
 from pyramid_flow.weight_files import stored_tensors
 
 MAX_TOKENS = 128
@@ -136,7 +137,7 @@ class TextEncoder(nn.Module):
 
         Prompts beyond 128 T5 or 77 CLIP tokens are cut, keeping the end-of-sequence token.
         """
-        device = self.t5.device
+        device = execution_device(self)
         ids = _tokenize(self.t5_tokenizer, prompts, MAX_TOKENS).to(device)
         tokens = self.t5(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).last_hidden_state
         pooled = [

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from pyramid_flow.attention import AttentionContext, RotaryTable, attention, rotary_table
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.layers import ConditioningEmbedding, Modulation, modulate
+from pyramid_flow.placement import execution_device
 from pyramid_flow.text import TextEmbedding
 from pyramid_flow.tokens import PATCH, PrefixLayout, position_ids, prefix_layout, unpatchify
 
@@ -70,6 +71,11 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
     def latent_channels(self) -> int:
         """Channels of a latent frame."""
         return self.proj_out.out_features // PATCH**2
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, wherever its weights rest."""
+        return execution_device(self)
 
     def embed_text(self, text: TextEmbedding) -> TextState:
         """Trim the pads that no prompt of the batch needs and embed what does not depend on the step."""

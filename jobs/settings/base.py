@@ -9,18 +9,37 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic_settings
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pipeline.fetch import host_name
+from pyramid_flow.fit import Tile
 
 EXIT_BROKEN, EXIT_WRONG_JOB, EXIT_INTERRUPTED = 1, 2, 130
 OWN_CLUSTER = "local"
 LORA = "adapter of the transformer in the format of peft: PATH, or PATH=WEIGHT; may be repeated"
 MODEL = 'checkpoint folder in the published layout, "miniflux" or "sd3" once fetched, or "toy" for the bundled model'
 
+MEMORY = (
+    "full: all weights stay on the device; offload: a part's while it works; sequential: a layer's, slowest; "
+    "auto: the first that fits into the memory that is free"
+)
+TILE = "side of a VAE tile in pixels, or none; auto: none on a CPU, else the largest that fits into the memory left"
+SMALLEST_TILE, TILE_MULTIPLE = 64, 32
+
 Count = Annotated[int, Field(ge=1)]
 Hosts = Annotated[list[str], AfterValidator(lambda hosts: [host_name(host) for host in hosts])]
+
+
+def _tile(value: object) -> object:
+    if value is None or value in ("auto", "none"):
+        return "auto" if value == "auto" else None
+    if not str(value).isdecimal() or int(str(value)) < SMALLEST_TILE or int(str(value)) % TILE_MULTIPLE:
+        raise ValueError(f"must be a multiple of {TILE_MULTIPLE} from {SMALLEST_TILE} on, or auto, or none")
+    return value
+
+
+TileSide = Annotated[Tile, BeforeValidator(_tile)]
 
 
 class SettingsError(Exception):

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from jobs.settings.base import LORA, MODEL, ClusterSettings, Count, Hosts, JobSettings
+from jobs.settings.base import LORA, MEMORY, MODEL, TILE, ClusterSettings, Count, Hosts, JobSettings, TileSide
 from pipeline.plan import Layout
+from pyramid_flow.fit import Memory
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -87,7 +88,8 @@ class RenderSettings(ClusterSettings):
     sample_gpus: Share | None = Field(None, description="pin the share of a GPU that a sample worker takes")
     ffmpeg_threads: Count | None = Field(None, description="pin the threads of ffmpeg, which are also a worker's CPUs")
     decode_window: Count = Field(1, description="latent frames decoded at a time")
-    tile: int | None = Field(None, ge=64, description="side of a VAE tile in pixels (default: no tiling)")
+    memory: Memory = Field("auto", description=MEMORY)
+    tile: TileSide = Field("auto", description=TILE)
     ledger_rows: Count = Field(1000, description="write a ledger part after this many rows")
     ledger_seconds: Annotated[float, Field(gt=0)] = Field(30, description="or after this many seconds")
     max_attempts: Count = Field(3, description="give a row up after its worker died this often while it ran alone")
@@ -116,13 +118,6 @@ class RenderSettings(ClusterSettings):
     def _count_or_percentage(cls, value: str) -> str:
         if not re.fullmatch(r"[0-9]+|([0-9]+(\.[0-9]*)?|\.[0-9]+)%", value):
             raise ValueError("must be a count or a percentage, such as 10 or 5%")
-        return value
-
-    @field_validator("tile")
-    @classmethod
-    def _whole_latents(cls, value: int | None) -> int | None:
-        if value is not None and value % 32:
-            raise ValueError("must be a multiple of 32")
         return value
 
     @field_validator("shard")

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from jobs.settings.base import LORA, MODEL, ClusterSettings, Count, Hosts
+from jobs.settings.base import LORA, MEMORY, MODEL, TILE, ClusterSettings, Count, Hosts, TileSide
+from pyramid_flow.fit import Memory
 
 
 class ServeSettings(ClusterSettings):
@@ -57,9 +58,8 @@ class ServeSettings(ClusterSettings):
     decode_gpus: Annotated[float, Field(ge=0)] = Field(0.3, description="share of a GPU of each")
     threads: Count = Field(1, description="CPU threads of each worker")
     decode_window: Count = Field(1, description="latent frames decoded at a time")
-    tile: int | None = Field(
-        None, ge=64, multiple_of=32, description="side of a VAE tile in pixels (default: no tiling)"
-    )
+    memory: Memory = Field("auto", description=MEMORY)
+    tile: TileSide = Field("auto", description=TILE)
     max_live: Annotated[int, Field(ge=0)] = Field(
         4, description="videos that a decoder shows while they are sampled; each holds 2 (384p) to 8 (768p) GiB"
     )

@@ -27,6 +27,7 @@ from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleRepl
 from pipeline.stages import Encode, ModelConfig, Publish
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
+from pyramid_flow.fit import Memory, Tile
 
 STAGES = ("encode", "sample", "decode", "publish")
 UPSCALE_S = 5.0
@@ -68,7 +69,8 @@ class ServiceConfig(BaseModel):
     gpus: dict[str, float] = {}
     threads: int = 1
     batch_size: int = 4
-    tile: int | None = None
+    tile: Tile = "auto"
+    memory: Memory = "auto"
     decode_window: int = 1
     max_live: int = 4
     max_queued: int = 1000
@@ -146,7 +148,9 @@ def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -
 
 
 def _model_stages(config: ServiceConfig) -> dict[str, Application]:
-    model = ModelConfig(config.model, config.variant, config.device, config.dtype, config.threads, config.lora)
+    model = ModelConfig(
+        config.model, config.variant, config.device, config.dtype, config.threads, config.lora, config.memory
+    )
     places = {"database": config.database, "output": config.output}
     frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
     live = {"max_live": config.max_live}

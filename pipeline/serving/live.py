@@ -17,11 +17,12 @@ from pipeline.serving.store import Store
 from pipeline.serving.tables import Claim
 from pipeline.stages import Decode, ModelConfig
 from pipeline.stages.decode import FILE, THUMBNAIL
-from pipeline.stages.stage import release_memory
 from pipeline.storage import Storage
 from pipeline.video import ThumbnailStrip
 from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.fit import Tile
 from pyramid_flow.pixels import as_uint8
+from pyramid_flow.placement import release_memory
 from pyramid_flow.vae import VAEState
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class LiveVideo:
         self.strip = ThumbnailStrip(self.request.num_frames)
         self.fragments: list[bytes] = []
         self.num_frames = 0
+        self.tile: int | None = None
         self._state: VAEState | None = None
 
     @torch.no_grad()
@@ -85,10 +87,12 @@ class LiveVideo:
 
         Raises ClaimLostError if nobody waits for them any more.
         """
+        if not self.fragments:
+            self.tile = self.decode.tile_for(self.request)
         for unit in latents.split(1, dim=2):
             index = len(self.fragments)
             raw = self.decode.statistics.denormalize(unit.float(), index)
-            pixels, self._state = self.decode.vae.decode_chunk(raw, self._state, tile=self.decode.tile)
+            pixels, self._state = self.decode.vae.decode_chunk(raw, self._state, tile=self.tile)
             frames = as_uint8(pixels)[0].cpu().numpy()
             threads = self.decode.encoder_threads
             fragment = encode_fragment(frames, index, self.num_frames, self.request.fps, threads=threads)
@@ -125,7 +129,7 @@ class LiveDecode(Decode):
         self,
         model: ModelConfig,
         window: int,
-        tile: int | None,
+        tile: Tile,
         encoder_threads: int,
         max_live: int,
         database: str,
@@ -150,7 +154,8 @@ class LiveDecode(Decode):
                 return 0
         video = self.videos.setdefault(item.row.id, LiveVideo(item, self))
         try:
-            video.add(item.tensors["latents"][:, :, len(video.fragments) - start :])
+            with self.placement.working(self.vae):
+                video.add(item.tensors["latents"][:, :, len(video.fragments) - start :])
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - it is decoded once more at its end, where a fault is its own
@@ -163,12 +168,16 @@ class LiveDecode(Decode):
         """Decode what is left of the rows, one after another."""
         self._drop_lost()
         followed = {claim.row_id for claim in self.store.followed([Claim.of_row(item.row.id) for item in items])}
-        return [self._finished(item) if item.row.id in followed else self._decoded(item, self.tile) for item in items]
+        with self.placement.working(self.vae):
+            return [self._finished(item) if item.row.id in followed else self._unseen(item) for item in items]
 
     def _drop_lost(self) -> None:
         """Forget videos that nobody makes any more, and with them the device's memory that they hold."""
         held = {claim.row_id for claim in self.store.followed([Claim.of_row(row_id) for row_id in self.videos])}
         self.videos = {row_id: video for row_id, video in self.videos.items() if row_id in held}
+
+    def _unseen(self, item: Item) -> Item:
+        return self._decoded(item, self.tile_for(item.request))
 
     def _decoded(self, item: Item, tile: int | None) -> Item:
         try:
@@ -188,5 +197,5 @@ class LiveDecode(Decode):
             raise
         except Exception as error:  # noqa: BLE001 - another way may do
             logger.warning("%s is not shown to its end: %s", item.row.id, error)
-            return self._decoded(item, self.tile)
-        return item.with_tensors(video.files(), frames=video.num_frames, tiling=self.tile)
+            return self._unseen(item)
+        return item.with_tensors(video.files(), frames=video.num_frames, tiling=video.tile)

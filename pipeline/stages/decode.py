@@ -3,6 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -10,37 +11,53 @@ from torch import Tensor
 
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Item, as_tensor
-from pipeline.stages.stage import ModelConfig, Stage, release_memory
+from pipeline.stages.stage import ModelConfig, Stage
 from pipeline.still import encode_still
 from pipeline.video import Frames, ThumbnailStrip, VideoWriter
+from pyramid_flow import Checkpoint, SamplingParams
+from pyramid_flow.fit import SMALLER_TILES, Tile, fitting_tile
+from pyramid_flow.memory import VAE, part_memory
 from pyramid_flow.pixels import decode_frames
+from pyramid_flow.placement import free_bytes, release_memory
 
 logger = logging.getLogger(__name__)
 
 FILE, THUMBNAIL = "file", "thumbnail"
-SMALLER_TILES = (512, 256)
-"""Sides in pixels of the tiles that are tried after the device ran out of memory."""
+COUNTED_SHAPES = 256
 
 
 class Decode(Stage):
     """Replaces a row's `latents` by the files `file` (mp4, or png or webp of a still) and `thumbnail` (webp), as uint8.
 
-    window: latents per chunk; tile: side of a VAE tile in pixels, None = no tiling; encoder_threads: of ffmpeg. Frames
-    never leave the worker, and its memory is that of a chunk.
+    window: latents per chunk; tile: side of a VAE tile in pixels, None = no tiling, auto = none on a CPU, else the
+    largest that fits into the memory that is free; encoder_threads: of ffmpeg. Frames never leave the worker, and its
+    memory is that of a chunk.
     """
 
     name = "decode"
 
-    def __init__(self, model: ModelConfig, window: int, tile: int | None, encoder_threads: int) -> None:
+    def __init__(self, model: ModelConfig, window: int, tile: Tile, encoder_threads: int) -> None:
         checkpoint = model.open()
         self.window, self.tile, self.encoder_threads = window, tile, encoder_threads
         self.statistics = checkpoint.preset.statistics
         self.model_name = checkpoint.name
-        self.vae = checkpoint.load_vae(model.torch_dtype, model.device)
+        self.placement = model.placement(checkpoint, (VAE,))
+        self.vae = self.placement.place(checkpoint.load_vae(model.torch_dtype, "cpu"))
+        self._activations = lru_cache(COUNTED_SHAPES)(partial(_activations, checkpoint, model.torch_dtype, window))
 
     def process(self, items: Sequence[Item]) -> list[Item]:
         """Decode the rows one after another."""
-        return [self._decoded(item, self.tile) for item in items]
+        with self.placement.working(self.vae):
+            return [self._decoded(item, self.tile_for(item.request)) for item in items]
+
+    def tile_for(self, request: ResolvedRequest) -> int | None:
+        """Return the tile to decode a request with, while the VAE is ready to work."""
+        if self.tile != "auto":
+            return self.tile
+        if self.placement.device.type == "cpu":
+            return None
+        needed = partial(self._activations, request.height, request.width, request.num_frames)
+        return fitting_tile(needed, free_bytes(self.placement.device))
 
     def tags(self, request: ResolvedRequest) -> dict[str, str]:
         """Return the container tags of a video or a still."""
@@ -90,3 +107,16 @@ class Decode(Stage):
                 for chunk in chunks:
                     writer.write(chunk)
             return path.read_bytes()
+
+
+def _activations(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    window: int,
+    height: int,
+    width: int,
+    num_frames: int,
+    tile: int | None,
+) -> int:
+    params = SamplingParams(height, width, num_frames)
+    return part_memory(checkpoint, dtype, params, window=window, tile=tile, parts=(VAE,))[VAE].activations

@@ -11,6 +11,7 @@ from pipeline.request import sampling_params
 from pipeline.rows import Item
 from pipeline.stages.stage import ModelConfig, Stage
 from pyramid_flow import NonFiniteError, PyramidSchedule, SeededNoise, StepInfo, TextEmbedding, generate_latents
+from pyramid_flow.memory import TRANSFORMER
 from pyramid_flow.pixels import image_latent
 from pyramid_flow.text import concatenate
 from pyramid_flow.vae import LatentDistribution
@@ -38,7 +39,8 @@ class Sample(Stage):
         checkpoint = model.open()
         self.model, self.watch = model, watch
         self.statistics = checkpoint.preset.statistics
-        self.transformer = checkpoint.load_transformer(model.torch_dtype, model.device)
+        self.placement = model.placement(checkpoint, (TRANSFORMER,))
+        self.transformer = self.placement.place(checkpoint.load_transformer(model.torch_dtype, "cpu"))
         self.schedule = PyramidSchedule()
 
     def process(self, items: Sequence[Item]) -> list[Item]:
@@ -50,16 +52,17 @@ class Sample(Stage):
             posterior = LatentDistribution(_stacked(items, "posterior.mean"), _stacked(items, "posterior.logvar"))
             first = image_latent(posterior, noise.posterior(posterior.mean.shape), self.statistics)
         watch = self.watch(items) if self.watch else None
-        latents = generate_latents(
-            self.transformer,
-            self.schedule,
-            _embedding(items, "text"),
-            _embedding(items, "negative") if params.guided else None,
-            params,
-            noise,
-            image_latent=first,
-            on_step=watch,
-        ).cpu()
+        with self.placement.working(self.transformer):
+            latents = generate_latents(
+                self.transformer,
+                self.schedule,
+                _embedding(items, "text"),
+                _embedding(items, "negative") if params.guided else None,
+                params,
+                noise,
+                image_latent=first,
+                on_step=watch,
+            ).cpu()
         made = iter(latents.split(1))
         wanted = watch.wanted if watch else [True] * len(items)
         return [
@@ -75,7 +78,7 @@ class Sample(Stage):
             latents_sha256=hashlib.sha256(latents.contiguous().numpy().data).hexdigest(),
             batch_size=batch_size,
             dtype=self.model.dtype,
-            device=_device_name(self.transformer.device),
+            device=_device_name(self.placement.device),
         )
 
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,8 @@ import torch
 from pipeline.rows import Batch, Item
 from pyramid_flow import Checkpoint
 from pyramid_flow.checkpoint import DTYPES
+from pyramid_flow.fit import SMALLER_TILES, Memory, choose_placement
+from pyramid_flow.placement import Placement, free_bytes, process_bytes, release_memory
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +22,8 @@ logger = logging.getLogger(__name__)
 class ModelConfig:
     """Which checkpoint a worker loads, and how: device ("cpu", "cuda") and dtype ("float32", "bfloat16").
 
-    threads: CPU threads of the worker's tensor operations; lora: adapters, as `Checkpoint.open` takes them.
+    threads: CPU threads of the worker's tensor operations; lora: adapters, as `Checkpoint.open` takes them; memory: see
+    `PyramidFlowPipeline.from_pretrained`; together: whether one process loads all stages.
     """
 
     path: str
@@ -29,11 +32,28 @@ class ModelConfig:
     dtype: str
     threads: int
     lora: tuple[str, ...] = ()
+    memory: Memory = "auto"
+    together: bool = False
 
     def open(self) -> Checkpoint:
         """Open the checkpoint and limit this process to its threads."""
         torch.set_num_threads(self.threads)
         return Checkpoint.open(self.path, self.variant, self.lora)
+
+    def placement(self, checkpoint: Checkpoint, parts: Collection[str]) -> Placement:
+        """Return where a stage's parts compute, and in which mode; together: as all parts of the process allow.
+
+        Decoding counts in the smallest tiles, which are tried when it runs out of memory.
+        """
+        return choose_placement(
+            checkpoint,
+            self.torch_dtype,
+            self.device,
+            self.memory,
+            parts=None if self.together else parts,
+            tile=SMALLER_TILES[-1],
+            available=process_bytes if self.together else free_bytes,
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -81,12 +101,6 @@ class Stage(ABC):
     @abstractmethod
     def process(self, items: Sequence[Item]) -> list[Item]:
         """Map items of one shape, one for one and in order; may raise for all of them."""
-
-
-def release_memory() -> None:
-    """Give cached device memory back, so that what is tried next finds all there is."""
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
 
 
 def _with_seconds(item: Item, stage: str, seconds: float) -> Item:

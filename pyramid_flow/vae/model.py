@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
+from pyramid_flow.placement import execution_device
 from pyramid_flow.vae.blocks import Decoder, Encoder
 from pyramid_flow.vae.conv import CausalConv3d, FeatureCache, Features
 from pyramid_flow.vae.tiling import map_tiles
@@ -144,6 +145,11 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
             decoder_temporal_up_sample,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, wherever its weights rest."""
+        return execution_device(self)
+
     def encode_moments(
         self, pixels: Tensor, *, window: int | None = None, tile: int | None = None
     ) -> LatentDistribution:
@@ -206,8 +212,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return frames
 
     def _cast(self, x: Tensor) -> Tensor:
-        # Parameters that an offloading hook has put on the meta device say nothing about where to compute.
-        return x.to(dtype=self.dtype, device=x.device if self.device.type == "meta" else self.device)
+        return x.to(self.device, self.dtype)
 
     def _check_pixels(self, pixels: Tensor) -> None:
         _check_shape("pixels", pixels, self.config["encoder_in_channels"], "1+8k, H, W")

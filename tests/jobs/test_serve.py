@@ -21,6 +21,7 @@ from pipeline.serving.keys import hashed
         (["--webhook-url", "https://example.com/hook"], "PYRAMID_RENDER_WEBHOOK_SECRET"),
         (["--output", "s3://bucket/out"], "say where the --database is"),
         (["--port", "99999"], "less than or equal to 65535"),
+        (["--memory", "some"], "'auto', 'full', 'offload' or 'sequential'"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(tmp_path, flags, reason, caplog, capsys):
@@ -39,10 +40,12 @@ def test_a_new_key_comes_with_its_line(capsys):
 
 
 def test_the_printed_config_is_one_of_serves(tmp_path, capsys):
-    assert serve.main(["--output", str(tmp_path), "--print-config", "--api-keys", f"me:{'a' * 64}"]) == 0
+    flags = ["--api-keys", f"me:{'a' * 64}", "--memory", "offload", "--tile", "none"]
+    assert serve.main(["--output", str(tmp_path), "--print-config", *flags]) == 0
     values = yaml.safe_load(capsys.readouterr().out)
     api, page = ServeDeploySchema.model_validate(values).applications
     assert api.args["keys"] == {"a" * 64: "me"}
+    assert (api.args["memory"], api.args["tile"]) == ("offload", None)
     assert (api.import_path, api.route_prefix) == ("jobs.serve:application", "/")
     assert (page.import_path, page.route_prefix) == ("pipeline.serving.app:build_page", "/page")
     assert page.args == {"api_url": "http://127.0.0.1:8000", "asks_keys": True}

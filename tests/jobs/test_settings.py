@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.settings import DemoSettings, RenderSettings, parse
+from jobs.settings import DemoSettings, RenderSettings, ServeSettings, parse
 from pipeline.request import RenderRequest
 
 NEEDED = ["--input", "in.parquet", "--output", "out", "--model", "model"]
@@ -67,6 +67,13 @@ def test_inputs_may_be_repeated_and_the_last_of_other_flags_wins():
     assert parsed("--batch-size", "2", "--batch-size=3").batch_size == 3
 
 
+@pytest.mark.parametrize(("given", "tile"), [("auto", "auto"), ("none", None), ("96", 96)])
+def test_a_tile_is_auto_or_none_or_a_side(tmp_path, given, tile):
+    assert parsed("--tile", given).tile == parse(ServeSettings, ["--tile", given]).tile == tile
+    assert from_yaml(tmp_path, {**VALUES, "tile": tile}).tile == tile
+    assert (parsed().tile, parsed().memory) == ("auto", "auto")
+
+
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         parsed().batch_size = 5
@@ -104,6 +111,8 @@ def test_no_environment_variable_changes_a_setting(monkeypatch, tmp_path):
         (["--dtype", "float16"], ["dtype 'float16'", "'bfloat16'"]),
         (["--tile", "32"], ["tile '32'", "64"]),
         (["--tile", "100"], ["tile '100'", "must be a multiple of 32"]),
+        (["--tile", "some"], ["tile 'some'", "or auto, or none"]),
+        (["--memory", "some"], ["memory 'some'", "'auto', 'full', 'offload' or 'sequential'"]),
         (["--ledger-seconds", "0"], ["ledger-seconds '0'"]),
         (["--ledger-seconds", "nan"], ["ledger-seconds 'nan'"]),
         (["--output", ""], ["output ''"]),

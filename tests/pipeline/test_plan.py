@@ -98,11 +98,19 @@ def test_the_cpu_takes_one_worker_of_each_stage_and_ignores_gpus():
 
 
 def test_what_is_asked_for_reaches_the_stages():
-    given = arguments(planned("cpu", Resources(4, 0), image_hosts=frozenset({"host"}), encoder_threads=3))
+    given = arguments(
+        planned("cpu", Resources(4, 0), image_hosts=frozenset({"host"}), encoder_threads=3, memory="offload")
+    )
     assert (given["encode"]["image_root"], given["encode"]["image_hosts"]) == ("images", {"host"})
     assert (given["decode"]["window"], given["decode"]["tile"], given["decode"]["encoder_threads"]) == (2, 256, 3)
     assert given["publish"]["output"] == "out"
+    assert (given["sample"]["model"].memory, given["sample"]["model"].together) == ("offload", False)
     assert len({id(given[name]["model"]) for name in STAGES[:3]}) == 1
+
+
+def test_one_process_of_all_stages_is_told_so():
+    given = arguments(planned("cuda", Resources(4, 1), layout="fused"))
+    assert all(given[name]["model"].together for name in STAGES[:3])
 
 
 def test_gpus_that_are_not_there_are_refused():

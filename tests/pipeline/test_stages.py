@@ -1,5 +1,6 @@
 import hashlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from pipeline.rows import Batch, Item, pack, unpack
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
 from pipeline.stages import decode as decode_module
 from pipeline.stages import sample as sample_module
+from pipeline.stages import stage as stage_module
 from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
+from pyramid_flow.placement import Placement, free_bytes, process_bytes
 from tests.pipeline.mp4 import probe, read_frames, read_tags
 from tests.pipeline.tables import batch, item, rows
 
@@ -197,6 +200,55 @@ def test_decoding_tries_smaller_tiles_when_memory_runs_out(model, preset, encode
     [row] = rows(Decode(model, window=1, tile=None, encoder_threads=1)(encoded))
     assert tried == [None, 512, 256]
     assert (row.error, row.tiling) == (None, 256)
+
+
+@pytest.mark.parametrize("memory", ["offload", "sequential"])
+def test_stages_in_every_mode_give_the_same_rows(model, preset, encode, sample, tmp_path, memory):
+    other = replace(model, memory=memory)
+    requests = [item(preset, prompt="it moves", seed=s, image=picture((200, 30, 30)), **SHAPE) for s in range(2)]
+    results = []
+    for config, first, second in (
+        (model, encode, sample),
+        (other, Encode(other, str(tmp_path), frozenset()), Sample(other)),
+    ):
+        last = Decode(config, window=1, tile="auto", encoder_threads=1)
+        results.append(through(batch(*requests), first, second, last).items)
+    for one, two in zip(*results, strict=True):
+        assert (two.row.error, two.row.device, two.row.tiling) == (None, "cpu", None)
+        assert one.row.latents_sha256 == two.row.latents_sha256
+        assert all(torch.equal(tensor, two.tensors[name]) for name, tensor in one.tensors.items())
+
+
+def test_auto_takes_the_largest_tile_that_fits(model, preset, monkeypatch):
+    decode, free = Decode(model, window=1, tile="auto", encoder_threads=1), []
+    request = item(preset, prompt="big", **SHAPE).request
+    assert decode.tile_for(request) is None  # on a CPU, whatever is free
+    decode.placement = Placement(torch.device("meta"))
+    needed = {None: 900, 512: 600, 256: 150}
+    monkeypatch.setattr(decode, "_activations", lambda height, width, frames, tile: needed[tile])
+    monkeypatch.setattr(decode_module, "free_bytes", lambda device: free[-1])
+    for available, tile in ((2000, None), (700, 512), (200, 256), (1, 256)):
+        free.append(available)
+        assert decode.tile_for(request) == tile
+    decode.tile = 64
+    assert decode.tile_for(request) == 64
+
+
+def test_what_decoding_takes_is_counted_once_per_size(model, monkeypatch):
+    decode, counted, count = Decode(model, window=1, tile="auto", encoder_threads=1), [], decode_module.part_memory
+    monkeypatch.setattr(decode_module, "part_memory", lambda *a, **b: counted.append(b["tile"]) or count(*a, **b))
+    sizes = [decode._activations(256, 256, 17, tile) for tile in (None, 128, None, 128)]
+    assert counted == [None, 128]
+    assert sizes[0] == sizes[2] > sizes[1] > 0
+
+
+def test_one_process_of_all_stages_counts_all_parts(model, monkeypatch):
+    given = []
+    monkeypatch.setattr(stage_module, "choose_placement", lambda *_, **how: given.append(how))
+    for together in (False, True):
+        replace(model, together=together).placement(Checkpoint.open("toy"), ("vae",))
+    assert [how["parts"] for how in given] == [("vae",), None]
+    assert [how["available"] for how in given] == [free_bytes, process_bytes]
 
 
 def test_decoding_that_never_fits_fails_its_row(model, preset, encode, sample, monkeypatch):

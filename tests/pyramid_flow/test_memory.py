@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from pyramid_flow import CausalVideoVAE, Checkpoint, CheckpointError, SamplingParams, SeededNoise, generate_latents
 from pyramid_flow.checkpoint import BUNDLED
-from pyramid_flow.memory import MODES, PartMemory, needed_bytes, part_bytes, part_memory
+from pyramid_flow.memory import PartMemory, needed_bytes, part_bytes, part_memory
 from pyramid_flow.pixels import decode_frames
+from pyramid_flow.placement import MODES
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEmbedding
 from tests.pyramid_flow.goldens import TINY_MINIFLUX, manifest
@@ -167,10 +168,15 @@ def test_activations_grow_with_the_work(toy):
 
 def test_a_mode_needs_what_it_holds_at_once():
     parts = {
-        "a": PartMemory(weights=100, block=30, activations=5),
-        "b": PartMemory(weights=60, block=10, activations=50),
+        "transformer": PartMemory(weights=100, block=30, activations=5),
+        "vae": PartMemory(weights=60, block=10, activations=50),
     }
     assert [needed_bytes(parts, mode) for mode in MODES] == [210, 110, 60]
+    encoders = {
+        "text_encoder": PartMemory(weights=40, block=20, activations=1),
+        "text_encoder_2": PartMemory(weights=80, block=10, activations=2),
+    }
+    assert [needed_bytes(parts | encoders, mode) for mode in MODES] == [330, 122, 60]  # encoders are there together
 
 
 def test_every_mode_needs_less_than_the_one_before(toy):

@@ -138,6 +138,15 @@ def test_an_image_is_cropped_or_padded(pipe):
     assert differ(padded, cropped)
 
 
+def test_frames_are_decoded_in_tiles_if_asked(pipe):
+    made = latents(pipe)
+    tiled = torch.cat(list(decode_frames(pipe.vae, made, pipe.preset.statistics, tile=32)), dim=1)
+    assert np.array_equal(pipe("a red ball", **SHORT, tile=32).frames, tiled.numpy())
+    assert not np.array_equal(pipe("a red ball", **SHORT).frames, tiled.numpy())
+    with pytest.raises(InvalidValueError, match="tile 40 is not a positive multiple of 32"):
+        pipe("a red ball", **SHORT, tile=40)
+
+
 def test_guidance_may_decay(pipe):
     decaying = latents(pipe, guidance_scale=7.0, guidance_decay=3.0, min_guidance_scale=1.0)
     assert torch.equal(decaying, latents(pipe, guidance_scale=7.0, video_guidance_scale=4.0))
@@ -270,6 +279,16 @@ def test_to_takes_every_part_to_the_device():
     pipe = PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX).to("meta")
     assert pipe.device == torch.device("meta")
     assert {weight.device.type for part in parts(pipe) for weight in part.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("memory", ["offload", "sequential"])
+def test_weights_that_come_and_go_are_neither_moved_nor_saved(memory, tmp_path):
+    pipe = PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX, memory=memory)
+    assert pipe.device == torch.device("cpu")
+    for call in (lambda: pipe.to(torch.float32), lambda: pipe.save_pretrained(tmp_path / "saved")):
+        with pytest.raises(InvalidValueError, match=f"memory {memory} is not full"):
+            call()
+    assert not (tmp_path / "saved").exists()
 
 
 def test_to_float16_is_refused_and_changes_nothing():

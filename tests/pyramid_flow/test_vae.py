@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pyramid_flow import Checkpoint
 from pyramid_flow.errors import InvalidValueError, ShapeError
+from pyramid_flow.toy.world import draw_scene
 from pyramid_flow.vae import CausalVideoVAE, LatentDistribution, temporal_chunks
 from pyramid_flow.vae.tiling import blend, map_tiles, tile_origins
 
@@ -276,6 +278,29 @@ def test_blend_fades_linearly():
 def test_a_frame_within_one_tile_is_not_tiled(vae):
     latents = noise(1, 16, 2, 4, 4)
     assert torch.equal(vae.decode(latents, tile=32), vae.decode(latents))
+
+
+def border_step(frames: Tensor, tile: int) -> float:
+    """Return the mean step between pixels across the borders of tiles over that between all others."""
+    across, others = [], []
+    for rows in (frames, frames.mT):
+        steps = rows.diff(dim=-1).abs()
+        is_border = torch.zeros(steps.shape[-1], dtype=torch.bool)
+        is_border[torch.tensor(tile_origins(rows.shape[-1], tile)[1:]) - 1] = True
+        across.append(steps[..., is_border].mean())
+        others.append(steps[..., ~is_border].mean())
+    return float(sum(across) / sum(others))
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+def test_tiles_leave_no_seam(tile):
+    """Measured are 0.75 and 1.2 of what it is without tiles; with no blending 4.6 and 10.5."""
+    vae = Checkpoint.open("toy").load_vae(torch.float32, "cpu")
+    scenes = [draw_scene(random.Random(seed), ("large",)).render(1, 256) for seed in range(3)]
+    pixels = torch.stack([torch.from_numpy(scene) for scene in scenes]).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    latents = vae.encode_moments(pixels).mean
+    whole, tiled = (border_step(vae.decode(latents, tile=side), tile) for side in (None, tile))
+    assert tiled <= 1.5 * whole
 
 
 # The posterior
