@@ -88,6 +88,8 @@ def needed_files(names: Iterable[str], variants: Sequence[str]) -> list[str]:
     """
     needed = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in NEEDED))
     folders = sorted({name.partition("/")[0] for name in needed if name.startswith(TRANSFORMER_PREFIX)})
+    if not folders:
+        raise FetchError(f"there is no folder {TRANSFORMER_PREFIX}* with safetensors")
     chosen = [variant if variant in folders else TRANSFORMER_PREFIX + variant for variant in variants] or folders
     for folder in chosen:
         if folder not in folders:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -294,12 +294,20 @@ def _check_trained(request: ResolvedRequest, preset: Preset) -> None:
     size = (request.height, request.width)
     if size not in preset.sizes:
         sizes = " or ".join(map(_by, preset.sizes))
-        variants = [name for name, other in PRESETS["miniflux"].items() if size in other.sizes]
+        variants = _variants(lambda other: size in other.sizes)
         raise _untrained(f"height x width {_by(size)} is not a trained size, which is {sizes}", variants)
     if request.num_frames > preset.max_num_frames:
-        variants = [name for name, other in PRESETS["miniflux"].items() if request.num_frames <= other.max_num_frames]
+        variants = _variants(lambda other: request.num_frames <= other.max_num_frames)
         most = f"more than the trained {preset.max_num_frames}"
         raise _untrained(f"num_frames {request.num_frames} is {most}", variants)
+
+
+def _variants(fits: Callable[[Preset], bool]) -> list[str]:
+    """Return the published variants that fit, with their family unless each has one of that name."""
+    found = {family: [name for name, preset in presets.items() if fits(preset)] for family, presets in PRESETS.items()}
+    names = dict.fromkeys(name for fitting in found.values() for name in fitting)
+    owners = {name: [family for family, fitting in found.items() if name in fitting] for name in names}
+    return [name if len(owners[name]) == len(PRESETS) else f"{name} of {owners[name][0]}" for name in names]
 
 
 def _untrained(broken: str, variants: Sequence[str]) -> RequestError:

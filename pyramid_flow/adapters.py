@@ -102,6 +102,8 @@ def adapting(transformer: nn.Module, adapter: Adapter) -> "PeftModel":
         if kind != "LORA":
             raise CheckpointError(f"{config_file} is not a LoRA adapter but {kind}")
         config = LoraConfig.from_pretrained(str(adapter.path))
+        if config.bias != "none" or config.modules_to_save or config.use_dora:
+            raise CheckpointError(f"{config_file} has a bias, modules_to_save or DoRA, which no weight can scale")
         adapted = cast("PeftModel", get_peft_model(transformer, config))
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{config_file} does not fit the transformer: {error}") from error

@@ -1,7 +1,6 @@
 """A checkpoint folder in the published layout: which parts it has, loading them strictly, and writing one."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -192,22 +191,24 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint in the published layout, weights in safetensors and the preset in pyramid.json.
 
-    The folder must be new or empty, or hold a checkpoint of this family with this variant alone, whose parts are
-    replaced once all are written; files of other names stay. Else raises CheckpointError.
+    The folder must be new or empty, or hold a checkpoint of this family with this variant alone, none of whose parts is
+    a link; they are replaced once all are written, files of other names stay. Else raises CheckpointError.
     """
     family = next(name for name, cls in TRANSFORMERS.items() if isinstance(transformer, cls))
     folder = folder.expanduser().resolve()
     _check_replaceable(folder, family, variant)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
-        made = Path(name)
+        made, old = Path(name, "new"), Path(name, "old")
+        made.mkdir()
+        old.mkdir()
         transformer.save_pretrained(made / f"{TRANSFORMER_PREFIX}{variant}")
         vae.save_pretrained(made / VAE_FOLDER)
         text_encoder.save_pretrained(made, TEXT_LAYOUTS[family])
         write_preset(made, asdict(preset))
         for part in made.iterdir():
-            if (folder / part.name).is_dir():
-                shutil.rmtree(folder / part.name)
+            if (folder / part.name).exists():
+                (folder / part.name).replace(old / part.name)
             part.replace(folder / part.name)
 
 
@@ -223,6 +224,8 @@ def _check_replaceable(folder: Path, family: str, variant: str) -> None:
         same = list_variants(folder) == [variant] and Checkpoint.open(folder).family == family
     except CheckpointError:
         same = False
+    if same and any(part.is_symlink() for part in folder.iterdir()):
+        raise CheckpointError(f"{folder} holds links, which are not written over")
     if not same:
         raise CheckpointError(f"{folder} is neither empty nor a {family} checkpoint with the variant {variant} alone")
 

@@ -1,6 +1,7 @@
 """Between pictures and normalised latents: input images, posterior samples, decoded frames as uint8."""
 
 import io
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -56,10 +57,15 @@ def _decoding(shown: str) -> Iterator[None]:
     except (
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
         OSError,
         RuntimeError,
         SyntaxError,
+        TypeError,
         ValueError,
+        struct.error,
     ) as error:
         raise InvalidValueError("image", shown, f"does not decode: {error}") from error
 
@@ -79,11 +85,12 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey levels of 16 bits, which Pillow would clip."""
+    """Scale grey levels of 16 bits, which Pillow would clip; integers of 32 bits may hold levels of 8."""
     levels = np.asarray(image)
     if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() >= 2**16:
         raise InvalidValueError("image", f"of mode {image.mode}", "has levels of neither 8 nor 16 bits")
-    return Image.fromarray((levels >> 8).astype(np.uint8))
+    has_8_bits = image.mode == "I" and levels.max() < 2**8
+    return Image.fromarray((levels if has_8_bits else levels >> 8).astype(np.uint8))
 
 
 def image_pixels(image: Image.Image, height: int, width: int, fit: ImageFit = "crop") -> Tensor:

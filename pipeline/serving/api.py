@@ -4,9 +4,10 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -145,21 +146,13 @@ async def models(service: Served, _owner: Owner) -> ModelList:
 async def create(request: Request, response: Response, service: Served, owner: Owner) -> Video:
     """Ask for a video."""
     fields, upload = await body_fields(request)
-    call = partial(_create, service, owner, fields, upload, request.headers, response)
-    return await to_thread.run_sync(call, limiter=_creating)
-
-
-def _create(
-    service: Service,
-    owner: str,
-    fields: Mapping[str, Any],
-    upload: bytes | None,
-    headers: Mapping[str, str],
-    response: Response,
-) -> Video:
     content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
-    read = partial(new_video, fields, upload, service.preset, service.model, service.images)
-    return _shown(service, _ask(service, owner, read, content, headers), response)
+    ask = Asked(owner, content, request.headers)
+    job = await run_in_threadpool(_known, service, ask)
+    if job is None:
+        read = partial(new_video, fields, upload, service.preset, service.model, service.images)
+        job = await to_thread.run_sync(_added, service, ask, read, limiter=_creating)
+    return await run_in_threadpool(_shown, service, job, response)
 
 
 @_videos.post("/videos/sync", response_class=FileResponse, responses=file(*MEDIA_TYPES) | NEW | errors(500))
@@ -236,8 +229,8 @@ def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], 
     def read() -> NewVideo:
         return remixed(job, body.prompt, service.storage.get(job.image) if job.image else None)
 
-    content = hash_of({"remix": job.id, "prompt": body.prompt})
-    return _shown(service, _ask(service, job.owner, read, content, headers, remixed_from=job.id), response)
+    ask = Asked(job.owner, hash_of({"remix": job.id, "prompt": body.prompt}), headers, remixed_from=job.id)
+    return _shown(service, _known(service, ask) or _added(service, ask, read), response)
 
 
 @_videos.post("/videos/{video_id}/links", responses=errors(404))
@@ -321,40 +314,56 @@ async def _parts(service: Service, first: Job) -> AsyncIterator[bytes]:
                 job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 
-def _ask(
-    service: Service,
-    owner: str,
-    read: Callable[[], NewVideo],
-    content: str,
-    headers: Mapping[str, str],
-    remixed_from: str | None = None,
-) -> Job:
-    """Let a video wait, unless it is a request that came before; what is asked for is read once it is admitted."""
-    key = headers.get("idempotency-key")
-    replay = None if key is None else hashlib.sha256(key.encode()).hexdigest()
-    known = service.store.replayed(owner, replay)
-    if key is None and headers.get("x-stainless-retry-count", "0") not in ("", "0"):
-        known = service.store.asked_before(owner, content, REPLAY_S)
+@dataclass(frozen=True)
+class Asked:
+    """Who asks for a video, a hash of what is asked for, and what tells whether it was asked for before."""
+
+    owner: str
+    content: str
+    headers: Mapping[str, str]
+    remixed_from: str | None = None
+
+    @property
+    def replay(self) -> str | None:
+        """A mark of the idempotency key, if there is one."""
+        key = self.headers.get("idempotency-key")
+        return None if key is None else hashlib.sha256(key.encode()).hexdigest()
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether the client says that it has sent the request before."""
+        return self.replay is None and self.headers.get("x-stainless-retry-count", "0") not in ("", "0")
+
+    def checked(self, job: Job) -> Job:
+        """Return the job that came of the same request; raises APIError if it came of another one."""
+        if job.content != self.content:
+            raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
+        return job
+
+
+def _known(service: Service, ask: Asked) -> Job | None:
+    """Return the job of a request that came before; else admit the request, which is counted whatever comes of it."""
+    known = service.store.replayed(ask.owner, ask.replay)
+    if ask.is_retry:
+        known = service.store.asked_before(ask.owner, ask.content, REPLAY_S)
     if known is None:
-        service.store.admit(owner)
-        known = _added(
-            service,
-            read(),
-            owner=owner,
-            model=service.model,
-            content=content,
-            replay=replay,
-            created_at=service.store.clock(),
-            remixed_from=remixed_from,
-        )
-    if known.content != content:
-        raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
-    return known
+        service.store.admit(ask.owner)
+        return None
+    return ask.checked(known)
 
 
-def _added(service: Service, video: NewVideo, **values: Any) -> Job:  # noqa: ANN401 - columns
-    """Add a video to the table, its picture first, unless the same was added meanwhile."""
-    job = video.job(service.preset, **values)
+def _added(service: Service, ask: Asked, read: Callable[[], NewVideo]) -> Job:
+    """Read what is asked for and let it wait, its picture stored first, unless the same was added meanwhile."""
+    video = read()
+    job = video.job(
+        service.preset,
+        owner=ask.owner,
+        model=service.model,
+        content=ask.content,
+        replay=ask.replay,
+        created_at=service.store.clock(),
+        remixed_from=ask.remixed_from,
+    )
     if isinstance(video.request.image, bytes):
         job.image = f"uploads/{job.id}"
         service.storage.put(job.image, video.request.image)
@@ -367,7 +376,7 @@ def _added(service: Service, video: NewVideo, **values: Any) -> Job:  # noqa: AN
         logger.info("created", extra={"video": job.id})
     else:
         remove_files(service.storage, job)
-    return added
+    return ask.checked(added)
 
 
 def _video(service: Service, job: Job) -> Video:

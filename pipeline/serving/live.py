@@ -153,6 +153,8 @@ class LiveDecode(Decode):
             if start:
                 return 0
         video = self.videos.setdefault(item.row.id, LiveVideo(item, self))
+        if start > len(video.fragments):  # another decoder had the video meanwhile
+            return 0
         try:
             with self.placement.working(self.vae):
                 video.add(item.tensors["latents"][:, :, len(video.fragments) - start :])
@@ -184,8 +186,8 @@ class LiveDecode(Decode):
             return self._decoded_with(item, tile)
         except torch.OutOfMemoryError:
             self.videos.clear()  # they are decoded once more
-            release_memory()
-            return super()._decoded(item, tile)
+        release_memory()
+        return super()._decoded(item, tile)
 
     def _finished(self, item: Item) -> Item:
         video = self.videos.pop(item.row.id, None) or LiveVideo(item, self)
@@ -197,5 +199,7 @@ class LiveDecode(Decode):
             raise
         except Exception as error:  # noqa: BLE001 - another way may do
             logger.warning("%s is not shown to its end: %s", item.row.id, error)
-            return self._unseen(item)
-        return item.with_tensors(video.files(), frames=video.num_frames, tiling=video.tile)
+        else:
+            return item.with_tensors(video.files(), frames=video.num_frames, tiling=video.tile)
+        del video  # and with it what it holds of the device's memory
+        return self._unseen(item)

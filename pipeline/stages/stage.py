@@ -87,16 +87,16 @@ class Stage(ABC):
             return self.process(items)
         except torch.AcceleratorError:
             raise  # a device-side assert, say: every later call would fail too
-        except Exception as error:  # noqa: BLE001 - recorded in the row, or tried again row by row
-            if isinstance(error, torch.OutOfMemoryError):
-                release_memory()
-            if len(items) > 1:
-                rows = [item.row.id for item in items]
-                logger.warning("%s: a batch failed (%s), trying its rows alone", self.name, error, extra={"rows": rows})
-                return [self._attempt([item])[0] for item in items]
-            row = items[0].row.id
-            logger.warning("%s: row %s failed: %s", self.name, row, error, extra={"stage": self.name, "rows": [row]})
-            return [items[0].failed(self.name, error)]
+        except Exception as caught:  # noqa: BLE001 - recorded in the row, or tried again row by row
+            error = caught.with_traceback(None)  # whose frames would keep the attempt's tensors while rows are retried
+        if isinstance(error, torch.OutOfMemoryError):
+            release_memory()
+        rows = [item.row.id for item in items]
+        if len(items) > 1:
+            logger.warning("%s: a batch failed (%s), trying its rows alone", self.name, error, extra={"rows": rows})
+            return [self._attempt([item])[0] for item in items]
+        logger.warning("%s: row %s failed: %s", self.name, rows[0], error, extra={"stage": self.name, "rows": rows})
+        return [items[0].failed(self.name, error)]
 
     @abstractmethod
     def process(self, items: Sequence[Item]) -> list[Item]:
