@@ -10,7 +10,7 @@ COMMANDS = {
     "compact": ("jobs.compact", "merge the parts of an output's ledger, list files that no row names"),
     "serve": ("jobs.serve", "answer the Videos API: videos by HTTP"),
     "fetch": ("jobs.fetch", "download a published checkpoint"),
-    "inspect": ("jobs.inspect", "say what a checkpoint is and how much memory it needs"),
+    "inspect": ("jobs.describe", "say what a checkpoint is and how much memory it needs"),
     "demo": ("jobs.demo", "render the sample table with the bundled model"),
 }
 

@@ -12,7 +12,7 @@ from huggingface_hub import DryRunFileInfo, HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, FetchSettings, parse
-from pyramid_flow.checkpoint import PRESET_FILE, TRANSFORMER_PREFIX
+from pyramid_flow.checkpoint import PRESET_FILE, TRANSFORMER_PREFIX, Checkpoint
 from pyramid_flow.errors import CheckpointError, PyramidFlowError
 from pyramid_flow.published import REPOSITORIES, record_fetched
 from pyramid_flow.weight_files import WEIGHT_STEMS, stored_tensors
@@ -77,6 +77,8 @@ def fetch(settings: FetchSettings) -> Path:
         path = hub.hf_hub_download(repository, file, revision=commit, local_dir=settings.output)
     folder = Path(path).parents[len(PurePosixPath(file).parts) - 1].absolute()
     _check_whole(folder, files, repository)
+    for part in {file.partition("/")[0] for file in files if file.startswith(TRANSFORMER_PREFIX)}:
+        Checkpoint.open(folder, part).check()
     record_fetched(settings.name, folder)
     return folder
 

@@ -33,7 +33,7 @@ class Adapter:
     def parse(cls, text: str) -> "Adapter":
         """Read PATH or PATH=WEIGHT; raises InvalidValueError for a weight that is no finite number."""
         path, separator, weight = text.rpartition("=")
-        if not separator:
+        if text and not separator:
             return cls(Path(text).expanduser().resolve())
         try:
             number = float(weight)

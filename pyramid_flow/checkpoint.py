@@ -58,7 +58,7 @@ class Checkpoint:
     adapters: tuple[Adapter, ...] = ()
 
     @classmethod
-    def open(cls, path: str | Path, variant: str | None = None, lora: Sequence[str] = ()) -> "Checkpoint":
+    def open(cls, path: str | Path, variant: str | None = None, lora: str | Sequence[str] = ()) -> "Checkpoint":
         """Find the transformer of a checkpoint; raises CheckpointError for a missing folder or an unclear variant.
 
         path: a folder in the published layout, or a name: "toy" for the bundled model, "miniflux" or "sd3" for what was
@@ -73,7 +73,7 @@ class Checkpoint:
         for name in names:
             folder = root / f"{TRANSFORMER_PREFIX}{name}"
             if variant in (None, name, folder.name):
-                return cls(root, folder, tuple(map(Adapter.parse, lora)))
+                return cls(root, folder, tuple(map(Adapter.parse, [lora] if isinstance(lora, str) else lora)))
         raise CheckpointError(f"{root} has no variant {variant!r}, it has: {', '.join(names)}")
 
     @property
@@ -278,7 +278,7 @@ def _empty(cls: type[Model], folder: Path) -> Model:
     try:
         with torch.device("meta"):
             model: Any = cls.from_config(config)
-    except (RuntimeError, TypeError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes no {cls.__name__}: {error}") from error
     ready: Model = model.eval()
     return ready

@@ -9,7 +9,7 @@ import torch
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import InvalidValueError
 from pyramid_flow.memory import PartMemory, needed_bytes, part_memory
-from pyramid_flow.placement import MODES, MemoryMode, Placement, free_bytes
+from pyramid_flow.placement import MODES, MemoryMode, Placement, check_device, free_bytes
 from pyramid_flow.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def choose_placement(
     and greatest length is rendered, and decoded in tiles of so many pixels. Raises InvalidValueError for an unknown
     mode, and CheckpointError.
     """
-    device = torch.device(device)
+    device = check_device(device)
     if memory != "auto":
         if memory not in MODES:
             raise InvalidValueError("memory", memory, f"is not one of auto, {', '.join(MODES)}")
@@ -68,6 +68,8 @@ def choose_placement(
     free = available(device)
     mode = fitting_mode(needs, free)
     needed = ", ".join(f"{each} {needed_bytes(needs, each) / 2**30:.1f}" for each in MODES)
+    fits = needed_bytes(needs, mode) <= USABLE * free
     told = "memory mode %s for %s: needed are %s GiB, available on %s %.1f"
-    logger.info(told, mode, "+".join(needs), needed, device, free / 2**30)
+    told += "" if fits else "; it does not fit: decode in tiles, or render smaller videos"
+    logger.log(logging.INFO if fits else logging.WARNING, told, mode, "+".join(needs), needed, device, free / 2**30)
     return Placement(device, mode)

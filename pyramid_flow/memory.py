@@ -176,13 +176,13 @@ def _encoder_peak(folder: Path, dtype: torch.dtype) -> int:
     try:
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         cls, num_tokens = ENCODERS[config.model_type]
-    except (OSError, ValueError, KeyError) as error:
+        with META:
+            encoder: Any = cls(config)
+        encoder = encoder.eval().to(dtype)
+        with _peak() as peak:
+            encoder(input_ids=torch.empty(2, num_tokens, dtype=torch.long, device=META))
+    except Exception as error:  # whatever a config of nonsense makes of it
         raise CheckpointError(f"{folder} is no text encoder that is known: {error}") from error
-    with META:
-        encoder: Any = cls(config)
-    encoder = encoder.eval().to(dtype)
-    with _peak() as peak:
-        encoder(input_ids=torch.empty(2, num_tokens, dtype=torch.long, device=META))
     return peak.bytes
 
 

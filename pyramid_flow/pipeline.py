@@ -16,13 +16,14 @@ from pyramid_flow.errors import InvalidValueError, NonFiniteError
 from pyramid_flow.fit import Memory, choose_placement
 from pyramid_flow.noise import NoiseSource, SeededNoise
 from pyramid_flow.pixels import ImageFit, decode_frames, encode_image, image_latent, image_pixels
-from pyramid_flow.placement import Placement
+from pyramid_flow.placement import Placement, check_device
 from pyramid_flow.presets import Preset
 from pyramid_flow.sampling import Guidance, GuidanceDecay, OnStep, SamplingParams, Steps, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEncoder
 from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.vae import CausalVideoVAE, LatentDistribution
+from pyramid_flow.vae.model import check_tile
 
 OutputType = Literal["np", "pt", "pil", "latent"]
 
@@ -64,7 +65,7 @@ class PyramidFlowPipeline:
         torch_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         memory: Memory = "auto",
-        lora: Sequence[str] = (),
+        lora: str | Sequence[str] = (),
     ) -> "PyramidFlowPipeline":
         """Load a checkpoint folder of the published layout, or the bundled model if path is "toy".
 
@@ -108,9 +109,11 @@ class PyramidFlowPipeline:
         if dtype is not None:
             check_dtype(dtype)
         self._check_full("is for parts that stay where they are")
+        if device is not None:
+            check_device(device)
         parts: tuple[nn.Module, ...] = (self.transformer, self.vae, self.text_encoder)
         for part in parts:
-            part.to(device=device, dtype=dtype)
+            nn.Module.to(part, device=device, dtype=dtype)  # that of diffusers warns of a dtype that is not given
         self.placement = Placement(self.transformer.device)
         return self
 
@@ -175,6 +178,7 @@ class PyramidFlowPipeline:
             min_guidance_scale=min_guidance_scale,
         )
         noise = SeededNoise(_seeds(seed, len(prompts)), self.schedule.gamma)
+        check_tile(tile)
         pixels = None if image is None else image_pixels(image, params.height, params.width, image_fit)
         latents = self._latents(prompts, pixels, negative_prompt, params, noise, on_step)
         return PyramidFlowOutput(latents if output_type == "latent" else self._frames(latents, output_type, tile))
@@ -246,7 +250,10 @@ def _texts(name: str, given: str | Iterable[str]) -> list[str]:
 
 def _seeds(given: int | Iterable[int], count: int) -> list[int]:
     if isinstance(given, Iterable):
-        return list(given)
+        seeds = list(given)
+        if len(seeds) != count:
+            raise InvalidValueError("seed", seeds, f"is not one per prompt, of which there are {count}")
+        return seeds
     if not isinstance(given, Integral):
         raise InvalidValueError("seed", repr(given), "is neither a whole number nor one per prompt")
     return [given + i for i in range(count)]

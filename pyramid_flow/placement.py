@@ -9,6 +9,8 @@ import torch
 from accelerate.hooks import attach_align_device_hook
 from torch import nn
 
+from pyramid_flow.errors import InvalidValueError
+
 MemoryMode = Literal["full", "offload", "sequential"]
 MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
 """full: every part stays on the device; offload: a part is there while it works; sequential: a layer is."""
@@ -53,6 +55,15 @@ class Placement:
             for tensor, data in zip(tensors, resting, strict=True):
                 tensor.data = data
             release_memory()
+
+
+def check_device(device: torch.device | str | int) -> torch.device:
+    """Return a device that tensors can be brought to; raises InvalidValueError for one that is not there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise InvalidValueError("device", device, f"cannot be used here: {reason}") from error
 
 
 def execution_device(module: nn.Module) -> torch.device:

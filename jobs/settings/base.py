@@ -17,7 +17,11 @@ from pyramid_flow.fit import Tile
 
 EXIT_BROKEN, EXIT_WRONG_JOB, EXIT_INTERRUPTED = 1, 2, 130
 OWN_CLUSTER = "local"
-LORA = "adapter of the transformer in the format of peft: PATH, or PATH=WEIGHT; may be repeated"
+LORA = (
+    "adapter of the transformer in the format of peft: PATH, or PATH=WEIGHT (what follows the last = is the weight); "
+    "may be repeated"
+)
+VARIANT = '"384p", "768p", "image" or a folder name, if there are several'
 MODEL = 'checkpoint folder in the published layout, "miniflux" or "sd3" once fetched, or "toy" for the bundled model'
 
 MEMORY = (

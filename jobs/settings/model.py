@@ -21,7 +21,7 @@ class FetchSettings(JobSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="pyramid-render fetch")
 
-    name: CliPositionalArg[Literal["miniflux", "sd3"]] = Field(description="which checkpoint")
+    name: CliPositionalArg[Literal["miniflux", "sd3"]] = Field(description="which checkpoint: miniflux or sd3")
     variant: list[str] = Field([], description='only this one, such as "384p" (default: all); may be repeated')
     output: Path | None = Field(None, description="folder for the files (default: the Hub's cache, below HF_HOME)")
     revision: str = Field("main", min_length=1, description="branch, tag or commit of the repository")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from jobs.settings.base import LORA, MEMORY, MODEL, TILE, ClusterSettings, Count, Hosts, JobSettings, TileSide
+from jobs.settings.base import LORA, MEMORY, MODEL, TILE, VARIANT, ClusterSettings, Count, Hosts, JobSettings, TileSide
 from pipeline.plan import Layout
 from pyramid_flow.fit import Memory
 
@@ -66,7 +66,7 @@ class RenderSettings(ClusterSettings):
     )
     output: str = Field(min_length=1, description="folder or URL (s3://, gs://, ...) for videos, ledger and gallery")
     model: str = Field(min_length=1, description=MODEL)
-    variant: str | None = Field(None, description='"384p", "768p", "image" or a folder name, if there are several')
+    variant: str | None = Field(None, description=VARIANT)
     lora: list[str] = Field([], description=LORA)
     image_root: str | None = Field(None, description="image URIs must lie below it (default: the input's folder)")
     allow_image_host: Hosts = Field([], description="fetch http(s) images from this host; may be repeated")

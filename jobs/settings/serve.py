@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from jobs.settings.base import LORA, MEMORY, MODEL, TILE, ClusterSettings, Count, Hosts, TileSide
+from jobs.settings.base import LORA, MEMORY, MODEL, TILE, VARIANT, ClusterSettings, Count, Hosts, TileSide
 from pyramid_flow.fit import Memory
 
 
@@ -22,7 +22,7 @@ class ServeSettings(ClusterSettings):
     model_config = SettingsConfigDict(cli_prog_name="pyramid-render serve")
 
     model: str = Field("toy", min_length=1, description=MODEL)
-    variant: str | None = Field(None, description="which transformer, if there are several")
+    variant: str | None = Field(None, description=VARIANT)
     lora: list[str] = Field([], description=LORA)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = float32 on cpu, else bfloat16")

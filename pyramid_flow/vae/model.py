@@ -162,7 +162,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._check_pixels(pixels)
         if window is not None:
             _check_multiple("window", window, SCALE)
-        _check_tile(tile)
+        check_tile(tile)
         sides = (tile, tile // SCALE) if tile else None
         mean, logvar = _run_whole(self._encoder_network, self._cast(pixels), window, sides).chunk(2, dim=1)
         return LatentDistribution(mean, logvar)
@@ -266,17 +266,18 @@ def _batch_and_size(x: Tensor) -> tuple[int, int, int]:
 
 
 def _decoder_sides(tile: int | None) -> tuple[int, int] | None:
-    _check_tile(tile)
+    check_tile(tile)
     return (tile // SCALE, tile) if tile else None
 
 
-def _check_tile(tile: int | None) -> None:
+def check_tile(tile: int | None) -> None:
+    """Raise InvalidValueError unless a tile's side in pixels can be decoded, or there is no tile."""
     if tile is not None:
         _check_multiple("tile", tile, TILE_MULTIPLE)
 
 
 def _check_multiple(field: str, value: int, unit: int) -> None:
-    if value < unit or value % unit:
+    if not isinstance(value, int) or value < unit or value % unit:
         raise InvalidValueError(field, value, f"is not a positive multiple of {unit}")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import inspect, render
+from jobs import describe, render
 from pipeline.stages import Encode, ModelConfig
 from pyramid_flow import PyramidFlowError, PyramidFlowPipeline
 from tests.pipeline.tables import batch, item, write_table
@@ -86,7 +86,7 @@ def test_a_checkpoint_that_is_none_is_one_sentence_everywhere(mistake, folder, t
         PyramidFlowPipeline.from_pretrained(folder)
     sentence(str(caught.value), words)
     capsys.readouterr()  # bars of what was loaded before
-    assert inspect.main([str(folder)]) == 2
+    assert describe.main([str(folder)]) == 2
     sentence(capsys.readouterr().err, words)
     caplog.clear()
     assert render.main(rendering(table, folder)) == 2
@@ -111,7 +111,7 @@ def test_float16_is_one_sentence(table, capsys):
     with pytest.raises(PyramidFlowError) as caught:
         PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX, torch_dtype=torch.float16)
     sentence(str(caught.value), "use bfloat16 or float32 (float16 overflows")
-    for command, arguments in ((inspect, [str(TINY_MINIFLUX)]), (render, rendering(table, TINY_MINIFLUX))):
+    for command, arguments in ((describe, [str(TINY_MINIFLUX)]), (render, rendering(table, TINY_MINIFLUX))):
         with pytest.raises(SystemExit) as stopped:
             command.main([*arguments, "--dtype", "float16"])
         assert stopped.value.code == 2

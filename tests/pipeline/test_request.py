@@ -347,7 +347,7 @@ def test_only_untrained_sizes_and_lengths_need_leave(values):
             "768x1280 is not a trained size, which is 384x640 or 640x384; "
             "the published variant 768p was trained for it (`",
         ),
-        ({"height": 1024, "width": 1024}, "the published variant image was trained for it"),
+        ({"height": 1024, "width": 1024}, "the published variant image of miniflux was trained for it"),
         ({"num_frames": 129}, "num_frames 129 is more than the trained 121; the published variant 768p was trained"),
         ({"num_frames": 249}, "num_frames 249 is more than the trained 121 (`"),
     ],

@@ -66,10 +66,15 @@ def test_an_adapter_is_named_with_its_weight(text, path, weight):
     assert Adapter.parse(text) == Adapter(Path(path).resolve(), weight)
 
 
-@pytest.mark.parametrize("text", ["style=", "style=x", "=0.5", "style=nan", "style=inf"])
+@pytest.mark.parametrize("text", ["", "style=", "style=x", "=0.5", "style=nan", "style=inf"])
 def test_a_weight_that_is_none_is_refused(text):
     with pytest.raises(InvalidValueError, match="is not PATH or PATH=WEIGHT"):
         Adapter.parse(text)
+
+
+def test_one_adapter_needs_no_list(tmp_path):
+    folder = save_adapter(transformer(), tmp_path / "style", seed=1)
+    assert Checkpoint.open(TINY_MINIFLUX, lora=str(folder)).adapters == (Adapter(folder),)
 
 
 def _without(name: str):
@@ -113,6 +118,9 @@ def _more(folder: Path) -> None:
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "does not fit the transformer"),
         (_edited(target_modules=["to_q"]), "holds an unknown tensor"),
         (_edited(target_modules=["to_q", "proj_mlp", "to_k"]), "lacks tensor"),
+        (_edited(bias="all"), "which no weight can scale"),
+        (_edited(modules_to_save=["proj_out"]), "which no weight can scale"),
+        (_edited(use_dora=True), "which no weight can scale"),
         (_reshaped, r"has shape \[3, 3\], expected"),
         (_more, "holds an unknown tensor other"),
     ],

@@ -143,8 +143,9 @@ def test_frames_are_decoded_in_tiles_if_asked(pipe):
     tiled = torch.cat(list(decode_frames(pipe.vae, made, pipe.preset.statistics, tile=32)), dim=1)
     assert np.array_equal(pipe("a red ball", **SHORT, tile=32).frames, tiled.numpy())
     assert not np.array_equal(pipe("a red ball", **SHORT).frames, tiled.numpy())
-    with pytest.raises(InvalidValueError, match="tile 40 is not a positive multiple of 32"):
-        pipe("a red ball", **SHORT, tile=40)
+    for tile in (40, 64.0, "auto"):
+        with pytest.raises(InvalidValueError, match=f"tile {tile} is not a positive multiple of 32"):
+            pipe("a red ball", **SHORT, tile=tile, on_step=lambda info: pytest.fail("it was sampled"))
 
 
 def test_guidance_may_decay(pipe):
@@ -230,7 +231,7 @@ def test_dropped_rows_are_missing_from_the_result(pipe):
         ("a", {"num_inference_steps": 0}, "num_inference_steps 0"),
         ("a", {"guidance_scale": float("nan")}, "guidance_scale nan"),
         ("a", {"seed": -1}, "seed -1"),
-        ("a", {"seed": [1, 2]}, "batch size 1 does not match the 2 seeds"),
+        ("a", {"seed": [1, 2]}, "is not one per prompt, of which there are 1"),
         ("a", {"output_type": "mp4"}, "output_type mp4 is not one of np, pt, pil, latent"),
     ],
 )
@@ -273,6 +274,19 @@ def test_to_changes_every_part_and_gives_what_loading_gives(path, arguments):
     loaded = PyramidFlowPipeline.from_pretrained(path, torch_dtype=torch.bfloat16)
     still = SHORT | {"num_frames": 1}
     assert np.array_equal(moved("a", **still).frames, loaded("a", **still).frames)
+
+
+def test_moving_warns_of_nothing(recwarn, caplog):
+    PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX).to("cpu").to(torch.float32)
+    assert not [each for each in (*recwarn, *caplog.records) if "float32" in str(each)]
+
+
+@pytest.mark.parametrize("device", ["xpu", "gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device):
+    pipe = PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX)
+    for call in (lambda: pipe.to(device), lambda: PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX, device=device)):
+        with pytest.raises(InvalidValueError, match=f"device {device} cannot be used here"):
+            call()
 
 
 def test_to_takes_every_part_to_the_device():
@@ -372,13 +386,19 @@ def test_the_same_checkpoint_is_replaced_and_other_files_stay(tmp_path):
             shutil.copytree(TINY_MINIFLUX / "diffusion_transformer_384p", folder / f"diffusion_transformer_{name}")
             for name in ("384p", "768p")
         ],
+        lambda folder: [
+            shutil.copytree(TINY_MINIFLUX, folder, dirs_exist_ok=True),
+            (folder / "causal_video_vae").rename(folder.parent / "shared"),
+            (folder / "causal_video_vae").symlink_to(folder.parent / "shared"),
+        ],
     ],
-    ids=["files", "family", "variant", "variants"],
+    ids=["files", "family", "variant", "variants", "links"],
 )
 def test_nothing_else_is_written_over(prepare, tmp_path):
     prepare(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match="neither empty nor a miniflux checkpoint with the variant 384p alone"):
+    message = "neither empty nor a miniflux checkpoint with the variant 384p alone|holds links"
+    with pytest.raises(CheckpointError, match=message):
         PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX).save_pretrained(tmp_path)
     assert contents(tmp_path) == before
 

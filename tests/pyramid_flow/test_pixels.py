@@ -5,11 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 
 from pyramid_flow import InvalidValueError, LatentStatistics, NonFiniteError, ShapeError
 from pyramid_flow import pixels as pixels_module
-from pyramid_flow.pixels import as_uint8, decode_frames, encode_image, image_latent, image_pixels, open_image
+from pyramid_flow.pixels import as_uint8, decode_frames, encode_image, image_latent, image_pixels, open_image, upright
 from pyramid_flow.presets import PRESETS
 from tests.pyramid_flow.goldens import assert_forward_equal, assert_run_equal, randn, tensors, tiny_vae
 
@@ -253,6 +253,29 @@ def test_lossless_files_open_as_they_were(file_format):
 def test_an_image_that_does_not_decode_is_refused(data):
     with pytest.raises(InvalidValueError, match=rf"image \({len(data)} bytes\) (does not decode|is not in)"):
         open_image(data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_exif_gives_no_other_error():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = encoded(PICTURE, "JPEG", exif=exif.tobytes())
+    start = data.index(b"Exif")
+    refused = 0
+    for seed in range(300):
+        damaged = bytearray(data)
+        for place in np.random.default_rng(seed).integers(start, start + 40, 3):
+            damaged[place] = (damaged[place] + 1 + seed) % 256
+        try:
+            open_image(bytes(damaged))
+        except InvalidValueError:
+            refused += 1
+    assert refused
+
+
+def test_integers_of_32_bits_may_hold_levels_of_8():
+    assert colours(upright(row_of("I", 0, 9, 200))) == [(0,) * 3, (9,) * 3, (200,) * 3]
+    assert colours(upright(row_of("I", 0, 0x0AFF, 0xFFFF))) == [(0,) * 3, (10,) * 3, (255,) * 3]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

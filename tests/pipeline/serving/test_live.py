@@ -96,6 +96,26 @@ def test_a_decoder_that_lost_what_it_had_decodes_it_again(farm, monkeypatch):
     assert probe(local(farm, job.result["uri"])).frames == 33
 
 
+def test_a_video_that_another_decoder_had_meanwhile_is_decoded_again(farm, monkeypatch):
+    video_id = follow(farm, farm.ask("elsewhere and back", seed=1, **FIVE_UNITS))
+    plain = farm.ask("elsewhere and back", seed=1, **FIVE_UNITS)
+    show, starts = farm.local.decode.show, []
+
+    def sometimes_elsewhere(item, start):
+        starts.append(start)
+        if len(starts) == 2:  # as a decoder that has all units from the first one on
+            return start + item.tensors["latents"].shape[2]
+        return show(item, start)
+
+    monkeypatch.setattr(farm.local.decode, "show", sometimes_elsewhere)
+    farm.run_all()
+    assert starts[:2] == [0, 1]
+    assert 0 in starts[2:]
+    seen, whole = (read_frames(local(farm, farm.job(each).result["uri"])) for each in (video_id, plain))
+    assert len(seen) == 33
+    assert np.abs(seen.astype(int) - whole).mean() < 5
+
+
 @pytest.mark.parametrize("fails_at", [1, 5])
 def test_what_cannot_be_shown_is_made_all_the_same(farm, monkeypatch, fails_at):
     encode, calls = live.encode_fragment, []
