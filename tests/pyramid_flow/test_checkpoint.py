@@ -269,7 +269,7 @@ def test_another_class_is_named(folder):
 
 def test_an_unsupported_config_is_refused(folder):
     edit_json(folder / DIT / "config.json", use_temporal_causal=False)
-    with pytest.raises(CheckpointError, match="config.json describes no PyramidFluxTransformer: use_temporal_causal"):
+    with pytest.raises(CheckpointError, match=r"config\.json describes no PyramidFluxTransformer: use_temporal_causal"):
         load(folder, DIT)
 
 

@@ -51,7 +51,9 @@ def test_every_mode_gives_the_same_latents_and_frames(model):
         pipe = loaded(MODELS[model], mode)
         latents = pipe("a red ball", seed=1, output_type="latent", **QUICK).frames
         moved = pipe("it moves", image=PICTURE, seed=2, output_type="latent", **QUICK).frames
-        results.append((latents, moved, *(torch.from_numpy(pipe._frames(each, "np", None)) for each in (latents, moved))))
+        results.append(
+            (latents, moved, *(torch.from_numpy(pipe._frames(each, "np", None)) for each in (latents, moved)))
+        )
     for other in results[1:]:
         for expected, actual in zip(results[0], other, strict=True):
             assert (actual.float() - expected.float()).abs().max() <= 1e-6
