@@ -143,6 +143,7 @@ def test_an_interrupt_exits_130(storage, capsys, monkeypatch, method):
 
 SLOW = """
 import sys, time
+from pathlib import Path
 from jobs import compact
 from pipeline.storage import Storage
 
@@ -151,7 +152,8 @@ real = Storage.get
 def get(self, path):
     if path.startswith("metadata"):
         print("reading", flush=True)
-        time.sleep(5)
+        while not Path(sys.argv[2]).exists():
+            time.sleep(0.05)
     return real(self, path)
 
 Storage.get = get
@@ -159,15 +161,16 @@ sys.exit(compact.main([sys.argv[1]]))
 """
 
 
-def test_ctrl_c_leaves_no_traceback(storage):
-    names = storage.list()
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, storage.root], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_ctrl_c_leaves_no_traceback(storage, tmp_path):
+    names, go_on = storage.list(), tmp_path / "go on"
+    command = [sys.executable, "-c", SLOW, storage.root, str(go_on)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process:
         assert process.stdout.readline().startswith("reading")  # two threads may have begun
         time.sleep(1)
         process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        go_on.touch()
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert errors == "pyramid-render compact: interrupted; nothing is lost, run it again\n"

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,7 @@ def test_ctrl_c_keeps_what_came_whole(hub, tmp_path):
     command = [sys.executable, "-m", "jobs.cli", "fetch", "miniflux"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert hub.stalled.wait(timeout=120)
+        time.sleep(1)  # until the client waits for what does not come
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
