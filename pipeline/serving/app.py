@@ -39,9 +39,6 @@ ONE_REPLICA_PER_SESSION = RequestRouterConfig(
 )
 """Of the decoder, which keeps what it has shown; Serve's multiplexing never forgets a request with a model id."""
 
-FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
-"""Of glibc, which else keeps freed memory for each of a replica's threads by itself: tens of MiB beside a decoder."""
-
 OWN_LOG = {"enable_access_log": False}
 """Of the interface, which logs its requests itself."""
 
@@ -147,8 +144,7 @@ def build_page(config: PageConfig) -> Application:
 
 
 def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
-    actor = {"num_cpus": 0, "num_gpus": num_gpus, "runtime_env": {"env_vars": FEW_ARENAS}}
-    return serve.deployment(replica, name=name, ray_actor_options=actor, **options)
+    return serve.deployment(replica, name=name, ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus}, **options)
 
 
 def _model_stages(config: ServiceConfig) -> dict[str, Application]:
