@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyramid_flow.history_cache import BlockCache
 from pyramid_flow.tokens import PrefixLayout
 
 ROPE_BASE = 10000.0
@@ -43,12 +45,12 @@ def rotary_table(ids: Tensor, axes_dims: Sequence[int], device: torch.device) ->
 class PrefixAttention:
     """Softmax attention in which every segment of queries sees a prefix of the keys, segment by segment.
 
-    key_mask: bool [B,1,1,S], False for padding, or None when no key is padding, so that the fused kernels run without a
-    mask.
+    pads: how many of a row's first keys are padding, (number of rows, pads) for each run of rows with equal pads. No
+    mask is needed: pads come first, so what a row may see is one slice of its keys, and the fused kernels run.
     """
 
     layout: PrefixLayout
-    key_mask: Tensor | None
+    pads: tuple[tuple[int, int], ...]
 
     @property
     def num_queries(self) -> int:
@@ -57,15 +59,20 @@ class PrefixAttention:
 
     def last(self, num_tokens: int) -> "PrefixAttention":
         """Return the attention in which only the last tokens ask; they see the whole sequence."""
-        return PrefixAttention(self.layout.current_only(num_tokens), self.key_mask)
+        return PrefixAttention(self.layout.current_only(num_tokens), self.pads)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B,H,Q,D] with Q = num_queries; k, v [B,H,S,D] -> [B,Q,H*D]."""
-        outputs = []
-        for queries, end in zip(q.split(self.layout.query_lengths, dim=2), self.layout.key_ends, strict=True):
-            mask = None if self.key_mask is None else self.key_mask[..., :end]
-            outputs.append(F.scaled_dot_product_attention(queries, k[:, :, :end], v[:, :, :end], attn_mask=mask))
-        return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
+        sizes = [count for count, _ in self.pads]
+        runs = zip(q.split(sizes), k.split(sizes), v.split(sizes), self.pads, strict=True)
+        return torch.cat([self._run(*tensors, first) for *tensors, (_, first) in runs])
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+        outputs = [  # transposed first, which is how kernels leave them
+            F.scaled_dot_product_attention(queries, k[:, :, first:end], v[:, :, first:end]).transpose(1, 2)
+            for queries, end in zip(q.split(self.layout.query_lengths, dim=2), self.layout.key_ends, strict=True)
+        ]
+        return torch.cat(outputs, dim=1).flatten(2)
 
 
 @dataclass(frozen=True)
@@ -93,22 +100,30 @@ class MaskedAttention:
 Attention = PrefixAttention | MaskedAttention
 
 
-def attention(layout: PrefixLayout, key_mask: Tensor | None, batch: int, device: torch.device) -> Attention:
+def attention(layout: PrefixLayout, pads: Sequence[int], device: torch.device) -> Attention:
     """Return the fastest attention for a layout: one mask for short sequences on a CPU, else prefixes.
 
-    key_mask: bool [B,S], False for padding, or None when no key is padding.
+    pads: how many of each row's first keys are padding.
     """
     if device.type != "cpu" or layout.key_ends[-1] > SHORT:
-        return PrefixAttention(layout, None if key_mask is None else key_mask[:, None, None])
+        return PrefixAttention(layout, tuple((len(list(run)), first) for first, run in groupby(pads)))
     keys = torch.arange(layout.key_ends[-1])
     ends = torch.tensor(layout.key_ends).repeat_interleave(torch.tensor(layout.query_lengths))
-    seen = (keys < ends[:, None]).expand(batch, 1, -1, -1)
-    return MaskedAttention(seen if key_mask is None else seen & key_mask[:, None, None])
+    seen = (keys < ends[:, None]) & (keys >= torch.tensor(pads)[:, None, None])
+    return MaskedAttention(seen[:, None])
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What every block's attention needs beside its tokens."""
+    """What a block's attention needs beside its tokens; cache: of keys and values that come before theirs."""
 
     rotary: RotaryTable
     attention: Attention
+    cache: BlockCache | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend with the last Q of the S tokens that are evaluated: q [B,H,Q,D], k, v [B,H,S,D] -> [B,Q,H*D]."""
+        q, k = self.rotary.rotate(q), self.rotary.rotate(k)
+        if self.cache is not None:
+            k, v = self.cache.extend(k, v)
+        return self.attention(q, k, v)

@@ -1,7 +1,7 @@
-"""How many floating-point operations a video takes, by part: counted on the model's own modules, without weights."""
+"""How many floating-point operations a video takes, by part: from the shapes of the model's own modules."""
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,9 +13,13 @@ from transformers import CLIPTextConfig, T5Config, T5EncoderModel
 
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError, InvalidValueError
-from pyramid_flow.sampling import TEMPORAL_FACTOR, SamplingParams, StepInfo, generate_latents
+from pyramid_flow.history_cache import cached_frames
+from pyramid_flow.layers import Modulation
+from pyramid_flow.pyramid import history_level
+from pyramid_flow.sampling import SamplingParams
 from pyramid_flow.schedule import PyramidSchedule
-from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS, TextEmbedding
+from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS
+from pyramid_flow.tokens import PATCH, PrefixLayout, prefix_layout
 from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.vae import CausalVideoVAE, temporal_chunks
 from pyramid_flow.vae.model import SCALE, TILE_MULTIPLE
@@ -37,15 +41,6 @@ class RenderFlops:
     encode: int
     sample: int
     decode: int
-
-
-class _NoNoise:
-    """A NoiseSource of shapes without values."""
-
-    def initial(self, shape: Sequence[int]) -> Tensor:
-        return torch.empty(tuple(shape), device=META)
-
-    block = posterior = initial
 
 
 @torch.no_grad()
@@ -78,7 +73,7 @@ def render_flops(
     latents = torch.empty(params.latent_shape(1, transformer.latent_channels), device=META)
     return RenderFlops(
         encode=_text_flops(checkpoint, num_prompts=1 + params.guided) + image,
-        sample=_sample_flops(transformer, params, has_image),
+        sample=sampling_flops(transformer, params, has_image=has_image),
         decode=_decode_flops(vae, latents, tile),
     )
 
@@ -104,69 +99,79 @@ def _image_flops(vae: CausalVideoVAE, params: SamplingParams) -> int:
     return _total(counter)
 
 
-def _sample_flops(transformer: PyramidTransformer, params: SamplingParams, has_image: bool) -> int:
-    num_levels = len(PyramidSchedule().levels)
-    params.check(1, num_levels)
-    # From unit `num_levels` on (one later where keys and values are kept from the unit before), every unit sees one
-    # more frame at level 0 than the last. Tokens grow linearly and attention quadratically, so three units tell all.
-    probed = replace(params, num_frames=1 + TEMPORAL_FACTOR * (min(params.num_units, num_levels + 4) - 1))
-    costs = _unit_flops(transformer, probed, has_image)
-    while costs and len(costs) < params.num_units - has_image:
-        costs.append(3 * costs[-1] - 3 * costs[-2] + costs[-3])  # the third difference of a quadratic is 0
-    return sum(costs)
+def sampling_flops(
+    transformer: PyramidTransformer,
+    params: SamplingParams,
+    *,
+    has_image: bool,
+    text_tokens: int = MAX_TOKENS,
+    cached: Collection[int] = (0, 1, 2),
+) -> int:
+    """Count what the transformer does for one video, from its shapes alone.
 
-
-def _unit_flops(transformer: PyramidTransformer, params: SamplingParams, has_image: bool) -> list[int]:
-    """Count each unit that is sampled, by one evaluation per level and few blocks; shortens the model."""
-    if has_image and params.num_units == 1:
-        return []
-    repeats, schedule = _shorten(transformer), PyramidSchedule()
-    counter = FlopCounterMode(display=False)
-    costs: dict[int, int] = defaultdict(int)
-    last = (params.num_units - 1, len(schedule.levels) - 1)
-
-    def on_step(info: StepInfo) -> Tensor | None:
-        # Counted since the last call: what this unit and level need once, and one evaluation.
-        whole, evaluation = _take_counts(counter, type(transformer).__name__, repeats)
-        costs[info.unit] += whole + (params.steps(info.unit, info.level) - 1) * evaluation
-        # Nobody is wanted after the last evaluation: picking the finished rows would take values.
-        return torch.zeros(1, dtype=torch.bool) if (info.unit, info.level) == last else None
-
-    one_step = replace(params, num_inference_steps=1, video_num_inference_steps=1)
-    text, noise = _text(transformer), _NoNoise()
-    image = noise.initial(params.latent_shape(1, transformer.latent_channels))[:, :, :1] if has_image else None
-    with counter:
-        generate_latents(transformer, schedule, text, text, one_step, noise, image_latent=image, on_step=on_step)
-    return [costs[unit] for unit in sorted(costs)]
-
-
-def _take_counts(counter: FlopCounterMode, name: str, repeats: Mapping[str, int]) -> tuple[int, int]:
-    """Reset the counter; return its total and that of the module called `name`, with some of its parts repeated."""
-    counts = {module: sum(operations.values()) for module, operations in counter.get_flop_counts().items()}
-    counter.flop_counts.clear()
-    repeated = sum(times * counts[f"{name}.{part}"] for part, times in repeats.items())
-    return counts["Global"] + repeated, counts[name] + repeated
-
-
-def _shorten(transformer: PyramidTransformer) -> dict[str, int]:
-    """Leave the first and the last block of each stack; return for how many others each first one stands.
-
-    The model's very last block is like no other, because only the current frame asks.
+    text_tokens: of every prompt; cached: levels with a history cache.
     """
-    stacks = {name: stack for name, stack in transformer.named_children() if isinstance(stack, nn.ModuleList)}
-    removed = {f"{name}.0": len(stack[1:-1]) for name, stack in stacks.items()}
-    for stack in stacks.values():
-        del stack[1:-1]
-    return removed
+    schedule, units = PyramidSchedule(), range(int(has_image), params.num_units)
+    params.check(1, len(schedule.levels))
+    total = _prompt_flops(transformer, text_tokens) * (1 + params.guided) if units else 0
+    for unit in units:
+        for level in schedule.levels:
+            shapes = _clip_shapes(params, unit, level.index, len(schedule.levels))
+            num_cached = cached_frames(unit, level.index) if level.index in cached else 0
+            rows = sum(1 + step.guided for step in params.steps(unit, level))
+            layout = prefix_layout(shapes, text_tokens, num_cached)
+            total += rows * _evaluation_flops(transformer, layout, _num_tokens(shapes[-1:]))
+            total += _embedding_flops(transformer, shapes[num_cached:-1])
+            if unit <= 1:  # later ones have the timesteps of unit 1
+                total += rows * _conditioning_flops(transformer)
+    return total
 
 
-def _text(transformer: PyramidTransformer) -> TextEmbedding:
-    config = transformer.config
-    return TextEmbedding(
-        tokens=torch.empty(1, MAX_TOKENS, config["joint_attention_dim"], device=META),
-        mask=torch.ones(1, MAX_TOKENS, dtype=torch.bool),
-        pooled=torch.empty(1, config["pooled_projection_dim"], device=META),
-    )
+def _evaluation_flops(transformer: PyramidTransformer, layout: PrefixLayout, num_current: int) -> int:
+    """Count one evaluation of one row: all blocks but the last for all tokens, the last one for the current frame's.
+
+    A block of width D takes 24 D^2 per token (keys and values 4 of it), and attention 4 D per query and key.
+    """
+    dim, full = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"], layout.num_queries
+    blocks = len(transformer.blocks) - 1
+    pairs = sum(queries * end for queries, end in zip(layout.query_lengths, layout.key_ends, strict=True))
+    linear = 24 * dim**2 * blocks * full + 4 * dim**2 * full + 20 * dim**2 * num_current
+    attention = 4 * dim * (blocks * pairs + num_current * layout.key_ends[-1])
+    in_and_out = 2 * 2 * transformer.proj_out.weight.numel() * num_current
+    return linear + attention + in_and_out
+
+
+def _embedding_flops(transformer: PyramidTransformer, shapes: Sequence[tuple[int, int, int]]) -> int:
+    """Count the embedding of clips, whose patches have as many values as the output's."""
+    return 2 * transformer.proj_out.weight.numel() * _num_tokens(shapes)
+
+
+def _conditioning_flops(transformer: PyramidTransformer) -> int:
+    """Count what one timestep and prompt take: its embedding and all modulations."""
+    modulations = [module for module in transformer.modules() if isinstance(module, Modulation)]
+    linear = [each.linear for each in modulations] + _linears(transformer.time_text_embed.timestep_embedder)
+    return sum(2 * each.weight.numel() for each in linear)
+
+
+def _prompt_flops(transformer: PyramidTransformer, text_tokens: int) -> int:
+    pooled = sum(2 * each.weight.numel() for each in _linears(transformer.time_text_embed.text_embedder))
+    return pooled + 2 * transformer.context_embedder.weight.numel() * text_tokens
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [each for each in module.modules() if isinstance(each, nn.Linear)]
+
+
+def _clip_shapes(params: SamplingParams, unit: int, level: int, num_levels: int) -> list[tuple[int, int, int]]:
+    """Return the clips of a unit at a level, the current frame last, as `position_ids` takes them."""
+    *_, height, width = params.latent_shape(1, 1)
+    held = [*(history_level(unit - frame, level) for frame in range(unit)), level]
+    halvings = [num_levels - 1 - each for each in held]
+    return [(1, height >> halving, width >> halving) for halving in halvings]
+
+
+def _num_tokens(shapes: Sequence[tuple[int, int, int]]) -> int:
+    return sum(frames * (height // PATCH) * (width // PATCH) for frames, height, width in shapes)
 
 
 def _decode_flops(vae: CausalVideoVAE, latents: Tensor, tile: int | None) -> int:

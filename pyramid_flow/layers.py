@@ -26,6 +26,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale) + shift
 
 
+Vectors = tuple[Tensor, ...]
+"""Shifts, scales and gates [B,1,D] of one stream of tokens."""
+
+BlockConditioning = Tensor | tuple[Vectors, ...]
+"""SiLU(c) [B,D] of timestep and pooled text, or what a block's `modulation` has made of it ahead."""
+
+
 class Modulation(nn.Module):
     """Linear map from SiLU(conditioning) [B,D] to `chunks` vectors [B,1,D]."""
 
@@ -34,7 +41,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(dim, chunks * dim)
         self.chunks = chunks
 
-    def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, activated: Tensor) -> Vectors:
         vectors: Tensor = self.linear(activated)[:, None]
         return vectors.chunk(self.chunks, dim=-1)
 
@@ -130,21 +137,28 @@ class JointProjections(nn.Module):
         out: Tensor = self.norm_q(split_heads(self.to_q(image), self.num_heads))
         return out
 
-    def text_queries(self, text: Tensor) -> Tensor:
-        """[B,L,D] -> [B,H,L,head_dim]."""
-        out: Tensor = getattr(self, f"{self.text_norm}_q")(split_heads(self.add_q_proj(text), self.num_heads))
-        return out
+    def queries(self, image: Tensor, text: Tensor | None) -> Tensor:
+        """image [B,S,D], text [B,L,D] if it is evaluated -> [B,H,L+S,head_dim]."""
+        q_image = self.image_queries(image)
+        if text is None:
+            return q_image
+        q_text = getattr(self, f"{self.text_norm}_q")(split_heads(self.add_q_proj(text), self.num_heads))
+        return torch.cat([q_text, q_image], dim=2)
 
-    def keys(self, image: Tensor, text: Tensor) -> Tensor:
-        """image [B,S,D], text [B,L,D] -> [B,H,L+S,head_dim]."""
+    def keys(self, image: Tensor, text: Tensor | None) -> Tensor:
+        """image [B,S,D], text [B,L,D] if it is evaluated -> [B,H,L+S,head_dim]."""
+        k_image: Tensor = self.norm_k(split_heads(self.to_k(image), self.num_heads))
+        if text is None:
+            return k_image
         k_text = getattr(self, f"{self.text_norm}_k")(split_heads(self.add_k_proj(text), self.num_heads))
-        k_image = self.norm_k(split_heads(self.to_k(image), self.num_heads))
         return torch.cat([k_text, k_image], dim=2)
 
-    def values(self, image: Tensor, text: Tensor) -> Tensor:
-        """image [B,S,D], text [B,L,D] -> [B,H,L+S,head_dim]."""
-        parts = [split_heads(self.add_v_proj(text), self.num_heads), split_heads(self.to_v(image), self.num_heads)]
-        return torch.cat(parts, dim=2)
+    def values(self, image: Tensor, text: Tensor | None) -> Tensor:
+        """image [B,S,D], text [B,L,D] if it is evaluated -> [B,H,L+S,head_dim]."""
+        v_image = split_heads(self.to_v(image), self.num_heads)
+        if text is None:
+            return v_image
+        return torch.cat([split_heads(self.add_v_proj(text), self.num_heads), v_image], dim=2)
 
 
 class JointAttention(JointProjections):
@@ -154,11 +168,11 @@ class JointAttention(JointProjections):
         super().__init__(dim, num_heads, eps, text_norm)
         self.to_add_out = nn.Linear(dim, dim)
 
-    def forward(self, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, text: Tensor | None, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """image [B,S,D] and text [B,L,D], both modulated -> their attention outputs, same shapes."""
-        q = torch.cat([self.text_queries(text), self.image_queries(image)], dim=2)
-        rotate = context.rotary.rotate
-        mixed = context.attention(rotate(q), rotate(self.keys(image, text)), self.values(image, text))
+        mixed = context.attend(self.queries(image, text), self.keys(image, text), self.values(image, text))
+        if text is None:
+            return self.to_out[0](mixed), None
         text_out, image_out = mixed.split([text.shape[1], image.shape[1]], dim=1)
         return self.to_out[0](image_out), self.to_add_out(text_out)
 
@@ -174,14 +188,23 @@ class JointBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.ff_context = FeedForward(dim)
 
-    def forward(self, x: Tensor, y: Tensor, activated: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """x [B,S,D], y [B,L,D], activated = SiLU(conditioning) [B,D] -> x, y."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(activated)
-        y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = self.norm1_context(activated)
+    def modulation(self, activated: Tensor) -> tuple[Vectors, ...]:
+        """Return the vectors of image and text; activated = SiLU(conditioning) [B,D]."""
+        return self.norm1(activated), self.norm1_context(activated)
 
-        attn_x, attn_y = self.attn(modulate(x, shift1, scale1), modulate(y, y_shift1, y_scale1), context)
+    def forward(
+        self, x: Tensor, y: Tensor | None, conditioning: BlockConditioning, context: AttentionContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B,S,D], y [B,L,D], None where its keys and values are cached -> x, y."""
+        vectors = self.modulation(conditioning) if isinstance(conditioning, Tensor) else conditioning
+        (shift1, scale1, gate1, shift2, scale2, gate2), y_vectors = vectors
+        y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = y_vectors
+
+        y_tokens = None if y is None else modulate(y, y_shift1, y_scale1)
+        attn_x, attn_y = self.attn(modulate(x, shift1, scale1), y_tokens, context)
         x = x + gate1 * attn_x
-        y = y + y_gate1 * attn_y
         x = x + gate2 * self.ff(modulate(x, shift2, scale2))
-        y = y + y_gate2 * self.ff_context(modulate(y, y_shift2, y_scale2))
+        if y is not None:
+            y = y + y_gate1 * attn_y
+            y = y + y_gate2 * self.ff_context(modulate(y, y_shift2, y_scale2))
         return x, y

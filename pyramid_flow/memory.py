@@ -26,11 +26,12 @@ from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError
 from pyramid_flow.pixels import quantized
 from pyramid_flow.placement import MemoryMode
-from pyramid_flow.pyramid import history_clips, latent_pyramid
-from pyramid_flow.sampling import SamplingParams, guided
+from pyramid_flow.pyramid import latent_pyramid
+from pyramid_flow.sampling import SamplingParams, history_cache
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS, TextEmbedding
 from pyramid_flow.vae import temporal_chunks
+from pyramid_flow.velocity import VelocityField
 from pyramid_flow.weight_files import StoredTensor, stored_tensors
 
 META, HOST = torch.device("meta"), torch.device("cpu")
@@ -136,22 +137,23 @@ def _loaded_bytes(tensor: StoredTensor, dtype: torch.dtype) -> int:
 def _sampling_peak(checkpoint: Checkpoint, dtype: torch.dtype, params: SamplingParams, batch_size: int) -> int:
     """Count the evaluation of the last unit at the last level, which has the most tokens."""
     transformer: Any = nn.Module.to(checkpoint.empty_transformer(), dtype)
-    num_levels = len(PyramidSchedule().levels)
-    branches = batch_size * (1 + params.guided)
-    config = transformer.config
+    schedule, config = PyramidSchedule(), transformer.config
+    num_levels = len(schedule.levels)
     text = TextEmbedding(
-        tokens=torch.empty(branches, MAX_TOKENS, config["joint_attention_dim"], device=META),
-        mask=torch.ones(branches, MAX_TOKENS, dtype=torch.bool),
-        pooled=torch.empty(branches, config["pooled_projection_dim"], device=META),
+        tokens=torch.empty(batch_size, MAX_TOKENS, config["joint_attention_dim"], device=META),
+        mask=torch.ones(batch_size, MAX_TOKENS, dtype=torch.bool),
+        pooled=torch.empty(batch_size, config["pooled_projection_dim"], device=META),
     )
-    scale = torch.empty(batch_size, 1, 1, 1, 1, device=META) if params.guided else None
+    negative = text if params.guided else None
+    scale = torch.empty(batch_size, 1, 1, 1, 1, device=META)
+    no_cache = history_cache(transformer, schedule, params, text, negative, cache=False)
     with _peak() as peak:
         latents = torch.empty(params.latent_shape(batch_size, transformer.latent_channels), device=META)
         frame, *past = latents.split(1, dim=2)
         finished = [latent_pyramid(each, num_levels) for each in past]
-        state = transformer.embed_text(text)
-        velocity = guided(transformer, state, history_clips(finished, num_levels - 1), frame.shape, scale)
-        frame + velocity(frame, 0.0)
+        field = VelocityField(transformer, text, negative, no_cache)
+        velocity = field.at(len(past), num_levels - 1, finished, frame.shape, scale)
+        frame + velocity(frame, 0, 0.0, params.guided)
     return peak.bytes
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
+import psutil
 import torch
 from accelerate.hooks import attach_align_device_hook
 from torch import nn
@@ -80,7 +81,9 @@ def process_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what this process can still fill of an accelerator's memory."""
+    """Return what this process can still fill of a device's memory; the host's is for all processes."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
     return process_bytes(device) - torch.accelerator.memory_allocated(device)
 
 

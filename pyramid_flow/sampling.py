@@ -1,19 +1,24 @@
 """The sampler: guidance, the loop over levels and the loop over units; text- and image-to-video are one loop."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
+from pyramid_flow.history_cache import CacheShape, HistoryCache, fitting_levels
 from pyramid_flow.noise import NoiseSource
-from pyramid_flow.pyramid import history_clips, keep_rows, latent_pyramid, noise_pyramid, stack_frames
-from pyramid_flow.schedule import MAX_STEPS, PyramidSchedule
-from pyramid_flow.text import TextEmbedding, concatenate
-from pyramid_flow.transformer import PyramidTransformer, TextState
+from pyramid_flow.placement import free_bytes
+from pyramid_flow.pyramid import keep_rows, latent_pyramid, noise_pyramid, stack_frames
+from pyramid_flow.schedule import MAX_STEPS, Level, PyramidSchedule
+from pyramid_flow.text import TextEmbedding
+from pyramid_flow.tokens import PATCH
+from pyramid_flow.transformer import PyramidTransformer
+from pyramid_flow.velocity import VelocityField
 
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 8
@@ -22,13 +27,28 @@ MAX_GUIDANCE = 30.0
 MIN_GUIDANCE_SCALE = 2.0
 """What a guidance that decays does not fall below, unless something else is asked for."""
 
+CACHE_SHARE = 0.5
+"""Of free memory that the history cache may take by itself; the rest is for activations."""
+
 Steps = int | Sequence[int]
+Share = float | Sequence[float]
+Cache = bool | Literal["auto"] | Collection[int]
+"""Which levels keep a history cache: all, none, those that fit into half of the free memory, or the given ones."""
+
 Guidance = float | Sequence[float]
 GuidanceDecay = float | None | Sequence[float | None]
 T = TypeVar("T")
 
 STEPS_FIELDS = ("num_inference_steps", "video_num_inference_steps")
 GUIDANCE_FIELDS = ("guidance_scale", "video_guidance_scale", "min_guidance_scale")
+
+
+class Step(NamedTuple):
+    """One evaluation and what is made of it: x <- x + delta * velocity(x, timestep), with guidance or without."""
+
+    timestep: float
+    delta: float
+    guided: bool
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,10 @@ class SamplingParams:
     unit of text-to-video uses `num_inference_steps` and `guidance_scale`, every other unit the `video_` ones. Guidance
     is on where `guidance_scale` > 0: on or off for the whole batch. guidance_decay: one for all rows or one per row;
     None = constant, else unit u uses max(guidance_scale - guidance_decay * u, min_guidance_scale) in place of both.
+
+    Two choices save work at a price, and are off unless asked for. skip_last_step: leave out the last evaluation of a
+    level with several, which covers 0.1 % of it. guided_share: the share of a level's steps, from its first one, that
+    are guided, one for all levels or one per level; the others take the positive branch alone.
     """
 
     height: int
@@ -50,6 +74,8 @@ class SamplingParams:
     video_guidance_scale: Guidance = 5.0
     guidance_decay: GuidanceDecay = None
     min_guidance_scale: Guidance = MIN_GUIDANCE_SCALE
+    skip_last_step: bool = False
+    guided_share: Share = 1.0
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -62,7 +88,8 @@ class SamplingParams:
         for decay in _as_sequence(self.guidance_decay):
             if decay is not None:
                 check_guidance("guidance_decay", decay)
-        for name in (*STEPS_FIELDS, *GUIDANCE_FIELDS, "guidance_decay"):
+        check_share("guided_share", self.guided_share)
+        for name in (*STEPS_FIELDS, *GUIDANCE_FIELDS, "guidance_decay", "guided_share"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, Sequence) else value)
         if len({scale > 0 for scale in _as_sequence(self.guidance_scale)}) > 1:
@@ -82,17 +109,19 @@ class SamplingParams:
         """Shape of the finished latents [B,C,T,H/8,W/8]."""
         return batch, channels, self.num_units, self.height // SPATIAL_FACTOR, self.width // SPATIAL_FACTOR
 
-    def steps(self, unit: int, level: int) -> int:
-        """Number of evaluations of a unit at a level."""
+    def steps(self, unit: int, level: Level) -> list[Step]:
+        """Return the evaluations of a unit at a level, in order."""
         counts = self.num_inference_steps if unit == 0 else self.video_num_inference_steps
-        return counts[level] if isinstance(counts, Sequence) else counts
+        pairs = level.steps(_of_level(counts, level.index), skip_last=self.skip_last_step)
+        num_guided = math.ceil(_of_level(self.guided_share, level.index) * len(pairs)) if self.guided else 0
+        return [Step(*pair, number < num_guided) for number, pair in enumerate(pairs)]
 
     def check(self, batch: int, num_levels: int) -> None:
         """Raise InvalidValueError unless there are as many steps as levels and as many scales as rows, or one."""
-        for name in STEPS_FIELDS:
-            steps = getattr(self, name)
-            if isinstance(steps, Sequence) and len(steps) != num_levels:
-                raise InvalidValueError(name, steps, f"is neither one number nor one per {num_levels} levels")
+        for name in (*STEPS_FIELDS, "guided_share"):
+            values = getattr(self, name)
+            if isinstance(values, Sequence) and len(values) != num_levels:
+                raise InvalidValueError(name, values, f"is neither one number nor one per {num_levels} levels")
         for name in (*GUIDANCE_FIELDS, "guidance_decay"):
             scales = getattr(self, name)
             if len(_as_sequence(scales)) not in (1, batch):
@@ -127,7 +156,6 @@ class StepInfo:
 
 
 OnStep = Callable[[StepInfo], Tensor | None]
-Velocity = Callable[[Tensor, float], Tensor]
 
 
 @torch.no_grad()
@@ -140,79 +168,86 @@ def generate_latents(
     noise: NoiseSource,
     *,
     image_latent: Tensor | None = None,
+    cache: Cache = "auto",
+    cache_dtype: torch.dtype | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Generate a latent video frame by frame, and each frame level by level.
 
     text, negative: one row per video (`negative` may have one row for all); image_latent: normalised [B,C,1,h,w], the
-    finished first frame of image-to-video. on_step may return a bool mask [B] over the rows as given: rows that are
-    False leave at once, for good, and when none is left the sampler stops. Returns normalised float32 latents
-    [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device. Raises InvalidValueError and
-    ShapeError.
+    finished first frame of image-to-video. cache: levels with a history cache, which saves work and changes nothing
+    beyond rounding; cache_dtype: of what it stores, None = the transformer's. on_step may return a bool mask [B] over
+    the rows as given: rows that are False leave at once, for good, and when none is left the sampler stops. Returns
+    normalised float32 latents [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device. Raises
+    InvalidValueError and ShapeError.
     """
     batch, device, num_levels = len(text), transformer.device, len(schedule.levels)
     params.check(batch, num_levels)
     shape = params.latent_shape(batch, transformer.latent_channels)
-    branches = _branches(text, negative, params)
+    negative = _negative(text, negative, params)
     finished = _first_frames(image_latent, shape, num_levels, device)
     start_unit = len(finished)
     start = noise_pyramid(noise.initial(shape), num_levels)[0].to(device)
 
+    held = history_cache(transformer, schedule, params, text, negative, cache, cache_dtype)
+    field = VelocityField(transformer, text, negative, held)
     rows = torch.arange(batch)
-    state = transformer.embed_text(concatenate(branches))
     for unit in range(start_unit, params.num_units):
-        scale = params.scale(unit, batch)[rows].to(device) if params.guided else None
+        scale = params.scale(unit, batch)[rows].to(device)
         frame = start[rows.to(device), :, unit - start_unit : unit - start_unit + 1]
         for level in schedule.levels:
             if level.index:
                 fresh = noise.block((batch, *frame.shape[1:3], 2 * frame.shape[3], 2 * frame.shape[4]))
                 frame = level.enter(frame, fresh[rows].to(device))
-            velocity = guided(transformer, state, history_clips(finished, level.index), frame.shape, scale)
-            steps = level.steps(params.steps(unit, level.index))
-            for step, (timestep, delta) in enumerate(steps):
-                frame = frame + delta * velocity(frame, timestep)
+            velocity = field.at(unit, level.index, finished, frame.shape, scale)
+            steps = params.steps(unit, level)
+            for number, (timestep, delta, is_guided) in enumerate(steps):
+                frame = frame + delta * velocity(frame, number, timestep, is_guided)
                 if on_step is None:
                     continue
                 done = tuple(pyramid[-1] for pyramid in finished)
                 indices = tuple(rows.tolist())
-                info = StepInfo(unit, params.num_units, level.index, step, len(steps), frame, indices, done)
+                info = StepInfo(unit, params.num_units, level.index, number, len(steps), frame, indices, done)
                 stay = _staying(on_step(info), batch)[rows]
                 if not stay.any():
                     return frame.new_empty((0, *shape[1:]))
                 if not stay.all():
                     kept = stay.to(device)
-                    rows, frame, finished = rows[stay], frame[kept], keep_rows(finished, kept)
-                    scale = None if scale is None else scale[kept]
-                    state = transformer.embed_text(concatenate([branch.select(rows) for branch in branches]))
-                    velocity = guided(transformer, state, history_clips(finished, level.index), frame.shape, scale)
+                    rows, frame, scale, finished = rows[stay], frame[kept], scale[kept], keep_rows(finished, kept)
+                    field.keep(stay)
+                    velocity = field.at(unit, level.index, finished, frame.shape, scale)
         finished.append(latent_pyramid(frame, num_levels))
     return stack_frames(finished)
 
 
-def guided(
+def history_cache(
     transformer: PyramidTransformer,
-    text: TextState,
-    history: Sequence[Tensor],
-    current: Sequence[int],
-    scale: Tensor | None,
-) -> Velocity:
-    """Return the velocity of the current frame given text and history: v_neg + scale (v_pos - v_neg).
-
-    text: rows [negative, positive] if there is a scale [B,1,1,1,1], else positive only; current: shape [B,C,1,h,w].
-    """
-    copies = 1 if scale is None else 2
-    batch = current[0] * copies
-    state = transformer.embed_history([torch.cat([clip] * copies) for clip in history], (batch, *current[1:]), text)
-
-    def velocity(latents: Tensor, timestep: float) -> Tensor:
-        times = torch.full((batch,), timestep, dtype=torch.float32, device=latents.device)
-        predicted: Tensor = transformer(torch.cat([latents] * copies), times, text, state).float()
-        if scale is None:
-            return predicted
-        negative, positive = predicted.chunk(2)
-        return negative + scale * (positive - negative)
-
-    return velocity
+    schedule: PyramidSchedule,
+    params: SamplingParams,
+    text: TextEmbedding,
+    negative: TextEmbedding | None,
+    cache: Cache = "auto",
+    dtype: torch.dtype | None = None,
+) -> HistoryCache:
+    """Return the empty history cache of a batch; see `generate_latents`."""
+    num_levels, prompts = len(schedule.levels), [text] if negative is None else [text, negative]
+    scale = 2 ** (num_levels - 1) * PATCH
+    _, _, num_units, height, width = params.latent_shape(len(text), transformer.latent_channels)
+    shape = CacheShape(
+        num_blocks=len(transformer.blocks),
+        num_heads=transformer.config["num_attention_heads"],
+        head_dim=transformer.config["attention_head_dim"],
+        text_tokens=max(int(prompt.mask.sum(dim=1).max()) for prompt in prompts),
+        frame_tokens=(height // scale) * (width // scale),
+        num_units=num_units,
+    )
+    dtype, device = dtype or transformer.dtype, transformer.device
+    if cache == "auto":
+        rows = [len(text) * sum(1 + step.guided for step in params.steps(1, level)) for level in schedule.levels]
+        levels: Collection[int] = fitting_levels(shape, rows, dtype, CACHE_SHARE * free_bytes(device))
+    else:
+        levels = (range(num_levels) if cache else ()) if isinstance(cache, bool) else cache
+    return HistoryCache(shape, frozenset(levels), dtype, device)
 
 
 def check_size(name: str, value: int) -> None:
@@ -230,6 +265,11 @@ def check_steps(name: str, value: Steps) -> None:
     if not all(isinstance(count, Integral) for count in _as_sequence(value)):
         raise InvalidValueError(name, repr(value), "is not a whole number, or one per level")
     _check_range(name, value, 1, MAX_STEPS)
+
+
+def check_share(name: str, value: Share) -> None:
+    """Raise InvalidValueError unless every share is one."""
+    _check_range(name, value, 0, 1)
 
 
 def check_guidance(name: str, value: Guidance) -> None:
@@ -262,15 +302,19 @@ def _as_sequence(value: T | Sequence[T]) -> Sequence[T]:
     return value if isinstance(value, Sequence) else (value,)
 
 
+def _of_level(value: T | Sequence[T], level: int) -> T:
+    return value[level] if isinstance(value, Sequence) else value
+
+
 def _per_row(value: T | Sequence[T], batch: int) -> Sequence[T]:
     values = _as_sequence(value)
     return values if len(values) == batch else [*values] * batch
 
 
-def _branches(text: TextEmbedding, negative: TextEmbedding | None, params: SamplingParams) -> list[TextEmbedding]:
-    """Return the guidance branches, negative first, each with one row per video."""
+def _negative(text: TextEmbedding, negative: TextEmbedding | None, params: SamplingParams) -> TextEmbedding | None:
+    """Return the negative prompts, one row per video; None if there is no guidance."""
     if not params.guided:
-        return [text]
+        return None
     if negative is None:
         raise InvalidValueError("negative", None, "is needed while guidance_scale is above 0")
     if len(negative) == 1:
@@ -281,7 +325,7 @@ def _branches(text: TextEmbedding, negative: TextEmbedding | None, params: Sampl
         features, given = getattr(text, name).shape[-1], tuple(getattr(negative, name).shape)
         if given[-1] != features:
             raise ShapeError(f"negative text {name}", f"[...,{features}]", given)
-    return [negative, text]
+    return negative
 
 
 def _first_frames(

@@ -37,16 +37,18 @@ class Level:
     upsample_scale: float
     noise_scale: float
 
-    def steps(self, num_steps: int) -> list[tuple[float, float]]:
+    def steps(self, num_steps: int, *, skip_last: bool = False) -> list[tuple[float, float]]:
         """Return the `(timestep, delta)` pairs of an Euler solver: x <- x + delta * velocity(x, timestep).
 
         The ratios run from 1 to 0.001 and then to 0, so that one step covers the whole level and the last of several
-        covers 0.1 % of it, as in the published schedule.
+        covers 0.1 % of it, as in the published schedule. skip_last: the step before covers that too.
         """
         if not 1 <= num_steps <= MAX_STEPS:
             raise InvalidValueError("num_inference_steps", num_steps, f"is not between 1 and {MAX_STEPS}")
         timesteps = np.linspace(self.first_timestep, self.last_timestep, num_steps)
         ratios = np.append(np.linspace(1.0, FINAL_RATIO, num_steps), 0.0)
+        if skip_last and num_steps > 1:
+            timesteps, ratios = timesteps[:-1], np.delete(ratios, -2)
         return list(zip(timesteps.tolist(), np.diff(ratios).tolist(), strict=True))
 
     def enter(self, latents: Tensor, noise: Tensor) -> Tensor:

@@ -73,8 +73,17 @@ class PrefixLayout:
         return PrefixLayout((num_tokens,), self.key_ends[-1:])
 
 
-def prefix_layout(clip_shapes: Sequence[tuple[int, int, int]], text_length: int) -> PrefixLayout:
-    """Return who attends to whom for text followed by the clips (shapes as in `position_ids`)."""
-    frames = [(height // PATCH) * (width // PATCH) for count, height, width in clip_shapes for _ in range(count)]
-    lengths = (text_length + frames[0], *frames[1:])
+def prefix_layout(
+    clip_shapes: Sequence[tuple[int, int, int]], text_length: int, num_cached: int = 0
+) -> PrefixLayout:
+    """Return who attends to whom for text followed by the clips (shapes as in `position_ids`).
+
+    num_cached: how many of the first clips do not ask, nor does the text if there are any.
+    """
+    counts = [[(height // PATCH) * (width // PATCH)] * frames for frames, height, width in clip_shapes]
+    cached, asking = sum(counts[:num_cached], []), sum(counts[num_cached:], [])
+    if cached:
+        ends = list(accumulate(asking, initial=text_length + sum(cached)))[1:]
+        return PrefixLayout(tuple(asking), tuple(ends))
+    lengths = (text_length + asking[0], *asking[1:])
     return PrefixLayout(lengths, tuple(accumulate(lengths)))

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pyramid_flow.attention import AttentionContext, RotaryTable, attention, rotary_table
 from pyramid_flow.errors import InvalidValueError, ShapeError
-from pyramid_flow.layers import ConditioningEmbedding, Modulation, modulate
+from pyramid_flow.history_cache import BlockCache
+from pyramid_flow.layers import BlockConditioning, ConditioningEmbedding, Modulation, Vectors, modulate
 from pyramid_flow.placement import execution_device
 from pyramid_flow.text import TextEmbedding
 from pyramid_flow.tokens import PATCH, PrefixLayout, position_ids, prefix_layout, unpatchify
@@ -22,32 +24,60 @@ from pyramid_flow.tokens import PATCH, PrefixLayout, position_ids, prefix_layout
 
 @dataclass(frozen=True)
 class TextState:
-    """What a prompt contributes to every evaluation: tokens [B,L,D], pooled [B,D], mask bool [B,L] (None = no pads)."""
+    """What a prompt contributes to every evaluation: tokens [B,L,D], pooled [B,D].
+
+    pads: how many of each row's tokens are padding; they come first.
+    """
 
     tokens: Tensor
     pooled: Tensor
-    mask: Tensor | None
+    pads: tuple[int, ...]
+
+    def select(self, rows: Tensor) -> "TextState":
+        """Return the given rows (indices), of unchanged length."""
+        pads = tuple(self.pads[row] for row in rows.tolist())
+        rows = rows.to(self.tokens.device)
+        return TextState(self.tokens[rows], self.pooled[rows], pads)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What timestep and pooled text contribute to one evaluation.
+
+    activated: SiLU(c) [B,D]; blocks, out: what the modulations of each block and of the output make of it; None = not
+    computed ahead, each block does it for itself.
+    """
+
+    activated: Tensor
+    blocks: tuple[tuple[Vectors, ...], ...] | None = None
+    out: Vectors | None = None
 
 
 @dataclass(frozen=True)
 class HistoryState:
     """What the past contributes to every evaluation of one unit at one level; tokens [B,S,D] are embedded.
 
-    positions: map [1,D,h,w] that is added to the current frame's patches, None where rotary angles say it all.
+    has_text: whether text is evaluated, or cached with the frames that are not among the tokens. positions: map
+    [1,D,h,w] that is added to the current frame's patches, None where rotary angles say it all. current: [C,1,h,w].
     """
 
     tokens: Tensor
+    has_text: bool
     rotary: RotaryTable
     positions: Tensor | None
     layout: PrefixLayout
     current: tuple[int, ...]
 
 
+BlockInputs = tuple[BlockConditioning, AttentionContext]
+"""What a block takes beside tokens."""
+
+
 class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
     """A velocity model whose tensors have the published names.
 
-    An evaluation is split by how often its parts change: `embed_text` once per prompt, `embed_history` once per unit
-    and level, `forward` at every step.
+    An evaluation is split by how often its parts change: `embed_text` once per prompt, `condition` once per prompt and
+    timestep, `embed_history` once per unit and level, `forward` at every step.
     """
 
     _supports_gradient_checkpointing = True
@@ -78,52 +108,85 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
         return execution_device(self)
 
     def embed_text(self, text: TextEmbedding) -> TextState:
-        """Trim the pads that no prompt of the batch needs and embed what does not depend on the step."""
+        """Bring the pads to the front, trim those that no prompt of the batch needs, and embed the rest.
+
+        Text has no positions, so its order means nothing; with pads in front, what a row may see is one slice.
+        """
         self._check("text tokens", "[B,L,{}]", text.tokens, self.context_embedder.in_features)
         pooled_dim = self.time_text_embed.text_embedder.linear_1.in_features
         self._check("pooled text", "[B,{}]", text.pooled, pooled_dim)
-        text = text.trimmed()
-        has_pads = not bool(text.mask.all())  # asked where the text lies, so that a device is not waited for
-        text = text.to(self.device, self.dtype)
-        pooled = self.time_text_embed.text_embedder(text.pooled)
-        mask = text.mask if has_pads else None
-        return TextState(self.context_embedder(text.tokens), pooled, mask)
+        valid = text.mask.bool()  # looked at where the text lies, so that a device is not waited for
+        lengths = valid.sum(dim=1).tolist()
+        order = valid.int().argsort(dim=1, stable=True)[:, valid.shape[1] - max(lengths) :]
+        tokens = text.tokens.gather(1, order[..., None].expand(-1, -1, text.tokens.shape[2]))
+        pooled = self.time_text_embed.text_embedder(text.pooled.to(self.device, self.dtype))
+        pads = tuple(max(lengths) - length for length in lengths)
+        return TextState(self.context_embedder(tokens.to(self.device, self.dtype)), pooled, pads)
 
-    def embed_history(self, history: Sequence[Tensor], current: Sequence[int], text: TextState) -> HistoryState:
-        """Embed past frames, each [B,C,T,h,w] at its level, for a current frame of shape [B,C,1,h,w]."""
-        batch, channels = len(text.tokens), self.latent_channels
-        _check_clip("current frame", current, batch, channels, num_frames=1)
+    def embed_history(
+        self, history: Sequence[Tensor], current: Sequence[int], text: TextState, num_cached: int = 0
+    ) -> HistoryState:
+        """Embed past frames, each [B,C,T,h,w] at its level, for a current frame of shape [B,C,1,h,w].
+
+        text: its rows are those of B videos, once or for each guidance branch. num_cached: how many of the first clips
+        are not evaluated, as their keys and values are cached with the text's.
+        """
+        rows, batch, channels = len(text.pads), current[0], self.latent_channels
+        _check_clip("current frame", current, rows if rows % batch else batch, channels, num_frames=1)
         for clip in history:
             _check_clip("history clip", clip.shape, batch, channels)
         shapes = [(frames, height, width) for _, _, frames, height, width in (*(c.shape for c in history), current)]
-        text_length = text.tokens.shape[1]
+        text_length, evaluated = text.tokens.shape[1], history[num_cached:]
+        layout = prefix_layout(shapes, text_length, num_cached)
+        ids = position_ids(shapes, text_length)[-layout.num_queries :]
         positions = self._position_map(current[3] // PATCH, current[4] // PATCH)
         return HistoryState(
-            tokens=self._embed_clips(history, positions) if history else text.tokens[:, :0],
-            rotary=rotary_table(position_ids(shapes, text_length), self.axes_dims_rope, self.device),
+            tokens=self._embed_clips(evaluated, positions) if evaluated else text.tokens[:batch, :0],
+            has_text=not num_cached,
+            rotary=rotary_table(ids, self.axes_dims_rope, self.device),
             positions=positions,
-            layout=prefix_layout(shapes, text_length),
-            current=tuple(current),
+            layout=layout,
+            current=tuple(current[1:]),
         )
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: TextState, history: HistoryState) -> Tensor:
+    def condition(self, timestep: Tensor, text: TextState, *, ahead: bool = False) -> Conditioning:
+        """Embed timesteps [B] on the 0...1000 scale, float32, with the pooled text; ahead: compute all modulations."""
+        if timestep.shape != text.pooled.shape[:1]:
+            raise ShapeError("timestep", f"[{len(text.pooled)}]", tuple(timestep.shape))
+        activated = F.silu(self.time_text_embed(timestep, text.pooled))
+        if not ahead:
+            return Conditioning(activated)
+        blocks: list[Any] = [block.modulation(activated) for block in self.blocks]
+        return Conditioning(activated, tuple(blocks), self.norm_out(activated))
+
+    def forward(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        text: TextState,
+        history: HistoryState,
+        cache: Sequence[BlockCache] | None = None,
+    ) -> Tensor:
         """Return the velocity of the current frame.
 
-        latents [B,C,1,h,w] on level's grid; timestep [B] on the 0...1000 scale, float32. Returns [B,C,1,h,w].
+        latents [B,C,1,h,w] on the level's grid. cache: one per block; holds the keys and values of what `history`
+        leaves out, and gets those of what it is to keep. Returns [B,C,1,h,w].
         """
-        if tuple(latents.shape) != history.current:
-            raise ShapeError("latents", str(list(history.current)), tuple(latents.shape))
-        if timestep.shape != latents.shape[:1]:
-            raise ShapeError("timestep", f"[{len(latents)}]", tuple(timestep.shape))
+        if tuple(latents.shape) != (len(text.tokens), *history.current):
+            raise ShapeError("latents", str([len(text.tokens), *history.current]), tuple(latents.shape))
         current = self._embed_clips([latents], history.positions)
-        activated = F.silu(self.time_text_embed(timestep, text.pooled))
-        asked = attention(history.layout, key_mask(text, history.layout), len(latents), latents.device)
-        whole = AttentionContext(history.rotary, asked)
-        last = AttentionContext(history.rotary, asked.last(current.shape[1]))
+        copies = len(latents) // len(history.tokens)  # one per guidance branch
+        image = torch.cat([history.tokens.repeat(copies, 1, 1), current], dim=1)
 
-        image = torch.cat([history.tokens, current], dim=1)
-        out = self._run_blocks(image, text.tokens, activated, whole, last)
-        scale, shift = self.norm_out(activated)
+        asked = attention(history.layout, text.pads, latents.device)
+        num_blocks = len(self.blocks)
+        asking = [asked] * (num_blocks - 1) + [asked.last(current.shape[1])]
+        contexts = map(AttentionContext, repeat(history.rotary), asking, cache or repeat(None))
+        conditionings = conditioning.blocks or [conditioning.activated] * num_blocks
+        inputs = list(zip(conditionings, contexts, strict=False))
+
+        out = self._run_blocks(image, text.tokens if history.has_text else None, inputs)
+        scale, shift = conditioning.out or self.norm_out(conditioning.activated)
         return unpatchify(self.proj_out(modulate(out, shift, scale)), *latents.shape[-2:])
 
     def _position_map(self, height: int, width: int) -> Tensor | None:
@@ -134,17 +197,20 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
     def _embed_clips(self, clips: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         """Turn clips [B,C,T,h,w] of any levels into tokens [B,S,D]; positions: the current frame's map."""
 
+    @property
     @abstractmethod
-    def _run_blocks(
-        self, image: Tensor, text: Tensor, activated: Tensor, whole: AttentionContext, last: AttentionContext
-    ) -> Tensor:
-        """Return the current frame's tokens [B,N,D] after all blocks.
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All blocks, in the order in which they run."""
 
-        image [B,S,D], text [B,L,D], activated = SiLU(conditioning) [B,D]. In the last block only the current frame's
-        tokens ask (`last`), because nothing reads the others any more.
+    @abstractmethod
+    def _run_blocks(self, image: Tensor, text: Tensor | None, inputs: Sequence[BlockInputs]) -> Tensor:
+        """Return the current frame's tokens [B,N,D] after all blocks, each of which has its inputs.
+
+        image [B,S,D], text [B,L,D] or None if it is cached. In the last block only the current frame's tokens ask,
+        because nothing reads the others any more.
         """
 
-    def _run(self, block: nn.Module, *arguments: Tensor | AttentionContext) -> Any:  # noqa: ANN401 - as the block
+    def _run(self, block: nn.Module, *arguments: object) -> Any:  # noqa: ANN401 - as the block
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
@@ -159,11 +225,3 @@ def _check_clip(name: str, shape: Sequence[int], batch: int, channels: int, num_
     fits = len(shape) == 5 and tuple(shape[:2]) == (batch, channels) and not (shape[3] % PATCH or shape[4] % PATCH)
     if not fits or num_frames not in (None, shape[2]):
         raise ShapeError(name, f"[{batch},{channels},{frames},h,w] with even h and w", tuple(shape))
-
-
-def key_mask(text: TextState, layout: PrefixLayout) -> Tensor | None:
-    """Return bool [B,S], False for text pads, or None when there are none."""
-    if text.mask is None:
-        return None
-    tokens = layout.key_ends[-1] - text.mask.shape[1]
-    return F.pad(text.mask, (0, tokens), value=True)

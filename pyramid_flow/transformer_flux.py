@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from pyramid_flow.attention import AttentionContext
 from pyramid_flow.errors import InvalidValueError
-from pyramid_flow.layers import JointBlock, Modulation, RMSNorm, modulate, split_heads
+from pyramid_flow.layers import BlockConditioning, JointBlock, Modulation, RMSNorm, Vectors, modulate, split_heads
 from pyramid_flow.tokens import PATCH, patchify
-from pyramid_flow.transformer import PyramidTransformer
+from pyramid_flow.transformer import BlockInputs, PyramidTransformer
 
 RMS_EPS = 1e-6
 """Of the q/k norms: the other family has another one, and no test is fine enough to tell them apart."""
@@ -35,8 +35,7 @@ class SingleAttention(nn.Module):
         q = self.norm_q(split_heads(self.to_q(asking), self.num_heads))
         k = self.norm_k(split_heads(self.to_k(tokens), self.num_heads))
         v = split_heads(self.to_v(tokens), self.num_heads)
-        rotate = context.rotary.rotate
-        return context.attention(rotate(q), rotate(k), v)
+        return context.attend(q, k, v)
 
 
 class SingleBlock(nn.Module):
@@ -49,9 +48,14 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(dim, 4 * dim)
         self.proj_out = nn.Linear(5 * dim, dim)
 
-    def forward(self, z: Tensor, activated: Tensor, context: AttentionContext) -> Tensor:
+    def modulation(self, activated: Tensor) -> tuple[Vectors, ...]:
+        """Return the vectors of all tokens; activated = SiLU(conditioning) [B,D]."""
+        return (self.norm(activated),)
+
+    def forward(self, z: Tensor, conditioning: BlockConditioning, context: AttentionContext) -> Tensor:
         """z [B,S,D] -> the last `attention.num_queries` tokens [B,Q,D]."""
-        shift, scale, gate = self.norm(activated)
+        vectors = self.modulation(conditioning) if isinstance(conditioning, Tensor) else conditioning
+        [(shift, scale, gate)] = vectors
         tokens = modulate(z, shift, scale)
         asking = tokens[:, -context.attention.num_queries :]
         mlp = F.gelu(self.proj_mlp(asking), approximate="tanh")
@@ -111,13 +115,16 @@ class PyramidFluxTransformer(PyramidTransformer):
         tokens: Tensor = self.x_embedder(patches)
         return tokens
 
-    def _run_blocks(
-        self, image: Tensor, text: Tensor, activated: Tensor, whole: AttentionContext, last: AttentionContext
-    ) -> Tensor:
-        for block in self.transformer_blocks:
-            image, text = self._run(block, image, text, activated, whole)
-        tokens = torch.cat([text, image], dim=1)
-        for block in self.single_transformer_blocks[:-1]:
-            tokens = self._run(block, tokens, activated, whole)
-        current: Tensor = self._run(self.single_transformer_blocks[-1], tokens, activated, last)
-        return current
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All blocks, in the order in which they run."""
+        return (*self.transformer_blocks, *self.single_transformer_blocks)
+
+    def _run_blocks(self, image: Tensor, text: Tensor | None, inputs: Sequence[BlockInputs]) -> Tensor:
+        num_joint = len(self.transformer_blocks)
+        for block, own in zip(self.transformer_blocks, inputs[:num_joint], strict=True):
+            image, text = self._run(block, image, text, *own)
+        tokens = image if text is None else torch.cat([text, image], dim=1)
+        for block, own in zip(self.single_transformer_blocks, inputs[num_joint:], strict=True):
+            tokens = self._run(block, tokens, *own)
+        return tokens

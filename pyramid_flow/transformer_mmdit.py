@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from pyramid_flow.attention import AttentionContext
 from pyramid_flow.errors import InvalidValueError
-from pyramid_flow.layers import FeedForward, JointBlock, JointProjections, Modulation, modulate
+from pyramid_flow.layers import (
+    BlockConditioning,
+    FeedForward,
+    JointBlock,
+    JointProjections,
+    Modulation,
+    Vectors,
+    modulate,
+)
 from pyramid_flow.tokens import PATCH
-from pyramid_flow.transformer import PyramidTransformer
+from pyramid_flow.transformer import BlockInputs, PyramidTransformer
 
 RMS_EPS = 1e-5
 """Of the q/k norms: the other family has another one, and no test is fine enough to tell them apart."""
@@ -67,11 +75,10 @@ class PatchEmbedding(nn.Module):
 class LastJointAttention(JointProjections):
     """Joint attention in which image tokens alone ask; the published weights of text's queries are never read."""
 
-    def forward(self, asking: Tensor, image: Tensor, text: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, asking: Tensor, image: Tensor, text: Tensor | None, context: AttentionContext) -> Tensor:
         """asking [B,Q,D]: the last Q of `image` [B,S,D], which is modulated like text [B,L,D] -> [B,Q,D]."""
-        rotate = context.rotary.rotate
-        q, k = rotate(self.image_queries(asking)), rotate(self.keys(image, text))
-        out: Tensor = self.to_out[0](context.attention(q, k, self.values(image, text)))
+        mixed = context.attend(self.image_queries(asking), self.keys(image, text), self.values(image, text))
+        out: Tensor = self.to_out[0](mixed)
         return out
 
 
@@ -85,16 +92,23 @@ class LastJointBlock(nn.Module):
         self.attn = LastJointAttention(dim, num_heads, RMS_EPS, TEXT_NORM)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, y: Tensor, activated: Tensor, context: AttentionContext) -> Tensor:
-        """x [B,S,D], y [B,L,D], activated = SiLU(conditioning) [B,D] -> the last `num_queries` of x, [B,Q,D]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(activated)
-        y_scale, y_shift = self.norm1_context(activated)  # in this order here
+    def modulation(self, activated: Tensor) -> tuple[Vectors, ...]:
+        """Return the vectors of image and text; activated = SiLU(conditioning) [B,D]."""
+        return self.norm1(activated), self.norm1_context(activated)
+
+    def forward(
+        self, x: Tensor, y: Tensor | None, conditioning: BlockConditioning, context: AttentionContext
+    ) -> tuple[Tensor, None]:
+        """x [B,S,D], y [B,L,D], None where its keys and values are cached -> the last `num_queries` of x, [B,Q,D]."""
+        vectors = self.modulation(conditioning) if isinstance(conditioning, Tensor) else conditioning
+        (shift1, scale1, gate1, shift2, scale2, gate2), (y_scale, y_shift) = vectors  # text's in this order here
 
         last = slice(-context.attention.num_queries, None)
         tokens = modulate(x, shift1, scale1)
-        x = x[:, last] + gate1 * self.attn(tokens[:, last], tokens, modulate(y, y_shift, y_scale), context)
-        out: Tensor = x + gate2 * self.ff(modulate(x, shift2, scale2))
-        return out
+        y = None if y is None else modulate(y, y_shift, y_scale)
+        x = x[:, last] + gate1 * self.attn(tokens[:, last], tokens, y, context)
+        x = x + gate2 * self.ff(modulate(x, shift2, scale2))
+        return x, None
 
 
 class PyramidDiffusionMMDiT(PyramidTransformer):
@@ -167,10 +181,12 @@ class PyramidDiffusionMMDiT(PyramidTransformer):
     def _embed_clips(self, clips: Sequence[Tensor], positions: Tensor | None) -> Tensor:
         return torch.cat([self.pos_embed(clip.to(self.dtype), positions) for clip in clips], dim=1)
 
-    def _run_blocks(
-        self, image: Tensor, text: Tensor, activated: Tensor, whole: AttentionContext, last: AttentionContext
-    ) -> Tensor:
-        for block in self.transformer_blocks[:-1]:
-            image, text = self._run(block, image, text, activated, whole)
-        current: Tensor = self._run(self.transformer_blocks[-1], image, text, activated, last)
-        return current
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All blocks, in the order in which they run."""
+        return tuple(self.transformer_blocks)
+
+    def _run_blocks(self, image: Tensor, text: Tensor | None, inputs: Sequence[BlockInputs]) -> Tensor:
+        for block, own in zip(self.transformer_blocks, inputs, strict=True):
+            image, text = self._run(block, image, text, *own)
+        return image

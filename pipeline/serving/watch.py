@@ -8,11 +8,11 @@ import torch
 from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
-from pipeline.request import NUM_LEVELS, sampling_params
+from pipeline.request import sampling_params
 from pipeline.rows import Item
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Claim
-from pyramid_flow import StepInfo
+from pyramid_flow import PyramidSchedule, StepInfo
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ class Watch:
 
     def _work_from(self, first_unit: int) -> int:
         units = range(first_unit, self.params.num_units)
-        levels = range(NUM_LEVELS)
-        return sum(self.params.steps(unit, level) * _pixels(level) for unit in units for level in levels)
+        levels = PyramidSchedule().levels
+        return sum(len(self.params.steps(unit, level)) * _pixels(level.index) for unit in units for level in levels)
 
 
 def _pixels(level: int) -> int:

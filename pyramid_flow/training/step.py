@@ -96,7 +96,8 @@ def velocity(transformer: PyramidTransformer, sample: TrainingSample, text: Text
     """Return the transformer's answer to a training sample: [B,C,1,h,w]."""
     state = transformer.embed_text(text)
     history = transformer.embed_history(sample.history, sample.noisy.shape, state)
-    answer: Tensor = transformer(sample.noisy, sample.timestep.float(), state, history)
+    conditioning = transformer.condition(sample.timestep.float(), state)
+    answer: Tensor = transformer(sample.noisy, conditioning, state, history)
     return answer
 
 

@@ -28,7 +28,7 @@ def dense_mask(shapes: list[tuple[int, int, int]], valid: list[int], text_length
     time = torch.cat([torch.zeros(text_length, dtype=torch.long), *frames])
     segment = torch.ones(len(valid), len(time), dtype=torch.long)
     for row, count in enumerate(valid):
-        segment[row, count:text_length] = 0
+        segment[row, : text_length - count] = 0
     same = segment[:, :, None] == segment[:, None, :]
     return (same & (time[:, None] >= time[None, :]))[:, None]
 
@@ -45,7 +45,7 @@ def inputs(tokens: int, batch: int, seed: int) -> list[Tensor]:
 
 def key_mask(valid: list[int], text_length: int, tokens: int) -> Tensor:
     positions = torch.arange(tokens)
-    return (positions < torch.tensor(valid)[:, None]) | (positions >= text_length)
+    return positions >= text_length - torch.tensor(valid)[:, None]
 
 
 @pytest.fixture(params=[PrefixAttention, MaskedAttention])
@@ -65,7 +65,7 @@ def test_attention_equals_the_dense_mask(seed, kind):
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
     keys = key_mask(valid, text_length, layout.num_queries)
-    everything = attention(layout, keys, len(valid), q.device)
+    everything = attention(layout, [text_length - count for count in valid], q.device)
     assert isinstance(everything, kind)
     # nothing ever reads what comes out at a pad
     torch.testing.assert_close(everything(q, k, v)[keys], expected[keys], rtol=0, atol=1e-5)
@@ -82,7 +82,7 @@ def test_without_pads_no_mask_is_needed(seed, kind):
     layout = prefix_layout(shapes, 9)
     q, k, v = inputs(layout.num_queries, 2, seed)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(shapes, [9, 9], 9))
-    actual = attention(layout, None, 2, q.device)(q, k, v)
+    actual = attention(layout, [0, 0], q.device)(q, k, v)
     torch.testing.assert_close(actual, expected.transpose(1, 2).flatten(2), rtol=0, atol=1e-5)
 
 

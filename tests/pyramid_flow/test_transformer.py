@@ -40,7 +40,7 @@ def evaluate(family: str, history: list[Tensor], latents: Tensor, timestep: Tens
     transformer = tiny_transformer(family)
     text_state = transformer.embed_text(text)
     history_state = transformer.embed_history(history, latents.shape, text_state)
-    return transformer(latents, timestep, text_state, history_state)
+    return transformer(latents, transformer.condition(timestep, text_state), text_state, history_state)
 
 
 def random_frames(unit: int, level: int, batch: int, seed: int = 0) -> list[Tensor]:
@@ -123,7 +123,7 @@ def keys_of_every_block(family: str, frames: list[Tensor], text: TextEmbedding) 
     transformer = tiny_transformer(family)
     outputs: list[Tensor] = []
     double = [block.attn for block in transformer.transformer_blocks]
-    projections = [projection for attn in double for projection in (attn.add_k_proj, attn.to_k)]
+    projections = [projection for attn in double for projection in (attn.to_k, attn.add_k_proj)]
     projections += [block.attn.to_k for block in getattr(transformer, "single_transformer_blocks", [])]
     handles = [each.register_forward_hook(lambda module, args, out: outputs.append(out)) for each in projections]
     try:
@@ -132,7 +132,7 @@ def keys_of_every_block(family: str, frames: list[Tensor], text: TextEmbedding) 
         for handle in handles:
             handle.remove()
     assert len(outputs) == len(projections)
-    joint = [torch.cat(outputs[i : i + 2], dim=1) for i in range(0, 2 * len(double), 2)]
+    joint = [torch.cat([outputs[i + 1], outputs[i]], dim=1) for i in range(0, 2 * len(double), 2)]  # text is second
     return joint + outputs[2 * len(double) :]
 
 
@@ -167,9 +167,10 @@ def test_states_can_be_used_again(family):
     transformer, frames = tiny_transformer(family), random_frames(2, 1, batch=1)
     text = transformer.embed_text(random_text([4], family=family))
     history = transformer.embed_history(frames[:-1], frames[-1].shape, text)
-    first = transformer(frames[-1], torch.tensor([500.0]), text, history)
-    transformer(frames[-1] + 1, torch.tensor([20.0]), text, history)
-    assert torch.equal(transformer(frames[-1], torch.tensor([500.0]), text, history), first)
+    conditioning = transformer.condition(torch.tensor([500.0]), text)
+    first = transformer(frames[-1], conditioning, text, history)
+    transformer(frames[-1] + 1, transformer.condition(torch.tensor([20.0]), text), text, history)
+    assert torch.equal(transformer(frames[-1], conditioning, text, history), first)
 
 
 def test_bfloat16_is_close_and_keeps_its_dtype(family):
@@ -178,7 +179,7 @@ def test_bfloat16_is_close_and_keeps_its_dtype(family):
     text, frames = random_text([4], family=family), random_frames(2, 1, batch=1)
     state = transformer.embed_text(text)
     history = transformer.embed_history(frames[:-1], frames[-1].shape, state)
-    output = transformer(frames[-1], torch.tensor([500.0]), state, history)
+    output = transformer(frames[-1], transformer.condition(torch.tensor([500.0]), state), state, history)
     expected = evaluate(family, frames[:-1], frames[-1], torch.tensor([500.0]), text)
     assert output.dtype == torch.bfloat16
     assert (output - expected).norm() / expected.norm() < 0.05
@@ -223,7 +224,7 @@ def test_wrong_latents_are_refused(family, latents, timestep, message):
     text = transformer.embed_text(random_text([4, 4], family=family))
     history = transformer.embed_history([], (2, 16, 1, 4, 8), text)
     with pytest.raises(ShapeError, match=message):
-        transformer(randn(*latents), torch.ones(timestep), text, history)
+        transformer(randn(*latents), transformer.condition(torch.ones(timestep), text), text, history)
 
 
 @pytest.mark.parametrize(

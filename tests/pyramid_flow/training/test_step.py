@@ -105,7 +105,8 @@ def test_a_new_transformer_answers_nothing_at_first_and_learns(family):
         initialise_transformer(transformer)
         state = transformer.embed_text(tiny_text_encoder(family)(["a"]))
         history = transformer.embed_history([], (1, 16, 1, 4, 4), state)
-        assert not transformer(torch.ones(1, 16, 1, 4, 4), torch.ones(1), state, history).any()
+        conditioning = transformer.condition(torch.ones(1), state)
+        assert not transformer(torch.ones(1, 16, 1, 4, 4), conditioning, state, history).any()
 
 
 @pytest.mark.parametrize("family", TINY)
