@@ -23,7 +23,7 @@ def timestep_embedding(timestep: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(x) (1 + scale) + shift, the LayerNorm without affine: x [B,S,D], shift and scale [B,1,D]."""
-    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), 1 + scale)
 
 
 Vectors = tuple[Tensor, ...]
@@ -55,8 +55,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return (x.float() * scale).to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class GELUProjection(nn.Module):
@@ -202,9 +201,9 @@ class JointBlock(nn.Module):
 
         y_tokens = None if y is None else modulate(y, y_shift1, y_scale1)
         attn_x, attn_y = self.attn(modulate(x, shift1, scale1), y_tokens, context)
-        x = x + gate1 * attn_x
-        x = x + gate2 * self.ff(modulate(x, shift2, scale2))
-        if y is not None:
-            y = y + y_gate1 * attn_y
-            y = y + y_gate2 * self.ff_context(modulate(y, y_shift2, y_scale2))
+        x = torch.addcmul(x, gate1, attn_x)
+        x = torch.addcmul(x, gate2, self.ff(modulate(x, shift2, scale2)))
+        if y is not None and attn_y is not None:
+            y = torch.addcmul(y, y_gate1, attn_y)
+            y = torch.addcmul(y, y_gate2, self.ff_context(modulate(y, y_shift2, y_scale2)))
         return x, y

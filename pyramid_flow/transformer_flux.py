@@ -60,8 +60,7 @@ class SingleBlock(nn.Module):
         asking = tokens[:, -context.attention.num_queries :]
         mlp = F.gelu(self.proj_mlp(asking), approximate="tanh")
         features = torch.cat([self.attn(asking, tokens, context), mlp], dim=-1)
-        out: Tensor = z[:, -asking.shape[1] :] + gate * self.proj_out(features)
-        return out
+        return torch.addcmul(z[:, -asking.shape[1] :], gate, self.proj_out(features))
 
 
 class PyramidFluxTransformer(PyramidTransformer):

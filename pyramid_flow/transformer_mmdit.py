@@ -106,8 +106,8 @@ class LastJointBlock(nn.Module):
         last = slice(-context.attention.num_queries, None)
         tokens = modulate(x, shift1, scale1)
         y = None if y is None else modulate(y, y_shift, y_scale)
-        x = x[:, last] + gate1 * self.attn(tokens[:, last], tokens, y, context)
-        x = x + gate2 * self.ff(modulate(x, shift2, scale2))
+        x = torch.addcmul(x[:, last], gate1, self.attn(tokens[:, last], tokens, y, context))
+        x = torch.addcmul(x, gate2, self.ff(modulate(x, shift2, scale2)))
         return x, None
 
 
