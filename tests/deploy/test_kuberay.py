@@ -18,7 +18,7 @@ from jobs.serve import config_file, page_config
 from jobs.settings import ServeSettings
 from pipeline.serving.app import PageConfig, ServiceConfig
 from tests.deploy.manifests import KUBERAY, ROOT, Value, changed, documents, loaded
-from tests.deploy.test_launcher import READER, SAMPLER, starter
+from tests.deploy.scheduler import READER, SAMPLER, starter
 
 FIELDS = json.loads((Path(__file__).parent / "kuberay.json").read_text())
 KUBERNETES = "1.33"

@@ -1,26 +1,26 @@
 """cluster.yaml and its twin: what Ray's launcher, its scheduler and the clouds' APIs make of them."""
 
 import json
-from collections import Counter
-from collections.abc import Callable
+import re
+from pathlib import Path
 from unittest.mock import Mock
 
 import boto3
 import jsonschema
 import pytest
-from botocore.exceptions import ParamValidationError
+from botocore.exceptions import ClientError, ParamValidationError
 from moto import mock_aws
 from ray._private.label_utils import validate_node_label_syntax, validate_node_labels
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+from ray.autoscaler._private.command_runner import DockerCommandRunner
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
-from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
-from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-from tests.deploy.manifests import LAUNCHER, Value, changed, loaded
+from tests.deploy.manifests import DEPLOY, LAUNCHER, Value, changed, loaded
+from tests.deploy.scheduler import ENCODER, READER, SAMPLER, starter
 
-COMPUTE = json.loads((LAUNCHER["gcp"].parents[2] / "tests/deploy/compute.json").read_text())
+COMPUTE = json.loads((Path(__file__).parent / "compute.json").read_text())
 WORKERS = ("cpu", "gpu", "gpu-spot")
+ROLES = ("pyramid-render-head", "pyramid-render-worker")
 
 
 @pytest.fixture(params=LAUNCHER)
@@ -88,29 +88,6 @@ def test_the_twins_differ_in_what_the_clouds_call_things_only():
     assert aws == gcp
 
 
-def starter(launcher: Value) -> Callable[..., dict[str, int]]:
-    """Return what tells which nodes Ray's scheduler would start for some demand."""
-    config = AutoscalingConfig(launcher, skip_content_hash=True)
-
-    def start(*demand: dict[str, float], unavailable: str = "") -> dict[str, int]:
-        requests = [ResourceRequestUtil.make(resources) for resources in demand]
-        reply = ResourceDemandScheduler(Mock()).schedule(
-            SchedulingRequest(
-                disable_launch_config_check=True,
-                node_type_configs=config.get_node_type_configs(),
-                max_num_nodes=config.get_max_num_nodes(),
-                resource_requests=ResourceRequestUtil.group_by_count(requests),
-                recoverable_resource_availabilities={unavailable: 0.0},
-            )
-        )
-        return dict(Counter({launch.instance_type: launch.count for launch in reply.to_launch}))
-
-    return start
-
-
-SAMPLER, ENCODER, READER = {"GPU": 0.55}, {"GPU": 0.2}, {"CPU": 0.25}  # as a render job asks for them
-
-
 def test_a_job_gets_spot_gpus_one_per_sampler(launcher):
     start = starter(launcher)
     assert start() == {}
@@ -127,6 +104,46 @@ def test_never_more_nodes_than_said(launcher):
     assert sum(starter(launcher)(*[SAMPLER] * 50).values()) <= launcher["max_workers"] + 1
 
 
+class Shell:
+    """A node's shell that keeps what it is told, and answers questions about the image and the machine."""
+
+    def __init__(self, home: str) -> None:
+        self.answers = {
+            "Config.Env": json.dumps([f"HOME={home}"]),
+            "Runtimes": "map[nvidia:{nvidia-container-runtime}]",
+            "meminfo": "MemAvailable: 60000000 kB",
+        }
+        self.told: list[str] = []
+
+    def check_call(self, command: list[str], **_options: object) -> None:
+        self.told.append(command[-1])
+
+    def check_output(self, command: list[str], **_options: object) -> bytes:
+        return next((answer for what, answer in self.answers.items() if what in command[-1]), "").encode()
+
+
+def test_ray_starts_the_container_with_token_weights_gpus_and_shared_memory(launcher):
+    [home] = re.findall(r"^ENV HOME=(\S+)", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    config, shell = prepare_config(launcher), Shell(home)
+    docker = config["docker"] | launcher["available_node_types"]["gpu"]["docker"]
+    runner = DockerCommandRunner(
+        docker,
+        log_prefix="",
+        node_id="node",
+        provider=Mock(**{"internal_ip.return_value": "192.0.2.1"}),
+        auth_config=config["auth"],
+        cluster_name=config["cluster_name"],
+        process_runner=shell,
+        use_internal_ip=True,
+    )
+    runner.run_init(as_head=False, file_mounts=config["file_mounts"], sync_run_yet=True)
+    [start] = [command for command in shell.told if "docker run" in command]
+    assert f":{home}/.ray/auth_token " in start
+    assert "--volume /home/ubuntu/models:/models:ro" in start
+    assert "--gpus=all" in start
+    assert 10e9 < float(re.findall(r"--shm-size='\D*([0-9.]+)b'", start)[0]) < 30e9  # of 60 GB
+
+
 @pytest.fixture
 def cloud(monkeypatch, tmp_path):
     """A simulated AWS, with the instance profiles that the docs say to make."""
@@ -134,9 +151,21 @@ def cloud(monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "simulated")
     with mock_aws():
-        for name in ("pyramid-render-head", "pyramid-render-worker"):
+        for name in ROLES:
             boto3.client("iam").create_instance_profile(InstanceProfileName=name)
         yield
+
+
+def test_aws_takes_the_policies_of_the_docs(cloud):
+    shown = dict(re.findall(r"cat > (\w+)\.json <<'EOF'\n(.*?)\nEOF", (DEPLOY / "README.md").read_text(), re.DOTALL))
+    assert set(shown) == {"trust", "bucket", "nodes"}
+    client = boto3.client("iam")
+    for role in ROLES:
+        client.create_role(RoleName=role, AssumeRolePolicyDocument=shown["trust"])
+        for policy in ("bucket", "nodes"):
+            client.put_role_policy(RoleName=role, PolicyName=policy, PolicyDocument=shown[policy])
+    with pytest.raises(ClientError, match="MalformedPolicyDocument"):
+        client.put_role_policy(RoleName=role, PolicyName="wrong", PolicyDocument=shown["bucket"].replace("Effect", "E"))
 
 
 def test_a_simulated_aws_starts_a_node_of_each_type(cloud):
