@@ -1,0 +1,34 @@
+"""Which nodes Ray's autoscaler would start: its own scheduler, asked for what a render job asks for."""
+
+from collections.abc import Callable
+from unittest.mock import Mock
+
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+from pipeline.plan import ENCODER_SHARE, SAMPLER_SHARE
+from pipeline.runner import READ_CPUS
+from tests.deploy.manifests import Value
+
+SAMPLER, ENCODER, READER = {"GPU": SAMPLER_SHARE}, {"GPU": ENCODER_SHARE}, {"CPU": READ_CPUS}
+
+
+def starter(launcher: Value) -> Callable[..., dict[str, int]]:
+    """Return what tells which nodes Ray's scheduler would start for some demand."""
+    config = AutoscalingConfig(launcher, skip_content_hash=True)
+
+    def start(*demand: dict[str, float], unavailable: str = "") -> dict[str, int]:
+        requests = [ResourceRequestUtil.make(resources) for resources in demand]
+        reply = ResourceDemandScheduler(Mock()).schedule(
+            SchedulingRequest(
+                disable_launch_config_check=True,
+                node_type_configs=config.get_node_type_configs(),
+                max_num_nodes=config.get_max_num_nodes(),
+                resource_requests=ResourceRequestUtil.group_by_count(requests),
+                recoverable_resource_availabilities={unavailable: 0.0},
+            )
+        )
+        return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+    return start
