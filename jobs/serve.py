@@ -105,6 +105,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
         gpus=shares if device == "cuda" else {},
         threads=settings.threads,
         tile=settings.tile,
+        cache_gib=None if settings.cache_gib == "auto" else settings.cache_gib,
         memory=settings.memory,
         decode_window=settings.decode_window,
         max_live=settings.max_live,

@@ -89,7 +89,7 @@ class Job:
 
     workers: pinned sizes of the pools that encode, sample and publish; gpu_shares: pinned shares of a GPU of the first
     two; encoder_threads: pinned threads of ffmpeg; tile: side of a VAE tile in pixels; memory: mode of the parts;
-    costs: None = unknown.
+    cache_gib: of a sampler's history cache, None = half of the memory that is free; costs: None = unknown.
     """
 
     model_path: str
@@ -108,6 +108,7 @@ class Job:
     encoder_threads: int | None = None
     layout: Layout = "auto"
     memory: Memory = "auto"
+    cache_gib: float | None = None
     costs: Costs | None = None
 
 
@@ -215,7 +216,9 @@ def _stages(job: Job, resources: Resources, workers: int, *, together: bool) -> 
     """Return the logical CPUs of each of the workers that decode, which are their ffmpeg's, and the stages by name."""
     threads = max(1, resources.cpus // workers)
     cpus = job.encoder_threads or min(threads, MAX_ENCODER_THREADS, resources.cpus / (2 * workers))
-    model = ModelConfig(job.model_path, job.variant, job.device, job.dtype, threads, job.lora, job.memory, together)
+    model = ModelConfig(
+        job.model_path, job.variant, job.device, job.dtype, threads, job.lora, job.memory, together, job.cache_gib
+    )
     decode = {"window": job.decode_window, "tile": job.tile, "encoder_threads": max(1, int(cpus))}
     stages = (
         StageSpec(Encode, {"model": model, "image_root": job.image_root, "image_hosts": job.image_hosts}),

@@ -11,8 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pyramid_flow import InvalidValueError, Preset, PyramidFlowError, PyramidSchedule, SamplingParams
 from pyramid_flow.pixels import ImageFit
-from pyramid_flow.presets import PRESETS
-from pyramid_flow.sampling import MIN_GUIDANCE_SCALE, check_guidance, check_num_frames, check_size, check_steps
+from pyramid_flow.presets import EFFORTS, PRESETS, Quality
+from pyramid_flow.sampling import (
+    MIN_GUIDANCE_SCALE,
+    check_guidance,
+    check_num_frames,
+    check_share,
+    check_size,
+    check_steps,
+)
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_SEED = 2**63 - 1
@@ -24,6 +31,7 @@ NUM_LEVELS = len(PyramidSchedule().levels)
 
 ImageFormat = Literal["png", "webp"]
 Steps = int | tuple[int, ...]
+Share = float | tuple[float, ...]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
@@ -36,7 +44,8 @@ class RenderRequest(BaseModel):
 
     image: an encoded picture, or a URI below the image root -> image-to-video; image_fit: how it is brought to the
     size, see `image_pixels`. Sizes in pixels, multiples of 64; num_frames = 1 + 8k, 1 = a still, which becomes a file
-    of image_format; steps: one count or one per level, lowest first; guidance: see `SamplingParams`.
+    of image_format; steps: one count or one per level, lowest first; guidance, skip_last_step and guided_share: see
+    `SamplingParams`; quality: what steps, skip_last_step and guided_share are if they are left out, see `EFFORTS`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -57,6 +66,9 @@ class RenderRequest(BaseModel):
     video_guidance_scale: float | None = None
     guidance_decay: float | None = None
     min_guidance_scale: float | None = None
+    quality: Quality | None = None
+    skip_last_step: bool | None = None
+    guided_share: Share | None = None
     seed: Seed | None = None
     num_videos_per_prompt: Annotated[int, Field(ge=1, le=MAX_COPIES)] | None = None
 
@@ -73,7 +85,7 @@ class RenderRequest(BaseModel):
     def _no_lookalike(cls, value: Any, info: Any) -> Any:  # noqa: ANN401 - one validator for all types
         """Refuse what would pass for something else: booleans are no numbers, halves of characters are no text."""
         for part in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(part, bool):
+            if isinstance(part, bool) and info.field_name != "skip_last_step":
                 raise InvalidValueError(info.field_name, repr(value), "is a boolean")
             if isinstance(part, str) and not _is_unicode(part):
                 raise InvalidValueError(info.field_name, ascii(value), "is not valid Unicode text")
@@ -124,6 +136,15 @@ class RenderRequest(BaseModel):
             return value + 0.0  # -0.0 asks for the same as 0.0
         return value
 
+    @field_validator("guided_share")
+    @classmethod
+    def _some_share(cls, value: Share | None) -> Share | None:
+        if value is not None:
+            check_share("guided_share", value)
+            if isinstance(value, tuple) and len(value) != NUM_LEVELS:
+                raise InvalidValueError("guided_share", list(value), f"is neither one share nor {NUM_LEVELS} shares")
+        return value
+
     @property
     def content_hash(self) -> str:
         """32 hex digits of a hash over what is asked for: the id of a row that brings none of its own."""
@@ -146,6 +167,8 @@ class RenderRequest(BaseModel):
         """
         has_image = self.image is not None
         later = preset.later_guidance(has_image)
+        quality = self.quality or "standard"
+        preset, effort = preset.at(quality), EFFORTS[quality]
         num_frames = self.num_frames or preset.max_num_frames
         resolved = ResolvedRequest(
             id=row_id,
@@ -166,6 +189,9 @@ class RenderRequest(BaseModel):
             video_guidance_scale=later if self.video_guidance_scale is None else self.video_guidance_scale,
             guidance_decay=self.guidance_decay,
             min_guidance_scale=MIN_GUIDANCE_SCALE if self.min_guidance_scale is None else self.min_guidance_scale,
+            quality=quality,
+            skip_last_step=effort.skip_last_step if self.skip_last_step is None else self.skip_last_step,
+            guided_share=effort.guided_share if self.guided_share is None else self.guided_share,
             seed=derived_seed(self.id or self.content_hash) if self.seed is None else self.seed,
         )
         if not allow_untrained:
@@ -200,6 +226,9 @@ class ResolvedRequest(BaseModel):
     video_guidance_scale: float
     guidance_decay: float | None = None
     min_guidance_scale: float = MIN_GUIDANCE_SCALE
+    quality: Quality = "standard"
+    skip_last_step: bool = False
+    guided_share: Share = 1.0
     seed: int
 
     @property
@@ -231,6 +260,8 @@ class ResolvedRequest(BaseModel):
             video_num_inference_steps=self.video_num_inference_steps,
             has_image=self.has_image,
             guided=self.guidance_scale > 0,
+            skip_last_step=self.skip_last_step,
+            guided_share=self.guided_share,
         )
 
 
@@ -244,12 +275,17 @@ class Shape(NamedTuple):
     video_num_inference_steps: Steps
     has_image: bool
     guided: bool
+    skip_last_step: bool = False
+    guided_share: Share = 1.0
 
     def __str__(self) -> str:
         """Name the shape, such as 640x384, 121 frames, steps 20/20/20 then 10/10/10, image."""
         first, later = (_slashed(steps) for steps in (self.num_inference_steps, self.video_num_inference_steps))
         text = f"{self.width}x{self.height}, {self.num_frames} frames, steps {first} then {later}"
-        return text + ", image" * self.has_image + ", unguided" * (not self.guided)
+        text += ", last ones skipped" * self.skip_last_step + ", image" * self.has_image
+        if self.guided and self.guided_share != 1:
+            return f"{text}, guided {_slashed(self.guided_share)}"
+        return text + ", unguided" * (not self.guided)
 
     def sampling_params(self) -> SamplingParams:
         """Return the sampler's parameters for one row of this shape, of whatever guidance."""
@@ -261,6 +297,8 @@ class Shape(NamedTuple):
             video_num_inference_steps=self.video_num_inference_steps,
             guidance_scale=float(self.guided),
             video_guidance_scale=float(self.guided),
+            skip_last_step=self.skip_last_step,
+            guided_share=self.guided_share,
         )
 
 
@@ -286,8 +324,8 @@ def derived_seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def _slashed(steps: Steps) -> str:
-    return "/".join(map(str, (steps,) * NUM_LEVELS if isinstance(steps, int) else steps))
+def _slashed(values: Steps | Share) -> str:
+    return "/".join(f"{value:g}" for value in (values if isinstance(values, tuple) else (values,) * NUM_LEVELS))
 
 
 def _check_trained(request: ResolvedRequest, preset: Preset) -> None:

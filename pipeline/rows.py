@@ -66,6 +66,7 @@ class RenderRow(BaseModel):
     latents_sha256: str | None = None
     frames: int | None = None
     batch_size: int | None = None
+    cached_levels: tuple[int, ...] | None = None
     tiling: int | None = None
     dtype: str | None = None
     device: str | None = None
@@ -204,7 +205,7 @@ def _free_name(name: str, others: Sequence[str]) -> str:
 def _record(row: RenderRow) -> dict[str, Any]:
     values = row.model_dump(exclude={"request", "error", "skipped"})
     request = row.request.model_dump(exclude={"id", "has_image"}) if row.request else {}
-    for name in ("num_inference_steps", "video_num_inference_steps"):
+    for name in ("num_inference_steps", "video_num_inference_steps", "guided_share"):
         if name in request:
             request[name] = json.dumps(request[name])
     error = row.error.model_dump() if row.error else {}
@@ -244,6 +245,9 @@ LEDGER_SCHEMA = pa.schema(
         ("video_guidance_scale", pa.float64()),
         ("guidance_decay", pa.float64()),
         ("min_guidance_scale", pa.float64()),
+        ("quality", pa.string()),
+        ("skip_last_step", pa.bool_()),
+        ("guided_share", pa.string()),
         ("seed", pa.int64()),
         ("uri", pa.string()),
         ("thumbnail_uri", pa.string()),
@@ -253,6 +257,7 @@ LEDGER_SCHEMA = pa.schema(
         ("latents_sha256", pa.string()),
         ("frames", pa.int32()),
         ("batch_size", pa.int32()),
+        ("cached_levels", pa.list_(pa.int32())),
         ("tiling", pa.int32()),
         ("dtype", pa.string()),
         ("device", pa.string()),

@@ -68,13 +68,13 @@ class PrefixAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B,H,Q,D] with Q = num_queries; k, v [B,H,S,D] -> [B,Q,H*D]."""
-        sizes = [count for count, _ in self.pads]
-        runs = zip(q.split(sizes), k.split(sizes), v.split(sizes), self.pads, strict=True)
-        return torch.cat([self._run(*tensors, first) for *tensors, (_, first) in runs])
+        sizes, pads = zip(*self.pads, strict=True)
+        runs = zip(q.split(sizes), k.split(sizes), v.split(sizes), pads, strict=True)
+        return torch.cat([self._run(*run) for run in runs])
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, pads: int) -> Tensor:
         outputs = [  # transposed first, which is how kernels leave them
-            F.scaled_dot_product_attention(queries, k[:, :, first:end], v[:, :, first:end]).transpose(1, 2)
+            F.scaled_dot_product_attention(queries, k[:, :, pads:end], v[:, :, pads:end]).transpose(1, 2)
             for queries, end in zip(q.split(self.layout.query_lengths, dim=2), self.layout.key_ends, strict=True)
         ]
         return torch.cat(outputs, dim=1).flatten(2)

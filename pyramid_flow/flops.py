@@ -19,7 +19,7 @@ from pyramid_flow.pyramid import history_level
 from pyramid_flow.sampling import SamplingParams
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS
-from pyramid_flow.tokens import PATCH, PrefixLayout, prefix_layout
+from pyramid_flow.tokens import PrefixLayout, frame_tokens, prefix_layout
 from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.vae import CausalVideoVAE, temporal_chunks
 from pyramid_flow.vae.model import SCALE, TILE_MULTIPLE
@@ -120,7 +120,7 @@ def sampling_flops(
             num_cached = cached_frames(unit, level.index) if level.index in cached else 0
             rows = sum(1 + step.guided for step in params.steps(unit, level))
             layout = prefix_layout(shapes, text_tokens, num_cached)
-            total += rows * _evaluation_flops(transformer, layout, _num_tokens(shapes[-1:]))
+            total += rows * _evaluation_flops(transformer, layout, frame_tokens(shapes)[-1])
             total += _embedding_flops(transformer, shapes[num_cached:-1])
             if unit <= 1:  # later ones have the timesteps of unit 1
                 total += rows * _conditioning_flops(transformer)
@@ -132,7 +132,7 @@ def _evaluation_flops(transformer: PyramidTransformer, layout: PrefixLayout, num
 
     A block of width D takes 24 D^2 per token (keys and values 4 of it), and attention 4 D per query and key.
     """
-    dim, full = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"], layout.num_queries
+    dim, full = int(transformer.proj_out.in_features), layout.num_queries
     blocks = len(transformer.blocks) - 1
     pairs = sum(queries * end for queries, end in zip(layout.query_lengths, layout.key_ends, strict=True))
     linear = 24 * dim**2 * blocks * full + 4 * dim**2 * full + 20 * dim**2 * num_current
@@ -143,7 +143,7 @@ def _evaluation_flops(transformer: PyramidTransformer, layout: PrefixLayout, num
 
 def _embedding_flops(transformer: PyramidTransformer, shapes: Sequence[tuple[int, int, int]]) -> int:
     """Count the embedding of clips, whose patches have as many values as the output's."""
-    return 2 * transformer.proj_out.weight.numel() * _num_tokens(shapes)
+    return 2 * transformer.proj_out.weight.numel() * sum(frame_tokens(shapes))
 
 
 def _conditioning_flops(transformer: PyramidTransformer) -> int:
@@ -168,10 +168,6 @@ def _clip_shapes(params: SamplingParams, unit: int, level: int, num_levels: int)
     held = [*(history_level(unit - frame, level) for frame in range(unit)), level]
     halvings = [num_levels - 1 - each for each in held]
     return [(1, height >> halving, width >> halving) for halving in halvings]
-
-
-def _num_tokens(shapes: Sequence[tuple[int, int, int]]) -> int:
-    return sum(frames * (height // PATCH) * (width // PATCH) for frames, height, width in shapes)
 
 
 def _decode_flops(vae: CausalVideoVAE, latents: Tensor, tile: int | None) -> int:

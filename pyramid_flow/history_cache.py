@@ -54,9 +54,7 @@ class CacheShape:
         return torch.Size(self.step(level, rows)).numel() * dtype.itemsize
 
 
-def fitting_levels(
-    shape: CacheShape, rows: Sequence[int], dtype: torch.dtype, budget_bytes: float
-) -> frozenset[int]:
+def fitting_levels(shape: CacheShape, rows: Sequence[int], dtype: torch.dtype, budget_bytes: float) -> frozenset[int]:
     """Return the levels whose keys and values fit together; rows: of each level, summed over its evaluations.
 
     The lowest come first: they gain most by the byte, as history is most of what they evaluate.

@@ -17,8 +17,17 @@ from pyramid_flow.fit import Memory, choose_placement
 from pyramid_flow.noise import NoiseSource, SeededNoise
 from pyramid_flow.pixels import ImageFit, decode_frames, encode_image, image_latent, image_pixels
 from pyramid_flow.placement import Placement, check_device
-from pyramid_flow.presets import Preset
-from pyramid_flow.sampling import Guidance, GuidanceDecay, OnStep, SamplingParams, Steps, generate_latents
+from pyramid_flow.presets import EFFORTS, Preset, Quality
+from pyramid_flow.sampling import (
+    Cache,
+    Guidance,
+    GuidanceDecay,
+    OnStep,
+    SamplingParams,
+    Share,
+    Steps,
+    generate_latents,
+)
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEncoder
 from pyramid_flow.transformer import PyramidTransformer
@@ -152,13 +161,18 @@ class PyramidFlowPipeline:
         tile: int | None = None,
         guidance_decay: GuidanceDecay = None,
         min_guidance_scale: Guidance | None = None,
+        quality: Quality = "standard",
+        skip_last_step: bool | None = None,
+        guided_share: Share | None = None,
+        cache: Cache = "auto",
     ) -> PyramidFlowOutput:
         """Render one video per prompt, or one still (num_frames 1); None = the checkpoint's preset.
 
         image: the first frame of every video, see `image_pixels` for image_fit. tile: side in pixels of the
         tiles that frames are decoded in, to save memory; it changes pixels. seed: one per prompt, or one number
-        from which prompt i takes seed + i. on_step: see `generate_latents`; guidance: see `SamplingParams`. Raises
-        InvalidValueError for values that cannot be rendered, and NonFiniteError if NaN or infinity comes out.
+        from which prompt i takes seed + i. on_step, cache: see `generate_latents`; guidance, skip_last_step and
+        guided_share: see `SamplingParams`; quality: what these and steps are if they are not given, see `EFFORTS`.
+        Raises InvalidValueError for values that cannot be rendered, and NonFiniteError if NaN or infinity comes out.
         """
         prompts = _texts("prompt", prompt)
         if not prompts or not all(text.strip() for text in prompts):
@@ -167,6 +181,7 @@ class PyramidFlowPipeline:
             raise InvalidValueError("output_type", output_type, "is not one of np, pt, pil, latent")
         params = self._params(
             image is not None,
+            quality,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -176,16 +191,18 @@ class PyramidFlowPipeline:
             video_guidance_scale=video_guidance_scale,
             guidance_decay=guidance_decay,
             min_guidance_scale=min_guidance_scale,
+            skip_last_step=skip_last_step,
+            guided_share=guided_share,
         )
         noise = SeededNoise(_seeds(seed, len(prompts)), self.schedule.gamma)
         check_tile(tile)
         pixels = None if image is None else image_pixels(image, params.height, params.width, image_fit)
-        latents = self._latents(prompts, pixels, negative_prompt, params, noise, on_step)
+        latents = self._latents(prompts, pixels, negative_prompt, params, noise, on_step, cache)
         return PyramidFlowOutput(latents if output_type == "latent" else self._frames(latents, output_type, tile))
 
-    def _params(self, has_image: bool, **given: Any) -> SamplingParams:  # noqa: ANN401 - fields of SamplingParams
+    def _params(self, has_image: bool, quality: Quality, **given: Any) -> SamplingParams:  # noqa: ANN401 - its fields
         """Return what is given, and for what is None the preset's value."""
-        preset = self.preset
+        preset = self.preset.at(quality)
         own: dict[str, Any] = {
             "height": preset.sizes[0][0],
             "width": preset.sizes[0][1],
@@ -194,6 +211,8 @@ class PyramidFlowPipeline:
             "video_num_inference_steps": preset.video_num_inference_steps,
             "guidance_scale": preset.guidance_scale,
             "video_guidance_scale": preset.later_guidance(has_image),
+            "skip_last_step": EFFORTS[quality].skip_last_step,
+            "guided_share": EFFORTS[quality].guided_share,
         }
         return SamplingParams(**own | {name: value for name, value in given.items() if value is not None})
 
@@ -205,6 +224,7 @@ class PyramidFlowPipeline:
         params: SamplingParams,
         noise: NoiseSource,
         on_step: OnStep | None,
+        cache: Cache,
     ) -> Tensor:
         unwanted = self.preset.negative_prompt if negative_prompt is None else negative_prompt
         with self.placement.working(self.text_encoder):
@@ -219,7 +239,15 @@ class PyramidFlowPipeline:
             first = image_latent(posterior, noise.posterior(shape), self.preset.statistics)
         with self.placement.working(self.transformer):
             latents = generate_latents(
-                self.transformer, self.schedule, text, negative, params, noise, image_latent=first, on_step=on_step
+                self.transformer,
+                self.schedule,
+                text,
+                negative,
+                params,
+                noise,
+                image_latent=first,
+                cache=cache,
+                on_step=on_step,
             )
         if not latents.isfinite().all():
             raise NonFiniteError("the latents are not finite")

@@ -83,7 +83,7 @@ def process_bytes(device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """Return what this process can still fill of a device's memory; the host's is for all processes."""
     if device.type == "cpu":
-        return psutil.virtual_memory().available
+        return int(psutil.virtual_memory().available)
     return process_bytes(device) - torch.accelerator.memory_allocated(device)
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pyramid_flow.errors import CheckpointError
+from pyramid_flow.errors import CheckpointError, InvalidValueError
 
 NEGATIVE_PROMPT = (
     "cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, extra limbs, "
@@ -42,6 +42,26 @@ class LatentStatistics:
         return torch.tensor(shift).to(latents).view(column), torch.tensor(scale).to(latents).view(column)
 
 
+Quality = Literal["draft", "standard", "high"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a quality spends: steps, as a multiple of the recommended ones, and see `SamplingParams` for the rest."""
+
+    steps: float = 1.0
+    skip_last_step: bool = False
+    guided_share: tuple[float, ...] | float = 1.0
+
+
+EFFORTS: dict[Quality, Effort] = {
+    "draft": Effort(steps=0.5, skip_last_step=True, guided_share=(1.0, 1.0, 0.5)),
+    "standard": Effort(),
+    "high": Effort(steps=1.5),
+}
+"""standard is the published way; docs/performance.md has what the others gain and cost."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """Trained sizes (height, width) in pixels and greatest length in frames, and the recommended settings.
@@ -67,6 +87,17 @@ class Preset:
     def updated(self, values: Mapping[str, Any]) -> "Preset":
         """Return the preset with the values of a pyramid.json; an unknown key raises CheckpointError."""
         return replace(self, **_coerced(self, values))
+
+    def at(self, quality: Quality) -> "Preset":
+        """Return the preset with the steps of a quality; raises InvalidValueError for an unknown one."""
+        if quality not in EFFORTS:
+            raise InvalidValueError("quality", repr(quality), f"is not one of {', '.join(EFFORTS)}")
+        factor = EFFORTS[quality].steps
+        first, later = (
+            tuple(max(1, round(factor * count)) for count in steps)
+            for steps in (self.num_inference_steps, self.video_num_inference_steps)
+        )
+        return replace(self, num_inference_steps=first, video_num_inference_steps=later)
 
     def later_guidance(self, has_image: bool) -> float:
         """Return the recommended guidance of every unit but the first of text-to-video."""

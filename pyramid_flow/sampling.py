@@ -28,12 +28,12 @@ MIN_GUIDANCE_SCALE = 2.0
 """What a guidance that decays does not fall below, unless something else is asked for."""
 
 CACHE_SHARE = 0.5
-"""Of free memory that the history cache may take by itself; the rest is for activations."""
+"""Of free memory: what the history cache may take where no budget is given; the rest is for activations."""
 
 Steps = int | Sequence[int]
 Share = float | Sequence[float]
 Cache = bool | Literal["auto"] | Collection[int]
-"""Which levels keep a history cache: all, none, those that fit into half of the free memory, or the given ones."""
+"""Which levels keep a history cache: all, none, those that fit into a budget, or the given ones."""
 
 Guidance = float | Sequence[float]
 GuidanceDecay = float | None | Sequence[float | None]
@@ -169,6 +169,7 @@ def generate_latents(
     *,
     image_latent: Tensor | None = None,
     cache: Cache = "auto",
+    cache_bytes: float | None = None,
     cache_dtype: torch.dtype | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -176,10 +177,11 @@ def generate_latents(
 
     text, negative: one row per video (`negative` may have one row for all); image_latent: normalised [B,C,1,h,w], the
     finished first frame of image-to-video. cache: levels with a history cache, which saves work and changes nothing
-    beyond rounding; cache_dtype: of what it stores, None = the transformer's. on_step may return a bool mask [B] over
-    the rows as given: rows that are False leave at once, for good, and when none is left the sampler stops. Returns
-    normalised float32 latents [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device. Raises
-    InvalidValueError and ShapeError.
+    beyond rounding; cache_bytes: budget of "auto", None = half of the free memory; cache_dtype: of what is stored, None
+    = the transformer's, in which it is exact. on_step may return a bool mask [B] over the rows as given: rows that are
+    False leave at once, for good, and when none is left the sampler stops. Returns normalised float32 latents
+    [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device. Raises InvalidValueError and
+    ShapeError.
     """
     batch, device, num_levels = len(text), transformer.device, len(schedule.levels)
     params.check(batch, num_levels)
@@ -189,7 +191,7 @@ def generate_latents(
     start_unit = len(finished)
     start = noise_pyramid(noise.initial(shape), num_levels)[0].to(device)
 
-    held = history_cache(transformer, schedule, params, text, negative, cache, cache_dtype)
+    held = history_cache(transformer, schedule, params, text, negative, cache, cache_bytes, cache_dtype)
     field = VelocityField(transformer, text, negative, held)
     rows = torch.arange(batch)
     for unit in range(start_unit, params.num_units):
@@ -227,6 +229,7 @@ def history_cache(
     text: TextEmbedding,
     negative: TextEmbedding | None,
     cache: Cache = "auto",
+    cache_bytes: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> HistoryCache:
     """Return the empty history cache of a batch; see `generate_latents`."""
@@ -244,7 +247,8 @@ def history_cache(
     dtype, device = dtype or transformer.dtype, transformer.device
     if cache == "auto":
         rows = [len(text) * sum(1 + step.guided for step in params.steps(1, level)) for level in schedule.levels]
-        levels: Collection[int] = fitting_levels(shape, rows, dtype, CACHE_SHARE * free_bytes(device))
+        budget = CACHE_SHARE * free_bytes(device) if cache_bytes is None else cache_bytes
+        levels: Collection[int] = fitting_levels(shape, rows, dtype, budget)
     else:
         levels = (range(num_levels) if cache else ()) if isinstance(cache, bool) else cache
     return HistoryCache(shape, frozenset(levels), dtype, device)

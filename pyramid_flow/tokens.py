@@ -73,17 +73,17 @@ class PrefixLayout:
         return PrefixLayout((num_tokens,), self.key_ends[-1:])
 
 
-def prefix_layout(
-    clip_shapes: Sequence[tuple[int, int, int]], text_length: int, num_cached: int = 0
-) -> PrefixLayout:
+def prefix_layout(clip_shapes: Sequence[tuple[int, int, int]], text_length: int, num_cached: int = 0) -> PrefixLayout:
     """Return who attends to whom for text followed by the clips (shapes as in `position_ids`).
 
     num_cached: how many of the first clips do not ask, nor does the text if there are any.
     """
-    counts = [[(height // PATCH) * (width // PATCH)] * frames for frames, height, width in clip_shapes]
-    cached, asking = sum(counts[:num_cached], []), sum(counts[num_cached:], [])
-    if cached:
-        ends = list(accumulate(asking, initial=text_length + sum(cached)))[1:]
-        return PrefixLayout(tuple(asking), tuple(ends))
-    lengths = (text_length + asking[0], *asking[1:])
-    return PrefixLayout(lengths, tuple(accumulate(lengths)))
+    cached = text_length + sum(frame_tokens(clip_shapes[:num_cached])) if num_cached else 0
+    first, *later = frame_tokens(clip_shapes[num_cached:])
+    lengths = (first if num_cached else text_length + first, *later)
+    return PrefixLayout(lengths, tuple(cached + end for end in accumulate(lengths)))
+
+
+def frame_tokens(clip_shapes: Sequence[tuple[int, int, int]]) -> list[int]:
+    """Return the number of tokens of each frame of the clips."""
+    return [(height // PATCH) * (width // PATCH) for frames, height, width in clip_shapes for _ in range(frames)]

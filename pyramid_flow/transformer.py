@@ -156,8 +156,8 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
         activated = F.silu(self.time_text_embed(timestep, text.pooled))
         if not ahead:
             return Conditioning(activated)
-        blocks: list[Any] = [block.modulation(activated) for block in self.blocks]
-        return Conditioning(activated, tuple(blocks), self.norm_out(activated))
+        blocks: Any = self.blocks
+        return Conditioning(activated, tuple(block.modulation(activated) for block in blocks), self.norm_out(activated))
 
     def forward(
         self,
@@ -182,8 +182,8 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
         num_blocks = len(self.blocks)
         asking = [asked] * (num_blocks - 1) + [asked.last(current.shape[1])]
         contexts = map(AttentionContext, repeat(history.rotary), asking, cache or repeat(None))
-        conditionings = conditioning.blocks or [conditioning.activated] * num_blocks
-        inputs = list(zip(conditionings, contexts, strict=False))
+        conditionings: Sequence[BlockConditioning] = conditioning.blocks or [conditioning.activated] * num_blocks
+        inputs = list(zip(conditionings, contexts, strict=True))
 
         out = self._run_blocks(image, text.tokens if history.has_text else None, inputs)
         scale, shift = conditioning.out or self.norm_out(conditioning.activated)

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_settings
 import yaml
@@ -29,6 +29,10 @@ MEMORY = (
     "auto: the first that fits into the memory that is free"
 )
 TILE = "side of a VAE tile in pixels, or none; auto: none on a CPU, else the largest that fits into the memory left"
+CACHE = (
+    "GiB of device memory that a sampler may use to remember what it computed of earlier frames; 0 = none, slower; "
+    "auto: half of what is free"
+)
 SMALLEST_TILE, TILE_MULTIPLE = 64, 32
 
 Count = Annotated[int, Field(ge=1)]
@@ -44,6 +48,7 @@ def _tile(value: object) -> object:
 
 
 TileSide = Annotated[Tile, BeforeValidator(_tile)]
+CacheGiB = Annotated[float, Field(ge=0)] | Literal["auto"]
 
 
 class SettingsError(Exception):

@@ -8,7 +8,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from jobs.settings.base import LORA, MEMORY, MODEL, TILE, VARIANT, ClusterSettings, Count, Hosts, JobSettings, TileSide
+from jobs.settings.base import (
+    CACHE,
+    LORA,
+    MEMORY,
+    MODEL,
+    TILE,
+    VARIANT,
+    CacheGiB,
+    ClusterSettings,
+    Count,
+    Hosts,
+    JobSettings,
+    TileSide,
+)
 from pipeline.plan import Layout
 from pyramid_flow.fit import Memory
 
@@ -52,8 +65,8 @@ class RenderSettings(ClusterSettings):
     The input's columns are the fields of a request: prompt (required), id, negative_prompt, image (bytes or a URI),
     image_fit (crop or pad), image_format (of a still: png or webp), height, width, num_frames, fps,
     num_inference_steps, video_num_inference_steps, guidance_scale, video_guidance_scale, guidance_decay,
-    min_guidance_scale, seed, num_videos_per_prompt. Other columns are carried through to the ledger. Running the same
-    command again renders only what is missing.
+    min_guidance_scale, quality (draft, standard or high), skip_last_step, guided_share, seed, num_videos_per_prompt.
+    Other columns are carried through to the ledger. Running the same command again renders only what is missing.
 
     Exit codes: 0 every row succeeded, 1 the job broke (run it again to resume), 2 the job is wrong, 3 some rows
     failed, 130 or 143 interrupted.
@@ -90,6 +103,7 @@ class RenderSettings(ClusterSettings):
     decode_window: Count = Field(1, description="latent frames decoded at a time")
     memory: Memory = Field("auto", description=MEMORY)
     tile: TileSide = Field("auto", description=TILE)
+    cache_gib: CacheGiB = Field("auto", description=CACHE)
     ledger_rows: Count = Field(1000, description="write a ledger part after this many rows")
     ledger_seconds: Annotated[float, Field(gt=0)] = Field(30, description="or after this many seconds")
     max_attempts: Count = Field(3, description="give a row up after its worker died this often while it ran alone")

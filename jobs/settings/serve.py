@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from jobs.settings.base import LORA, MEMORY, MODEL, TILE, VARIANT, ClusterSettings, Count, Hosts, TileSide
+from jobs.settings.base import (
+    CACHE,
+    LORA,
+    MEMORY,
+    MODEL,
+    TILE,
+    VARIANT,
+    CacheGiB,
+    ClusterSettings,
+    Count,
+    Hosts,
+    TileSide,
+)
 from pyramid_flow.fit import Memory
 
 
@@ -60,6 +72,7 @@ class ServeSettings(ClusterSettings):
     decode_window: Count = Field(1, description="latent frames decoded at a time")
     memory: Memory = Field("auto", description=MEMORY)
     tile: TileSide = Field("auto", description=TILE)
+    cache_gib: CacheGiB = Field("auto", description=CACHE)
     max_live: Annotated[int, Field(ge=0)] = Field(
         4, description="videos that a decoder shows while they are sampled; each holds 2 (384p) to 8 (768p) GiB"
     )

@@ -70,6 +70,7 @@ class ServiceConfig(BaseModel):
     threads: int = 1
     batch_size: int = 4
     tile: Tile = "auto"
+    cache_gib: float | None = None
     memory: Memory = "auto"
     decode_window: int = 1
     max_live: int = 4
@@ -149,7 +150,14 @@ def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -
 
 def _model_stages(config: ServiceConfig) -> dict[str, Application]:
     model = ModelConfig(
-        config.model, config.variant, config.device, config.dtype, config.threads, config.lora, config.memory
+        path=config.model,
+        variant=config.variant,
+        device=config.device,
+        dtype=config.dtype,
+        threads=config.threads,
+        lora=config.lora,
+        memory=config.memory,
+        cache_gib=config.cache_gib,
     )
     places = {"database": config.database, "output": config.output}
     frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}

@@ -22,6 +22,9 @@ SETTINGS = (
     "video_guidance_scale",
     "guidance_decay",
     "min_guidance_scale",
+    "quality",
+    "skip_last_step",
+    "guided_share",
     "seed",
 )
 NO_VIDEO = '<div class="pr-player">The video plays here while it is made.</div>'

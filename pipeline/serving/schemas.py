@@ -10,6 +10,7 @@ from pipeline.serving.tables import Job, Status
 from pyramid_flow import Preset
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.pixels import ImageFit
+from pyramid_flow.presets import Quality
 
 
 class APIError(PyramidFlowError):
@@ -87,6 +88,9 @@ class Video(BaseModel):
     video_guidance_scale: float
     guidance_decay: float | None
     min_guidance_scale: float
+    quality: Quality
+    skip_last_step: bool
+    guided_share: float | tuple[float, ...]
     stage_seconds: dict[str, float] | None
     video_sha256: str | None
     model_fingerprint: str

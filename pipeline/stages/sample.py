@@ -1,7 +1,7 @@
 """Sample: text embeddings (and image posteriors) of one shape to latents, as one batch."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from pipeline.stages.stage import ModelConfig, Stage
 from pyramid_flow import NonFiniteError, PyramidSchedule, SeededNoise, StepInfo, TextEmbedding, generate_latents
 from pyramid_flow.memory import TRANSFORMER
 from pyramid_flow.pixels import image_latent
+from pyramid_flow.sampling import history_cache
 from pyramid_flow.text import concatenate
 from pyramid_flow.vae import LatentDistribution
 
@@ -52,31 +53,36 @@ class Sample(Stage):
             posterior = LatentDistribution(_stacked(items, "posterior.mean"), _stacked(items, "posterior.logvar"))
             first = image_latent(posterior, noise.posterior(posterior.mean.shape), self.statistics)
         watch = self.watch(items) if self.watch else None
-        with self.placement.working(self.transformer):
+        text, negative = _embedding(items, "text"), _embedding(items, "negative") if params.guided else None
+        transformer, schedule = self.transformer, self.schedule
+        with self.placement.working(transformer):
+            held = history_cache(transformer, schedule, params, text, negative, cache_bytes=self.model.cache_bytes)
             latents = generate_latents(
-                self.transformer,
-                self.schedule,
-                _embedding(items, "text"),
-                _embedding(items, "negative") if params.guided else None,
+                transformer,
+                schedule,
+                text,
+                negative,
                 params,
                 noise,
                 image_latent=first,
+                cache=held.levels,
                 on_step=watch,
             ).cpu()
+        how = {"batch_size": len(items), "cached_levels": tuple(sorted(held.levels))}
         made = iter(latents.split(1))
         wanted = watch.wanted if watch else [True] * len(items)
         return [
-            self._sampled(item, next(made), len(items)) if is_wanted else item.with_tensors({}, skipped=True)
+            self._sampled(item, next(made), how) if is_wanted else item.with_tensors({}, skipped=True)
             for item, is_wanted in zip(items, wanted, strict=True)
         ]
 
-    def _sampled(self, item: Item, latents: Tensor, batch_size: int) -> Item:
+    def _sampled(self, item: Item, latents: Tensor, how: Mapping[str, object]) -> Item:
         if not latents.isfinite().all():
             return item.failed(self.name, NonFiniteError("the latents are not finite"))
         return item.with_tensors(
             {"latents": latents},
             latents_sha256=hashlib.sha256(latents.contiguous().numpy().data).hexdigest(),
-            batch_size=batch_size,
+            **how,
             dtype=self.model.dtype,
             device=_device_name(self.placement.device),
         )

@@ -23,7 +23,8 @@ class ModelConfig:
     """Which checkpoint a worker loads, and how: device ("cpu", "cuda") and dtype ("float32", "bfloat16").
 
     threads: CPU threads of the worker's tensor operations; lora: adapters, as `Checkpoint.open` takes them; memory: see
-    `PyramidFlowPipeline.from_pretrained`; together: whether one process loads all stages.
+    `PyramidFlowPipeline.from_pretrained`; together: whether one process loads all stages; cache_gib: of the sampler's
+    history cache, None = half of the memory that is free.
     """
 
     path: str
@@ -34,6 +35,7 @@ class ModelConfig:
     lora: tuple[str, ...] = ()
     memory: Memory = "auto"
     together: bool = False
+    cache_gib: float | None = None
 
     def open(self) -> Checkpoint:
         """Open the checkpoint and limit this process to its threads."""
@@ -54,6 +56,11 @@ class ModelConfig:
             tile=SMALLER_TILES[-1],
             available=process_bytes if self.together else free_bytes,
         )
+
+    @property
+    def cache_bytes(self) -> float | None:
+        """Budget of the history cache in bytes."""
+        return None if self.cache_gib is None else self.cache_gib * 2**30
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -79,22 +79,22 @@ class PlainTransformer:
     def double_block(
         self, name: str, x: Tensor, y: Tensor, c: Tensor, mask: Tensor, angles: Tensor
     ) -> tuple[Tensor, Tensor]:
-        image, text = (self.modulation(f"{name}{norm}.linear", c, 6) for norm in ("norm1", "norm1_context"))
-        x_in, y_in = normalised(x, *image[:2]), normalised(y, *text[:2])
+        on_x, on_y = (self.modulation(f"{name}{norm}.linear", c, 6) for norm in ("norm1", "norm1_context"))
+        x_in, y_in = normalised(x, *on_x[:2]), normalised(y, *on_y[:2])
         attn = f"{name}attn."
         q, k, v = (
-            torch.cat([self.heads_of(f"{attn}add_{each}_proj", y_in, added), self.heads_of(f"{attn}to_{each}", x_in, own)], 2)
-            for each, added, own in (
-                ("q", f"{attn}norm_added_q", f"{attn}norm_q"),
-                ("k", f"{attn}norm_added_k", f"{attn}norm_k"),
-                ("v", None, None),
+            torch.cat([self.heads_of(f"{attn}{text}", y_in, added), self.heads_of(f"{attn}{image}", x_in, own)], dim=2)
+            for text, added, image, own in (
+                ("add_q_proj", f"{attn}norm_added_q", "to_q", f"{attn}norm_q"),
+                ("add_k_proj", f"{attn}norm_added_k", "to_k", f"{attn}norm_k"),
+                ("add_v_proj", None, "to_v", None),
             )
         )
         y_out, x_out = attend(q, k, v, mask, angles).split([y.shape[1], x.shape[1]], dim=1)
-        x = x + image[2] * self.linear(f"{attn}to_out.0", x_out)
-        y = y + text[2] * self.linear(f"{attn}to_add_out", y_out)
-        x = x + image[5] * self.feed_forward(f"{name}ff", normalised(x, *image[3:5]))
-        y = y + text[5] * self.feed_forward(f"{name}ff_context", normalised(y, *text[3:5]))
+        x = x + on_x[2] * self.linear(f"{attn}to_out.0", x_out)
+        y = y + on_y[2] * self.linear(f"{attn}to_add_out", y_out)
+        x = x + on_x[5] * self.feed_forward(f"{name}ff", normalised(x, *on_x[3:5]))
+        y = y + on_y[5] * self.feed_forward(f"{name}ff_context", normalised(y, *on_y[3:5]))
         return x, y
 
     def feed_forward(self, name: str, x: Tensor) -> Tensor:
@@ -122,9 +122,7 @@ def dense_mask(times: Tensor, valid: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, angles: Tensor) -> Tensor:
     """[B,H,S,d] -> [B,S,H*d]."""
-    rotated = (
-        torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * angles).flatten(-2) for x in (q, k)
-    )
+    rotated = (torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * angles).flatten(-2) for x in (q, k))
     mixed = F.scaled_dot_product_attention(*rotated, v, attn_mask=mask)
     return rearrange(mixed, "b h s d -> b s (h d)")
 
