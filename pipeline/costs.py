@@ -107,7 +107,10 @@ def expected_costs(
 
 
 def flops_estimate(checkpoint: Checkpoint, device: str, tile: Tile) -> Callable[[Shape], Seconds]:
-    """Return a function from a shape to its estimated seconds per row and stage on one device; auto = no tile."""
+    """Return a function from a shape to its estimated seconds per row and stage on one device; auto = no tile.
+
+    Sampling is taken to have memory for the whole history cache.
+    """
     side = None if tile == "auto" else tile
 
     def estimate(shape: Shape) -> Seconds:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ from pyramid_flow.vae.model import SCALE, TILE_MULTIPLE
 from pyramid_flow.vae.tiling import map_tiles
 
 META = torch.device("meta")
+LEVELS = range(len(PyramidSchedule().levels))
 
 T = TypeVar("T")
 
@@ -45,16 +47,21 @@ class RenderFlops:
 
 @torch.no_grad()
 def render_flops(
-    checkpoint: Checkpoint, params: SamplingParams, *, has_image: bool, tile: int | None = None
+    checkpoint: Checkpoint,
+    params: SamplingParams,
+    *,
+    has_image: bool,
+    tile: int | None = None,
+    cached: Collection[int] = LEVELS,
 ) -> RenderFlops:
     """Count the operations of rendering one video alone, from the configs of the checkpoint's parts; reads no weights.
 
-    has_image: image-to-video; tile: side in pixels of the VAE decoder's tiles, None = no tiling. Takes a second or two
-    whatever the size. Counted is what `torch.utils.flop_counter` counts: matrix products, convolutions and attention.
+    has_image: image-to-video; tile: side in pixels of the VAE decoder's tiles, None = no tiling; cached: levels with a
+    history cache. Takes a second or two whatever the size. Counted is what `torch.utils.flop_counter` counts: matrix products, convolutions and attention.
     They do not depend on dtype, device, attention kernel and the decoder's window.
 
     Prompts are taken to be as long as T5 gets them, 128 tokens, and CLIP 77. Shorter ones are padded for the encoders,
-    but the sampler drops the pads: with 40 tokens it takes 7 % less than `sample` at 384p and 121 frames, 1 % less at
+    but the sampler drops the pads: with 40 tokens it takes 3 % less than `sample` at 384p and 121 frames, 1 % less at
     768p and 241. The negative prompt is counted for every guided video although a worker encodes it once.
 
     checkpoint: one that `Checkpoint.check` accepts. Raises CheckpointError if a config cannot be read and
@@ -73,7 +80,7 @@ def render_flops(
     latents = torch.empty(params.latent_shape(1, transformer.latent_channels), device=META)
     return RenderFlops(
         encode=_text_flops(checkpoint, num_prompts=1 + params.guided) + image,
-        sample=sampling_flops(transformer, params, has_image=has_image),
+        sample=sum(sampling_flops(transformer, params, has_image=has_image, cached=cached)),
         decode=_decode_flops(vae, latents, tile),
     )
 
@@ -105,26 +112,27 @@ def sampling_flops(
     *,
     has_image: bool,
     text_tokens: int = MAX_TOKENS,
-    cached: Collection[int] = (0, 1, 2),
-) -> int:
-    """Count what the transformer does for one video, from its shapes alone.
+    cached: Collection[int] = LEVELS,
+) -> list[int]:
+    """Count what the transformer does for one video at each level, from its shapes alone.
 
-    text_tokens: of every prompt; cached: levels with a history cache.
+    text_tokens: of every prompt, whose embedding counts at level 0; cached: levels with a history cache.
     """
     schedule, units = PyramidSchedule(), range(int(has_image), params.num_units)
     params.check(1, len(schedule.levels))
-    total = _prompt_flops(transformer, text_tokens) * (1 + params.guided) if units else 0
-    for unit in units:
-        for level in schedule.levels:
-            shapes = _clip_shapes(params, unit, level.index, len(schedule.levels))
-            num_cached = cached_frames(unit, level.index) if level.index in cached else 0
-            rows = sum(1 + step.guided for step in params.steps(unit, level))
-            layout = prefix_layout(shapes, text_tokens, num_cached)
-            total += rows * _evaluation_flops(transformer, layout, frame_tokens(shapes)[-1])
-            total += _embedding_flops(transformer, shapes[num_cached:-1])
-            if unit <= 1:  # later ones have the timesteps of unit 1
-                total += rows * _conditioning_flops(transformer)
-    return total
+    flops = [0] * len(schedule.levels)
+    if units:
+        flops[0] = _prompt_flops(transformer, text_tokens) * (1 + params.guided)
+    for unit, level in product(units, schedule.levels):
+        shapes = _clip_shapes(params, unit, level.index, len(schedule.levels))
+        num_cached = cached_frames(unit, level.index) if level.index in cached else 0
+        rows = sum(1 + step.guided for step in params.steps(unit, level))
+        layout = prefix_layout(shapes, text_tokens, num_cached)
+        flops[level.index] += rows * _evaluation_flops(transformer, layout, frame_tokens(shapes)[-1])
+        flops[level.index] += _embedding_flops(transformer, shapes[num_cached:-1])
+        if unit <= 1:  # later ones have the timesteps of unit 1
+            flops[level.index] += rows * _conditioning_flops(transformer)
+    return flops
 
 
 def _evaluation_flops(transformer: PyramidTransformer, layout: PrefixLayout, num_current: int) -> int:

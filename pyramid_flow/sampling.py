@@ -251,6 +251,8 @@ def history_cache(
         levels: Collection[int] = fitting_levels(shape, rows, dtype, budget)
     else:
         levels = (range(num_levels) if cache else ()) if isinstance(cache, bool) else cache
+    if not set(levels) <= set(range(num_levels)):
+        raise InvalidValueError("cache", repr(cache), f"is not auto, True, False or some of the {num_levels} levels")
     return HistoryCache(shape, frozenset(levels), dtype, device)
 
 

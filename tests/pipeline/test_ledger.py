@@ -124,7 +124,7 @@ def test_a_column_that_no_row_has_is_null(storage):
 
 
 def test_parts_of_before_a_column_was_there_are_read_with_it(storage):
-    newer = ["image_fit", "image_format", "guidance_decay", "min_guidance_scale"]
+    newer = ["image_fit", "image_format", "guidance_decay", "min_guidance_scale", "quality", "cached_levels"]
     later = rows("b")
     filled = later.set_column(later.column_names.index("image_format"), "image_format", pa.array(["png"]))
     written(storage, rows("a").drop_columns(newer), filled)

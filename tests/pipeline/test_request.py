@@ -20,6 +20,7 @@ from pipeline.request import (
     sampling_params,
 )
 from pyramid_flow import Preset, PyramidFlowError
+from pyramid_flow.presets import EFFORTS
 
 PRESET = Preset(sizes=((384, 640), (640, 384)), max_num_frames=121)
 NAN, INFINITY = float("nan"), float("inf")
@@ -37,7 +38,15 @@ FULL = {
     "video_guidance_scale": 4.5,
     "seed": 11,
 }
-NEWER = {"image_fit": "pad", "image_format": "webp", "guidance_decay": 0.5, "min_guidance_scale": 1.5}
+NEWER = {
+    "image_fit": "pad",
+    "image_format": "webp",
+    "guidance_decay": 0.5,
+    "min_guidance_scale": 1.5,
+    "quality": "draft",
+    "skip_last_step": False,
+    "guided_share": [1.0, 0.5, 0.25],
+}
 """Fields that requests had none of at first."""
 
 
@@ -188,6 +197,25 @@ def test_a_request_that_was_resolved_without_the_newer_fields_is_what_it_was():
     request = ResolvedRequest.model_validate(kept)
     assert request.media_type == "video/mp4"
     assert request.guidance_decay is None
+    assert (request.quality, request.skip_last_step, request.guided_share) == ("standard", False, 1.0)
+
+
+def test_a_quality_decides_what_is_not_given():
+    usual = resolved()
+    assert (usual.quality, usual.skip_last_step, usual.guided_share) == ("standard", False, 1.0)
+    assert usual.num_inference_steps == PRESET.num_inference_steps
+    for quality, effort in EFFORTS.items():
+        chosen = resolved(quality=quality)
+        assert chosen.quality == quality
+        assert chosen.num_inference_steps == PRESET.at(quality).num_inference_steps
+        assert (chosen.skip_last_step, chosen.guided_share) == (effort.skip_last_step, effort.guided_share)
+        own = resolved(quality=quality, num_inference_steps=7, skip_last_step=not effort.skip_last_step, guided_share=0.3)
+        assert (own.num_inference_steps, own.skip_last_step, own.guided_share) == (7, not effort.skip_last_step, 0.3)
+
+
+@pytest.mark.parametrize("text", ["true", "1"])
+def test_a_flag_may_come_as_text(text):
+    assert parsed(skip_last_step=text).skip_last_step is True
 
 
 BAD = [
@@ -264,6 +292,14 @@ BAD = [
     ("guidance_decay", 31, "between 0 and 30"),
     ("guidance_decay", NAN, "finite"),
     ("min_guidance_scale", -1, "between 0 and 30"),
+    ("quality", "best", "'draft', 'standard' or 'high'"),
+    ("quality", True, "boolean"),
+    ("skip_last_step", "maybe", "boolean"),
+    ("guided_share", 1.5, "between 0 and 1"),
+    ("guided_share", [1.0, -0.5, 1.0], "between 0 and 1"),
+    ("guided_share", [1.0], str(NUM_LEVELS)),
+    ("guided_share", NAN, "finite"),
+    ("guided_share", True, "boolean"),
     ("image_fit", "stretch", "'crop' or 'pad'"),
     ("image_fit", True, "boolean"),
     ("image_format", "jpg", "'png' or 'webp'"),
@@ -382,6 +418,8 @@ def test_rows_of_one_shape_have_common_sampling_parameters():
         {"video_num_inference_steps": [1, 2, 3]},
         {"image": "a.png"},
         {"guidance_scale": 0},
+        {"skip_last_step": True},
+        {"guided_share": 0.5},
     ]
     assert len({resolved(**values).shape for values in [{}, *others]}) == len(others) + 1
 

@@ -124,9 +124,10 @@ def test_ledger_rows_hold_the_request_the_error_and_the_constants():
 
 def test_a_ledger_row_holds_what_was_resolved_of_every_field():
     given = {"image": "a.png", "image_fit": "pad", "num_frames": 1, "guidance_decay": 0.5, "min_guidance_scale": 1.0}
+    given |= {"quality": "high", "skip_last_step": True, "guided_share": 0.5}
     request = RenderRequest.parse({"prompt": "a", **given}).resolve(Preset(), "x")
     [record] = ledger_table(Batch((Item(FULL.updated(request=request)),), table(1)), {}).to_pylist()
-    expected = given | {"image_uri": "a.png", "image_format": "png"}
+    expected = given | {"image_uri": "a.png", "image_format": "png", "guided_share": "0.5"}
     del expected["image"]
     assert {name: record[name] for name in expected} == expected
 

@@ -35,9 +35,9 @@ class PlainTransformer:
         patches = "b c t (h p1) (w p2) -> b (t h w) (p1 p2 c)"
         x = self.linear("x_embedder", torch.cat([rearrange(clip, patches, p1=2, p2=2) for clip in clips], dim=1))
         y = self.linear("context_embedder", text.tokens)
-        c = F.silu(self.conditioning(torch.full((len(x),), timestep), text.pooled))
-        ids = position_ids(shapes, length)
-        mask, angles = dense_mask(ids[:, 0], text.mask), self.angles(ids)
+        c = F.silu(self.conditioning(torch.full((len(x),), timestep, device=x.device), text.pooled))
+        ids = position_ids(shapes, length).to(x.device)
+        mask, angles = dense_mask(ids[:, 0], text.mask.to(x.device)), self.angles(ids)
         for i in range(self.config["num_layers"]):
             x, y = self.double_block(f"transformer_blocks.{i}.", x, y, c, mask, angles)
         z = torch.cat([y, x], dim=1)
@@ -58,7 +58,7 @@ class PlainTransformer:
         return self.linear(f"{name}.linear_2", F.silu(self.linear(f"{name}.linear_1", x)))
 
     def conditioning(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        frequencies = 10000.0 ** (-torch.arange(128) / 128)
+        frequencies = 10000.0 ** (-torch.arange(128, device=timestep.device) / 128)
         angles = timestep[:, None] * frequencies
         embedded = self.mlp("time_text_embed.timestep_embedder", torch.cat([angles.cos(), angles.sin()], dim=-1))
         return embedded + self.mlp("time_text_embed.text_embedder", pooled)
@@ -66,7 +66,7 @@ class PlainTransformer:
     def angles(self, ids: Tensor) -> Tensor:
         """Rotations of every token's pairs of features, complex [S, head_dim / 2]."""
         axes = [
-            ids[:, axis, None] * 10000.0 ** (-torch.arange(0, dim, 2).double() / dim)
+            ids[:, axis, None] * 10000.0 ** (-torch.arange(0, dim, 2, device=ids.device).double() / dim)
             for axis, dim in enumerate(self.config["axes_dims_rope"])
         ]
         return torch.exp(1j * torch.cat(axes, dim=-1)).to(torch.complex64)

@@ -170,7 +170,8 @@ def test_an_image_saves_the_first_steps(tiny):
 
 def test_guidance_doubles_the_sampling_and_the_prompts(tiny):
     guided, plain = (render_flops(tiny, replace(PARAMS, guidance_scale=scale), has_image=False) for scale in (4.0, 0.0))
-    assert (guided.sample, guided.encode, guided.decode) == (2 * plain.sample, 2 * plain.encode, plain.decode)
+    assert (guided.encode, guided.decode) == (2 * plain.encode, plain.decode)
+    assert 1.99 * plain.sample < guided.sample < 2 * plain.sample  # both branches have one history, which is embedded once
 
 
 def test_the_scales_of_a_batch_do_not_matter(tiny):
@@ -182,14 +183,13 @@ def test_the_scales_of_a_batch_do_not_matter(tiny):
 
 
 @pytest.mark.parametrize(
-    ("size", "num_frames", "cached", "plain"),
-    [((384, 640), 121, 2.20e15, 3.39e15), ((768, 1280), 241, 25.5e15, 50.7e15)],
+    ("size", "num_frames", "goal"),
+    [((384, 640), 121, 2.25e15), ((768, 1280), 121, 11.8e15), ((768, 1280), 241, 25.3e15)],
 )
-def test_the_published_model_takes_what_is_known_of_it(published, size, num_frames, cached, plain):
-    """Known are both guidance branches at 20 and 10 steps: where every token asks every other, and with the exact
-    key/value cache and prompts of 40 tokens."""
+def test_the_published_model_takes_what_is_known_of_it(published, size, num_frames, goal):
+    """Known is what the history cache makes of 3.39, 17.85 and 50.67 PFLOP: both guidance branches, 20 and 10 steps."""
     flops = render_flops(published, SamplingParams(*size, num_frames), has_image=False)
-    assert cached < flops.sample < plain
+    assert 0.95 * goal < flops.sample < goal
     assert flops.encode < 0.01 * flops.sample
     assert flops.encode < flops.decode < flops.sample
 

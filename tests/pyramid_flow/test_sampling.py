@@ -212,6 +212,42 @@ def test_guidance_of_1_is_the_positive_branch_alone_and_0_needs_no_negative():
     assert torch.equal(generate(text, [0], off, negative=NEGATIVE), alone)
 
 
+# Choices that save work
+
+
+def test_a_skipped_last_step_moves_little():
+    text, params = random_text([4]), dataclasses.replace(PARAMS, num_inference_steps=3, video_num_inference_steps=2)
+    heard: list[StepInfo] = []
+    short = generate(text, [0], dataclasses.replace(params, skip_last_step=True), on_step=heard.append)
+    expected = generate(text, [0], params)
+    assert 1e-5 < ((short - expected).norm() / expected.norm()).item() < 1e-2
+    assert [(info.unit, info.num_steps) for info in heard if info.level == 1] == [(0, 2), (0, 2), (1, 1), (2, 1)]
+
+
+def test_a_share_of_the_steps_is_guided_from_the_first_one_on():
+    params = dataclasses.replace(PARAMS, num_inference_steps=4, video_num_inference_steps=3, guided_share=(1, 0.5, 0))
+    flags = [[[step.guided for step in params.steps(unit, level)] for level in SCHEDULE.levels] for unit in (0, 1)]
+    assert flags[0] == [[True] * 4, [True, True, False, False], [False] * 4]
+    assert flags[1] == [[True] * 3, [True, True, False], [False] * 3]
+    unguided = dataclasses.replace(params, guidance_scale=0)
+    assert not any(step.guided for unit in (0, 1) for level in SCHEDULE.levels for step in unguided.steps(unit, level))
+
+
+def test_steps_without_guidance_take_the_positive_branch_alone():
+    text, rows_evaluated = random_text([4, 6]), []
+    handle = tiny_transformer().register_forward_pre_hook(lambda module, args: rows_evaluated.append(len(args[0])))
+    try:
+        partly = generate(text, [0, 1], dataclasses.replace(PARAMS, guided_share=(1.0, 0.5, 0.0)))
+    finally:
+        handle.remove()
+    steps = [step for unit in range(3) for level in SCHEDULE.levels for step in PARAMS.steps(unit, level)]
+    assert len(rows_evaluated) == len(steps)
+    assert rows_evaluated == [4, 4, 4, 2] + [4, 4, 2, 2] * 2
+    off = dataclasses.replace(PARAMS, guidance_scale=0)
+    assert_run_equal(generate(text, [0, 1], dataclasses.replace(PARAMS, guided_share=0)), generate(text, [0, 1], off))
+    assert (partly - generate(text, [0, 1])).abs().max() > 1e-3
+
+
 def test_an_integer_means_that_many_steps_at_every_level():
     text = random_text([4])
     spelled = dataclasses.replace(PARAMS, num_inference_steps=(2, 2, 2), video_num_inference_steps=[1, 1, 1])
@@ -364,6 +400,8 @@ def test_masks_of_another_shape_are_refused(mask):
         ({"guidance_decay": -0.5}, "guidance_decay -0.5 is not between 0 and 30"),
         ({"guidance_decay": (None, float("nan"))}, "guidance_decay nan"),
         ({"min_guidance_scale": 31}, "min_guidance_scale 31"),
+        ({"guided_share": 1.1}, "guided_share 1.1 is not between 0 and 1"),
+        ({"guided_share": (1.0, 0.5, -1.0)}, "guided_share"),
         ({"video_guidance_scale": float("inf")}, "video_guidance_scale inf"),
     ],
 )
@@ -372,7 +410,14 @@ def test_values_that_cannot_be_sampled_are_refused(values, message):
         SamplingParams(**{"height": 64, "width": 64, "num_frames": 9, **values})
 
 
-@pytest.mark.parametrize("name", ["num_inference_steps", "video_num_inference_steps"])
+@pytest.mark.parametrize("cache", ["all", [3], [-1]])
+def test_other_levels_than_there_are_cannot_be_cached(cache):
+    noise = SeededNoise([0])
+    with pytest.raises(InvalidValueError, match="cache .* is not auto, True, False or some of the 3 levels"):
+        generate_latents(tiny_transformer(), SCHEDULE, random_text([4]), NEGATIVE, PARAMS, noise, cache=cache)
+
+
+@pytest.mark.parametrize("name", ["num_inference_steps", "video_num_inference_steps", "guided_share"])
 @pytest.mark.parametrize("steps", [(1, 1), (1, 1, 1, 1)])
 def test_one_step_count_per_level_is_needed(name, steps):
     calls: list[StepInfo] = []

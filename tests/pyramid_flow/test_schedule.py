@@ -91,6 +91,20 @@ def test_steps_go_down_and_cover_the_level(level, count):
     assert sum(deltas) == pytest.approx(-1)
 
 
+@pytest.mark.parametrize("count", [2, 7, MAX_STEPS])
+@pytest.mark.parametrize("level", PyramidSchedule().levels)
+def test_the_step_before_a_skipped_last_one_goes_on_to_the_end(level, count):
+    whole, short = level.steps(count), level.steps(count, skip_last=True)
+    assert short[:-1] == whole[:-2]
+    assert short[-1] == (whole[-2][0], pytest.approx(whole[-2][1] + whole[-1][1]))
+    assert sum(delta for _, delta in short) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("level", PyramidSchedule().levels)
+def test_a_level_of_one_step_has_no_last_one_to_skip(level):
+    assert level.steps(1, skip_last=True) == level.steps(1)
+
+
 def test_enter_upsamples_and_renoises():
     level = PyramidSchedule().levels[1]
     latents, noise = randn(2, 3, 1, 2, 4), randn(2, 3, 1, 4, 8, seed=1)
