@@ -138,12 +138,16 @@ class Watched:
     def look(self) -> None:
         """Note how things are."""
         mib: dict[str, float] = defaultdict(float)
+        kinds: dict[int, str] = {}
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
             try:
-                kind = kind_of(process)
+                kind, parent = kind_of(process), process.ppid()
                 times, memory = process.cpu_times(), process.memory_info()
             except psutil.Error:  # it has ended
                 continue
+            kinds[process.pid] = kind
+            if kind in KINDS and kinds.get(parent) == kind:
+                continue  # it is about to be ffmpeg, and shows its parent's memory until then
             self.cpu_s[process.pid] = (kind, times.user + times.system)
             mib[kind] += memory.rss / 2**20
         self.mib.append((time.monotonic(), mib))
@@ -336,12 +340,11 @@ def main() -> None:
         print(json.dumps(be_clients(arguments.clients_job)))
         return
     settings = {name: value for name, value in vars(arguments).items() if name not in ("parts", "clients_job")}
-    figures: dict[str, object] = {"settings": settings}
     for name in arguments.parts:
         with tempfile.TemporaryDirectory() as folder:
-            figures[name] = PARTS[name](arguments, Path(folder))
-    path = write_result("serve_load", figures, sys.argv[1:])
-    print(f"wrote {path.relative_to(ROOT)}")
+            figures = {"settings": settings, name: PARTS[name](arguments, Path(folder))}
+        path = write_result("serve_load", figures, sys.argv[1:], part=name)
+        print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
