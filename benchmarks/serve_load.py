@@ -12,7 +12,7 @@ pipeline's. Accept is the time of the request that asks for a video.
 
 model: the bundled model, for some minutes. No video may be lost, no answer may be a 5xx, and what a process keeps may
 not grow by more than 1 MiB per minute. What it keeps is the least that is resident within a minute: what it takes for a
-batch comes and goes, up to 100 MiB in the decoder, and makes a line through all moments a matter of luck. The slope is
+batch comes and goes, up to 180 MiB in the decoder, and makes a line through all moments a matter of luck. The slope is
 that of a straight line through all but the first third.
 """
 
