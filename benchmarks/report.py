@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def write_result(name: str, figures: Mapping[str, object], argv: Sequence[str]) -> Path:
-    """Write benchmarks/results/{name}.json and return its path.
+def write_result(name: str, figures: Mapping[str, object], argv: Sequence[str], part: str = "") -> Path:
+    """Write benchmarks/results/{name}.json, or {name}_{part}.json, and return its path.
 
     figures: whatever JSON can hold, with units in its keys. argv: the arguments after the module's name.
     """
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *argv])
     result = {"commit": commit(), "command": command, "machine": machine(), "figures": figures}
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / (f"{name}_{part}.json" if part else f"{name}.json")
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
 

@@ -10,8 +10,10 @@ with as many batches at once as the dispatcher keeps there: the bare pipeline. T
 Videos per second are those between the first beginning and the last end of sampling; the goal is 90 % of the bare
 pipeline's. Accept is the time of the request that asks for a video.
 
-model: the bundled model, for some minutes. No video may be lost, no answer may be a 5xx, and no process may grow by
-more than 1 MiB per minute: the slope of a straight line through all but the first third.
+model: the bundled model, for some minutes. No video may be lost, no answer may be a 5xx, and what a process keeps may
+not grow by more than 1 MiB per minute. What it keeps is the least that is resident within a minute: what it takes for a
+batch comes and goes, up to 180 MiB in the decoder, and makes a line through all moments a matter of luck. The slope is
+that of a straight line through all but the first third.
 """
 
 import argparse
@@ -50,7 +52,7 @@ GOAL, GROWTH_GOAL_MIB = 0.9, 1.0
 QUICK = {"num_frames": "9", "num_inference_steps": "2", "video_num_inference_steps": "1"}
 RAMP_S = 10.0
 REQUEST_S, WAIT_S = 60.0, 600.0
-WATCH_S = 5.0
+WATCH_S, KEPT_MINUTES = 2.0, 1.0
 KINDS = {
     "proxy": r"ray::ProxyActor",
     "controller": r"ray::ServeController",
@@ -136,12 +138,16 @@ class Watched:
     def look(self) -> None:
         """Note how things are."""
         mib: dict[str, float] = defaultdict(float)
+        kinds: dict[int, str] = {}
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
             try:
-                kind = kind_of(process)
+                kind, parent = kind_of(process), process.ppid()
                 times, memory = process.cpu_times(), process.memory_info()
             except psutil.Error:  # it has ended
                 continue
+            kinds[process.pid] = kind
+            if kind in KINDS and kinds.get(parent) == kind:
+                continue  # it is about to be ffmpeg, and shows its parent's memory until then
             self.cpu_s[process.pid] = (kind, times.user + times.system)
             mib[kind] += memory.rss / 2**20
         self.mib.append((time.monotonic(), mib))
@@ -187,12 +193,26 @@ def watching(figures: dict[str, Any]) -> Iterator[None]:
 
 
 def memory(samples: Sequence[tuple[float, Mapping[str, float]]], kind: str) -> dict[str, float]:
-    """Return the first, settled and last MiB of a kind of process, and how they grow once settled."""
-    found = [(moment, mib[kind]) for moment, mib in samples if kind in mib]
-    moments, mib = np.array(found[len(found) // 3 :]).T
-    slope = float(np.polyfit(moments, mib, 1)[0]) if len(mib) > 1 else 0.0
-    told = {"first_mib": found[0][1], "settled_mib": mib[0], "last_mib": mib[-1], "mib_per_minute": 60 * slope}
+    """Return MiB of a kind of process: the first, what it keeps once settled and at last, the most, and its growth."""
+    moments, mib = np.array([(moment, mib[kind]) for moment, mib in samples if kind in mib]).T
+    minutes = (moments - moments[0]) / 60
+    each, starts = np.unique(minutes // KEPT_MINUTES, return_index=True)
+    kept = np.minimum.reduceat(mib, starts)
+    told = {
+        "first_mib": mib[0],
+        "settled_mib": kept[len(kept) // 3],
+        "last_mib": kept[-1],
+        "most_mib": mib.max(),
+        "mib_per_minute": slope(each * KEPT_MINUTES, kept),
+        "of_all_moments_mib_per_minute": slope(minutes, mib),
+    }
     return {name: round(float(value), 2) for name, value in told.items()}
+
+
+def slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Return that of a straight line through all but the first third."""
+    third = len(x) // 3
+    return float(np.polyfit(x[third:], y[third:], 1)[0]) if len(x) - third > 1 else 0.0
 
 
 def ask(clients: int, *, videos: int | None = None, minutes: float = 0.0, **fields: str) -> dict[str, Any]:
@@ -289,14 +309,14 @@ def model(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def show(figures: Mapping[str, Any]) -> None:
     for kind in ("accept", "poll"):
         print(f"{kind}: " + ", ".join(f"{name} {figures[f'{kind}_{name}_ms']} ms" for name in ("p50", "p95", "max")))
-    print(f"{'':>11} {'CPU s':>8} {'of a core':>10} {'settled MiB':>12} {'last MiB':>9} {'MiB/min':>8}")
+    print(f"{'':>11} {'CPU s':>8} {'of a core':>10} {'settled MiB':>12} {'last MiB':>9} {'most MiB':>9} {'MiB/min':>8}")
     for kind, seconds in figures["cpu_s"].items():
         mib = figures["memory"].get(kind, {})
         told = [f"{mib.get(name, ''):>{width}}" for name, width in MEMORY_COLUMNS.items()]
         print(f"{kind:>11} {seconds:>8} {figures['cpu_share_of_a_core'][kind]:>10.1%} {' '.join(told)}", flush=True)
 
 
-MEMORY_COLUMNS = {"settled_mib": 12, "last_mib": 9, "mib_per_minute": 8}
+MEMORY_COLUMNS = {"settled_mib": 12, "last_mib": 9, "most_mib": 9, "mib_per_minute": 8}
 PARTS = {"sleep": sleep, "model": model}
 
 
@@ -320,12 +340,11 @@ def main() -> None:
         print(json.dumps(be_clients(arguments.clients_job)))
         return
     settings = {name: value for name, value in vars(arguments).items() if name not in ("parts", "clients_job")}
-    figures: dict[str, object] = {"settings": settings}
     for name in arguments.parts:
         with tempfile.TemporaryDirectory() as folder:
-            figures[name] = PARTS[name](arguments, Path(folder))
-    path = write_result("serve_load", figures, sys.argv[1:])
-    print(f"wrote {path.relative_to(ROOT)}")
+            figures = {"settings": settings, name: PARTS[name](arguments, Path(folder))}
+        path = write_result("serve_load", figures, sys.argv[1:], part=name)
+        print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

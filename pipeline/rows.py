@@ -1,7 +1,7 @@
 """What travels between stages: a batch of rows, each with its metadata and tensors, packed into binary columns."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
-from safetensors.torch import load, save
+from safetensors import TensorSpec, serialize
+from safetensors.torch import load
 from torch import Tensor
 
 from pipeline.request import ResolvedRequest
@@ -147,16 +148,13 @@ _ROWS = TypeAdapter(list[RenderRow])
 
 def pack(batch: Batch) -> dict[str, bytes]:
     """Serialise a batch to three binary columns: rows (JSON), columns (Arrow IPC), tensors (safetensors)."""
-    # Cloned because rows share memory (a common negative prompt, slices of one batch), which safetensors refuses.
     tensors = {
-        f"{index}/{name}": tensor.clone(memory_format=torch.contiguous_format)
-        for index, item in enumerate(batch.items)
-        for name, tensor in item.tensors.items()
+        f"{index}/{name}": tensor for index, item in enumerate(batch.items) for name, tensor in item.tensors.items()
     }
     return {
         "rows": _ROWS.dump_json([item.row for item in batch.items]),
         "columns": _to_ipc(batch.columns),
-        "tensors": save(tensors),
+        "tensors": _to_safetensors(tensors),
     }
 
 
@@ -272,6 +270,21 @@ LEDGER_SCHEMA = pa.schema(
     ]
 )
 """Columns of every ledger row; the user's own follow (one whose name is taken here gets the prefix user_)."""
+
+
+def _to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    # `safetensors.torch.save` makes a type of ctypes for each new number of bytes, and keeps it: 6 KiB for every file
+    dense = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}  # held: pointers lead there
+    specs = {
+        name: TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tensor.shape,
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for name, tensor in dense.items()
+    }
+    return serialize(specs)
 
 
 def _to_ipc(table: pa.Table) -> bytes:

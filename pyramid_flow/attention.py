@@ -13,7 +13,7 @@ from pyramid_flow.tokens import PrefixLayout
 
 ROPE_BASE = 10000.0
 SHORT = 128
-"""Keys up to which `MaskedAttention` is faster on a CPU; it also has one graph for all layouts when compiled."""
+"""Keys up to which `MaskedAttention` trains faster on a CPU; it also has one graph for all layouts when compiled."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ Attention = PrefixAttention | MaskedAttention
 
 
 def attention(layout: PrefixLayout, pads: Sequence[int], device: torch.device) -> Attention:
-    """Return the fastest attention for a layout: one mask for short sequences on a CPU, else prefixes.
+    """Return the attention for a layout: prefixes, but one mask where short sequences train on a CPU.
 
     pads: how many of each row's first keys are padding.
     """
-    if device.type != "cpu" or layout.key_ends[-1] > SHORT:
+    if device.type != "cpu" or layout.key_ends[-1] > SHORT or not torch.is_grad_enabled():
         return PrefixAttention(layout, tuple((len(list(run)), first) for first, run in groupby(pads)))
     keys = torch.arange(layout.key_ends[-1])
     ends = torch.tensor(layout.key_ends).repeat_interleave(torch.tensor(layout.query_lengths))

@@ -15,6 +15,7 @@ import pyarrow as pa
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from pipeline.heap import release_heap
 from pipeline.logs import log_as_json, log_fields
 from pipeline.metrics import StageMetrics
 from pipeline.plan import StageSpec
@@ -39,7 +40,8 @@ Handle = DeploymentHandle[Any]
 class StageReplica:
     """One stage: takes packed batches, one at a time, in a thread, so that the replica goes on answering.
 
-    It is the same thread for all of them: each further one that allocated tensors would keep memory of its own.
+    It is the same thread for all of them: each further one that allocated tensors would keep memory of its own. What
+    a batch took is given back after it.
     A batch that takes longer than `render_s`, or an error that leaves the stage, ends the process: a device in an
     unknown state would fail whatever comes next.
     """
@@ -62,7 +64,7 @@ class StageReplica:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """End the process if what is done meanwhile takes too long or breaks."""
+        """End the process if what is done meanwhile takes too long or breaks; then give back what it took."""
         watchdog = threading.Timer(self.render_s, _too_long)
         watchdog.daemon = True
         watchdog.start()
@@ -73,6 +75,7 @@ class StageReplica:
             os._exit(1)
         finally:
             watchdog.cancel()
+            release_heap()
 
 
 def _too_long() -> None:

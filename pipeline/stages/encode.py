@@ -70,8 +70,9 @@ class Encode(Stage):
         return {"posterior.mean": posterior.mean, "posterior.logvar": posterior.logvar}
 
     def _encode(self, prompt: str) -> TextEmbedding:
-        text: TextEmbedding = self.text_encoder([prompt])
-        return text.trimmed().to(torch.device("cpu"))
+        padded: TextEmbedding = self.text_encoder([prompt])
+        text = padded.trimmed().to(torch.device("cpu"))
+        return TextEmbedding(text.tokens.clone(), text.mask.clone(), text.pooled.clone())  # views would keep all of it
 
 
 def _named(prefix: str, text: TextEmbedding) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """What travels between stages comes out as it went in, and becomes rows of the ledger."""
 
+import gc
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -76,6 +77,17 @@ def test_shared_and_strided_memory_survives():
     whole = torch.arange(24.0).reshape(4, 6)
     views = {"row": whole[1], "column": whole[:, 2], "turned": whole.T, "wide": whole[:1].expand(3, 6), "same": whole}
     assert_round_trip(Batch((Item(FULL, views), Item(FULL, {"row": whole[1]})), table(2)))
+
+
+def test_files_of_ever_new_lengths_leave_nothing_behind():
+    def objects() -> int:
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = objects()
+    for length in range(1000, 1200):
+        pack(Batch((Item(FULL, {"file": torch.zeros(length, dtype=torch.uint8)}),), table(1)))
+    assert objects() - before < 200
 
 
 def test_packing_does_not_change_the_batch():

@@ -325,6 +325,13 @@ def test_equal_prompts_are_encoded_once(model, preset, tmp_path, monkeypatch):
     assert sorted(seen) == ["", "the same"]  # the negative prompt, and the prompt
 
 
+def test_what_is_kept_of_a_prompt_is_without_its_padding(preset, encode):
+    [done] = encode(batch(item(preset, prompt="short", **SHAPE))).items
+    assert {name: tensor.untyped_storage().nbytes() for name, tensor in done.tensors.items()} == {
+        name: tensor.nbytes for name, tensor in done.tensors.items()
+    }
+
+
 def test_unguided_rows_carry_no_negative_prompt(preset, encode, sample):
     done = encode(batch(item(preset, prompt="free", guidance_scale=0, **SHAPE)))
     assert not [name for name in done.items[0].tensors if name.startswith("negative")]

@@ -19,7 +19,6 @@ from pyramid_flow import (
     PyramidTransformer,
     SamplingParams,
     SeededNoise,
-    attention,
     generate_latents,
     render_flops,
 )
@@ -42,12 +41,6 @@ def counted_sampling(family: str, transformer: PyramidTransformer, params: Sampl
     image = randn(1, 16, 1, params.height // 8, params.width // 8) if has_image else None
     schedule, noise = PyramidSchedule(), SeededNoise([0])
     return counted(lambda: generate_latents(transformer, schedule, text, text, params, noise, image_latent=image))
-
-
-@pytest.fixture(autouse=True)
-def _attention_by_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is counted is the attention of long sequences, which computes nothing that is masked."""
-    monkeypatch.setattr(attention, "SHORT", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from pyramid_flow import (
     SamplingParams,
     SeededNoise,
     TextEmbedding,
-    attention,
     generate_latents,
     history_cache,
     sampling,
@@ -42,13 +41,6 @@ def family(request):
     return request.param
 
 
-@pytest.fixture(params=[0, 10**6], ids=["prefixes", "masks"])
-def short(request, monkeypatch):
-    """Up to how many keys the masked attention is taken."""
-    monkeypatch.setattr(attention, "SHORT", request.param)
-
-
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("seed", range(6))
 def test_a_cache_changes_nothing_beyond_rounding(family, seed):
     """Random sizes, lengths, steps, prompts, batches, images and cached levels."""
@@ -128,7 +120,6 @@ def test_reading_one_unit_early_would_be_seen(level, monkeypatch):
 def test_what_is_evaluated_shrinks_to_the_rule(monkeypatch):
     """From unit s+2 on: the frame that has just reached level 0, those above it, the current one, and no text."""
     evaluated = {}
-    monkeypatch.setattr(attention, "SHORT", 0)
     embed = PyramidFluxTransformer.embed_history
 
     def embed_history(self, history, current, text, num_cached):
