@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,13 @@ def scenes(count: int, sizes: Sequence[str]) -> list[Scene]:
     return [draw_scene(Random(f"quality {number}"), tuple(sizes), held_out=True) for number in range(count)]
 
 
-def videos(pipe: PyramidFlowPipeline, asked: Sequence[Scene], *, from_image: bool = False) -> Iterator[Frames]:
+def videos(
+    pipe: PyramidFlowPipeline,
+    asked: Sequence[Scene],
+    *,
+    from_image: bool = False,
+    **options: Any,  # noqa: ANN401 - of the pipeline
+) -> Iterator[Frames]:
     """Render a video of each scene; from_image: from its true first frame."""
     side = pipe.preset.sizes[0][0]
     step = 1 if from_image else BATCH
@@ -49,7 +56,7 @@ def videos(pipe: PyramidFlowPipeline, asked: Sequence[Scene], *, from_image: boo
         part = asked[start : start + step]
         image = Image.fromarray(part[0].render(1, side)[0]) if from_image else None
         seeds = list(range(start, start + len(part)))
-        yield from pipe([scene.caption for scene in part], image=image, seed=seeds).frames
+        yield from pipe([scene.caption for scene in part], image=image, seed=seeds, **options).frames
 
 
 def reconstructions(pipe: PyramidFlowPipeline, asked: Sequence[Scene]) -> Iterator[Frames]:

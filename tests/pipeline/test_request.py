@@ -209,7 +209,9 @@ def test_a_quality_decides_what_is_not_given():
         assert chosen.quality == quality
         assert chosen.num_inference_steps == PRESET.at(quality).num_inference_steps
         assert (chosen.skip_last_step, chosen.guided_share) == (effort.skip_last_step, effort.guided_share)
-        own = resolved(quality=quality, num_inference_steps=7, skip_last_step=not effort.skip_last_step, guided_share=0.3)
+        own = resolved(
+            quality=quality, num_inference_steps=7, skip_last_step=not effort.skip_last_step, guided_share=0.3
+        )
         assert (own.num_inference_steps, own.skip_last_step, own.guided_share) == (7, not effort.skip_last_step, 0.3)
 
 

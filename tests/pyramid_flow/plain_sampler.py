@@ -152,7 +152,8 @@ def plain_latents(
                 clips = [*history_clips(finished, level.index), frame]
                 guided = model([torch.cat([clip, clip]) for clip in clips], timestep, both)
                 v_negative, v_positive = guided.chunk(2)
-                frame = frame + delta * (v_negative + params.scale(unit, len(text)) * (v_positive - v_negative))
+                scale = params.scale(unit, len(text)).to(frame.device)
+                frame = frame + delta * (v_negative + scale * (v_positive - v_negative))
         finished.append(latent_pyramid(frame, len(schedule.levels)))
     return stack_frames(finished)
 

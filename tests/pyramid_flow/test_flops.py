@@ -164,7 +164,9 @@ def test_an_image_saves_the_first_steps(tiny):
 def test_guidance_doubles_the_sampling_and_the_prompts(tiny):
     guided, plain = (render_flops(tiny, replace(PARAMS, guidance_scale=scale), has_image=False) for scale in (4.0, 0.0))
     assert (guided.encode, guided.decode) == (2 * plain.encode, plain.decode)
-    assert 1.99 * plain.sample < guided.sample < 2 * plain.sample  # both branches have one history, which is embedded once
+    assert (
+        1.99 * plain.sample < guided.sample < 2 * plain.sample
+    )  # both branches have one history, which is embedded once
 
 
 def test_the_scales_of_a_batch_do_not_matter(tiny):

@@ -27,8 +27,6 @@ PARAMS = SamplingParams(64, 64, 49, (1, 2, 1), (2, 1, 2), guidance_scale=4.0, vi
 SHAPE = CacheShape(num_blocks=3, num_heads=2, head_dim=4, text_tokens=10, frame_tokens=5, num_units=6)
 
 
-
-
 def sample(family: str, text: TextEmbedding, params: SamplingParams = PARAMS, **options: object) -> Tensor:
     """Sample with as many seeds as prompts; negative prompts differ in length from all others."""
     negative = options.pop("negative", random_text([7], seed=50, family=family))
@@ -103,7 +101,7 @@ def test_reading_one_unit_early_would_be_seen(level, monkeypatch):
     assert_run_equal(sample("miniflux", text, cache=[level]), expected)
 
     class Early(HistoryCache):
-        """Takes what the unit before had evaluated for text and frames 0 ... u-s-1, of which it had the last otherwise."""
+        """Takes from the unit before the text and frames 0 ... u-s-1, the last of which was at another level there."""
 
         def num_frames(self, unit, at):
             return unit - at if at in self.levels and unit > at else 0
@@ -143,7 +141,9 @@ def test_what_is_evaluated_shrinks_to_the_rule(monkeypatch):
 # Memory
 
 
-@pytest.mark.parametrize(("unit", "level", "frames"), [(0, 0, 0), (1, 0, 0), (2, 0, 1), (3, 2, 0), (4, 2, 1), (9, 1, 7)])
+@pytest.mark.parametrize(
+    ("unit", "level", "frames"), [(0, 0, 0), (1, 0, 0), (2, 0, 1), (3, 2, 0), (4, 2, 1), (9, 1, 7)]
+)
 def test_frames_are_found_from_the_second_unit_after_the_level_on(unit, level, frames):
     assert cached_frames(unit, level) == frames
 

@@ -413,7 +413,7 @@ def test_values_that_cannot_be_sampled_are_refused(values, message):
 @pytest.mark.parametrize("cache", ["all", [3], [-1]])
 def test_other_levels_than_there_are_cannot_be_cached(cache):
     noise = SeededNoise([0])
-    with pytest.raises(InvalidValueError, match="cache .* is not auto, True, False or some of the 3 levels"):
+    with pytest.raises(InvalidValueError, match=r"cache .* is not auto, True, False or some of the 3 levels"):
         generate_latents(tiny_transformer(), SCHEDULE, random_text([4]), NEGATIVE, PARAMS, noise, cache=cache)
 
 
