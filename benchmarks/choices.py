@@ -1,7 +1,7 @@
 """What do choices that save work cost? Scores of the bundled model's judge against the work that is left.
 
-The exact savings are there too, whose scores must be those of none at all. Every choice renders the same prompts with the
-same seeds; work is counted for the published miniFLUX model at 768p and 5 s.
+The exact savings are there too, whose scores must be those of none at all. Every choice renders the same prompts with
+the same seeds; work is counted for the published miniFLUX model at 768p and 5 s.
 """
 
 import argparse

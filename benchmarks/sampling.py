@@ -186,7 +186,7 @@ def random_model(device: torch.device, dtype: torch.dtype, **config: int) -> Pyr
     torch.manual_seed(0)
     with device:
         model = PyramidFluxTransformer(**config)
-    return model.to(dtype).eval().requires_grad_(False)
+    return torch.nn.Module.to(model, dtype).eval().requires_grad_(False)
 
 
 def measure_cpu(rounds: int, tokens: int) -> dict[str, Any]:
