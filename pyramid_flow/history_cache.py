@@ -57,12 +57,13 @@ class CacheShape:
 def fitting_levels(shape: CacheShape, rows: Sequence[int], dtype: torch.dtype, budget_bytes: float) -> frozenset[int]:
     """Return the levels whose keys and values fit together; rows: of each level, summed over its evaluations.
 
-    The lowest come first: they gain most by the byte, as history is most of what they evaluate.
+    The lowest come first: they gain most by the byte, as history is most of what they evaluate. A level for which the
+    video is too short is none of them.
     """
     chosen = []
     for level, level_rows in enumerate(rows):
         size = shape.level_bytes(level, level_rows, dtype)
-        if size <= budget_bytes:
+        if 0 < size <= budget_bytes:
             budget_bytes -= size
             chosen.append(level)
     return frozenset(chosen)

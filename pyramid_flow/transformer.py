@@ -118,7 +118,8 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
         valid = text.mask.bool()  # looked at where the text lies, so that a device is not waited for
         lengths = valid.sum(dim=1).tolist()
         order = valid.int().argsort(dim=1, stable=True)[:, valid.shape[1] - max(lengths) :]
-        tokens = text.tokens.gather(1, order[..., None].expand(-1, -1, text.tokens.shape[2]))
+        places = order[..., None].expand(-1, -1, text.tokens.shape[2])
+        tokens = text.tokens.gather(1, places.to(text.tokens.device))
         pooled = self.time_text_embed.text_embedder(text.pooled.to(self.device, self.dtype))
         pads = tuple(max(lengths) - length for length in lengths)
         return TextState(self.context_embedder(tokens.to(self.device, self.dtype)), pooled, pads)

@@ -1,6 +1,7 @@
 """Sample: text embeddings (and image posteriors) of one shape to latents, as one batch."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -13,9 +14,12 @@ from pipeline.stages.stage import ModelConfig, Stage
 from pyramid_flow import NonFiniteError, PyramidSchedule, SeededNoise, StepInfo, TextEmbedding, generate_latents
 from pyramid_flow.memory import TRANSFORMER
 from pyramid_flow.pixels import image_latent
+from pyramid_flow.placement import release_memory
 from pyramid_flow.sampling import history_cache
 from pyramid_flow.text import concatenate
 from pyramid_flow.vae import LatentDistribution
+
+logger = logging.getLogger(__name__)
 
 
 class Watch(Protocol):
@@ -45,7 +49,17 @@ class Sample(Stage):
         self.schedule = PyramidSchedule()
 
     def process(self, items: Sequence[Item]) -> list[Item]:
-        """Sample the rows together; each has its own noise and guidance."""
+        """Sample the rows together; each has its own noise and guidance. A row that is too large goes without cache."""
+        try:
+            return self._process(items, self.model.cache_bytes)
+        except torch.OutOfMemoryError:
+            if len(items) > 1 or self.model.cache_bytes == 0:
+                raise  # its rows are tried alone
+        logger.warning("sample: row %s does not fit into memory, trying without a history cache", items[0].row.id)
+        release_memory()
+        return self._process(items, 0)
+
+    def _process(self, items: Sequence[Item], cache_bytes: float | None) -> list[Item]:
         params = sampling_params([item.request for item in items])
         noise = SeededNoise([item.request.seed for item in items], self.schedule.gamma)
         first = None
@@ -54,21 +68,14 @@ class Sample(Stage):
             first = image_latent(posterior, noise.posterior(posterior.mean.shape), self.statistics)
         watch = self.watch(items) if self.watch else None
         text, negative = _embedding(items, "text"), _embedding(items, "negative") if params.guided else None
-        transformer, schedule = self.transformer, self.schedule
-        with self.placement.working(transformer):
-            held = history_cache(transformer, schedule, params, text, negative, cache_bytes=self.model.cache_bytes)
+        model, schedule = self.transformer, self.schedule
+        with self.placement.working(model):
+            cached = history_cache(model, schedule, params, text, negative, cache_bytes=cache_bytes).levels
             latents = generate_latents(
-                transformer,
-                schedule,
-                text,
-                negative,
-                params,
-                noise,
-                image_latent=first,
-                cache=held.levels,
-                on_step=watch,
+                model, schedule, text, negative, params, noise, image_latent=first, cache=cached, on_step=watch
             ).cpu()
-        how = {"batch_size": len(items), "cached_levels": tuple(sorted(held.levels))}
+        release_memory()  # which the cache took; others may share the device
+        how = {"batch_size": len(items), "cached_levels": tuple(sorted(cached))}
         made = iter(latents.split(1))
         wanted = watch.wanted if watch else [True] * len(items)
         return [

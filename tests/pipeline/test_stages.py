@@ -262,6 +262,29 @@ def test_decoding_that_never_fits_fails_its_row(model, preset, encode, sample, m
     assert not row.error.is_own_fault
 
 
+def test_a_row_that_does_not_fit_is_sampled_without_a_history_cache(preset, encode, sample, monkeypatch):
+    """And alone: with a cache only rows of one fit here, and the largest one not even by itself."""
+    tried = []
+
+    def generate_latents(*arguments, cache, **options):
+        seeds = arguments[5].seeds
+        tried.append((list(seeds), sorted(cache)))
+        if len(seeds) > 1 or (seeds == [2] and cache):
+            raise torch.OutOfMemoryError("out of memory")
+        return original(*arguments, cache=cache, **options)
+
+    original = sample_module.generate_latents
+    both = encode(batch(*(item(preset, prompt="a ball", seed=seed, **SHAPE) for seed in (1, 2))))
+    expected = rows(sample(both))
+    assert [row.cached_levels for row in expected] == [(0,)] * 2  # the video is too short for the others
+    monkeypatch.setattr(sample_module, "generate_latents", generate_latents)
+    done = sample(both).items
+    assert tried == [([1, 2], [0]), ([1], [0]), ([2], [0]), ([2], [])]
+    assert [one.row.cached_levels for one in done] == [(0,), ()]
+    assert [one.row.batch_size for one in done] == [1, 1]
+    assert all("latents" in one.tensors for one in done)
+
+
 def test_a_poisoned_device_is_no_rows_fault(preset, encode, sample, monkeypatch):
     def generate_latents(*_, **__):
         raise torch.AcceleratorError("device-side assert triggered")

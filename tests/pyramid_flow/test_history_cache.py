@@ -161,6 +161,7 @@ def test_the_lowest_levels_are_cached_first():
     chosen = [fitting_levels(SHAPE, [2, 2, 2], torch.float32, budget) for budget in (0, sizes[0], sum(sizes[:2]), 1e9)]
     assert chosen == [frozenset(), {0}, {0, 1}, {0, 1, 2}]
     assert fitting_levels(SHAPE, [2, 2, 2], torch.float32, sizes[2]) == {2}
+    assert fitting_levels(replace(SHAPE, num_units=3), [2, 2, 2], torch.float32, 1e9) == {0}
 
 
 @pytest.mark.parametrize(("gib", "levels"), [(0.0, set()), (1.0, {0, 1, 2}), (None, {0, 1, 2})])
