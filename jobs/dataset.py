@@ -24,7 +24,7 @@ from pipeline.training.videos import ClipFormat, VideoRoot
 from pyramid_flow import Checkpoint, Preset
 from pyramid_flow.checkpoint import DTYPES
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.sampling import check_num_frames, check_size
+from pyramid_flow.params import check_num_frames, check_size
 from pyramid_flow.toy.world import draw_scene
 
 ROWS_PER_GROUP = 32

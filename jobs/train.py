@@ -31,7 +31,7 @@ from pipeline.training.trainer import Metrics, TrainJob, check_streams, fit
 from pyramid_flow import CausalVideoVAE, Checkpoint
 from pyramid_flow.checkpoint import PRESET_FILE, write_preset
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.sampling import TEMPORAL_FACTOR, check_num_frames
+from pyramid_flow.params import TEMPORAL_FACTOR, check_num_frames
 from pyramid_flow.training import Objective
 from pyramid_flow.training.lora import LoRA, check_lora, merge_lora
 from pyramid_flow.training.vae import VAEObjective, measure_statistics, whiten

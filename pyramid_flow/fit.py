@@ -9,8 +9,8 @@ import torch
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import InvalidValueError
 from pyramid_flow.memory import PartMemory, needed_bytes, part_memory
+from pyramid_flow.params import SamplingParams
 from pyramid_flow.placement import MODES, MemoryMode, Placement, check_device, free_bytes
-from pyramid_flow.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError, InvalidValueError
 from pyramid_flow.history_cache import cached_frames
 from pyramid_flow.layers import Modulation
+from pyramid_flow.params import SamplingParams
 from pyramid_flow.pyramid import history_level
-from pyramid_flow.sampling import SamplingParams
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS
 from pyramid_flow.tokens import PrefixLayout, frame_tokens, prefix_layout

@@ -15,19 +15,17 @@ from pyramid_flow.checkpoint import Checkpoint, check_dtype, save_checkpoint
 from pyramid_flow.errors import InvalidValueError, NonFiniteError
 from pyramid_flow.fit import Memory, choose_placement
 from pyramid_flow.noise import NoiseSource, SeededNoise
-from pyramid_flow.pixels import ImageFit, decode_frames, encode_image, image_latent, image_pixels
-from pyramid_flow.placement import Placement, check_device
-from pyramid_flow.presets import EFFORTS, Preset, Quality
-from pyramid_flow.sampling import (
-    Cache,
+from pyramid_flow.params import (
     Guidance,
     GuidanceDecay,
-    OnStep,
     SamplingParams,
     Share,
     Steps,
-    generate_latents,
 )
+from pyramid_flow.pixels import ImageFit, decode_frames, encode_image, image_latent, image_pixels
+from pyramid_flow.placement import Placement, check_device
+from pyramid_flow.presets import EFFORTS, Preset, Quality
+from pyramid_flow.sampling import Cache, OnStep, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEncoder
 from pyramid_flow.transformer import PyramidTransformer

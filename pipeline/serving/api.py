@@ -40,7 +40,7 @@ from pipeline.serving.schemas import (
 from pipeline.serving.scrape import scraped
 from pipeline.serving.store import BusyError
 from pipeline.serving.tables import Job, Status
-from pyramid_flow.sampling import TEMPORAL_FACTOR
+from pyramid_flow.params import TEMPORAL_FACTOR
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from pipeline.serving.client import Fields
-from pyramid_flow.sampling import MAX_GUIDANCE, TEMPORAL_FACTOR
+from pyramid_flow.params import MAX_GUIDANCE, TEMPORAL_FACTOR
 
 IMAGE = "input_reference"
 

@@ -10,7 +10,7 @@ from pipeline.serving.creation import REQUEST_FIELDS, Remix
 from pipeline.serving.schemas import ErrorBody
 from pipeline.serving.tables import PRIORITIES
 from pyramid_flow import Preset
-from pyramid_flow.sampling import TEMPORAL_FACTOR
+from pyramid_flow.params import TEMPORAL_FACTOR
 
 Schema = dict[str, Any]
 Responses = dict[int | str, Schema]
