@@ -143,6 +143,7 @@ class RenderRequest(BaseModel):
             check_share("guided_share", value)
             if isinstance(value, tuple) and len(value) != NUM_LEVELS:
                 raise InvalidValueError("guided_share", list(value), f"is neither one share nor {NUM_LEVELS} shares")
+            return tuple(share + 0.0 for share in value) if isinstance(value, tuple) else value + 0.0
         return value
 
     @property
@@ -304,6 +305,7 @@ class Shape(NamedTuple):
 
 def sampling_params(requests: Sequence[ResolvedRequest]) -> SamplingParams:
     """Return the sampler's parameters for requests of one shape."""
+    assert len({request.shape for request in requests}) == 1
     return replace(
         requests[0].shape.sampling_params(),
         guidance_scale=[request.guidance_scale for request in requests],
@@ -325,7 +327,7 @@ def derived_seed(text: str) -> int:
 
 
 def _slashed(values: Steps | Share) -> str:
-    return "/".join(f"{value:g}" for value in (values if isinstance(values, tuple) else (values,) * NUM_LEVELS))
+    return "/".join(map(str, values if isinstance(values, tuple) else (values,) * NUM_LEVELS))
 
 
 def _check_trained(request: ResolvedRequest, preset: Preset) -> None:

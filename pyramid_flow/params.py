@@ -75,6 +75,8 @@ class SamplingParams:
             if decay is not None:
                 check_guidance("guidance_decay", decay)
         check_share("guided_share", self.guided_share)
+        if not isinstance(self.skip_last_step, bool):
+            raise InvalidValueError("skip_last_step", repr(self.skip_last_step), "is neither True nor False")
         for name in (*STEPS_FIELDS, *GUIDANCE_FIELDS, "guidance_decay", "guided_share"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, Sequence) else value)
@@ -99,7 +101,8 @@ class SamplingParams:
         """Return the evaluations of a unit at a level, in order."""
         counts = self.num_inference_steps if unit == 0 else self.video_num_inference_steps
         pairs = level.steps(_of_level(counts, level.index), skip_last=self.skip_last_step)
-        num_guided = math.ceil(_of_level(self.guided_share, level.index) * len(pairs)) if self.guided else 0
+        share = _of_level(self.guided_share, level.index) if self.guided else 0.0
+        num_guided = math.ceil(round(share * len(pairs), 9))  # 0.28 of 25 is 7
         return [Step(*pair, number < num_guided) for number, pair in enumerate(pairs)]
 
     def check(self, batch: int, num_levels: int) -> None:

@@ -51,11 +51,11 @@ class Effort:
 
     steps: float = 1.0
     skip_last_step: bool = False
-    guided_share: tuple[float, ...] | float = 1.0
+    guided_share: float = 1.0
 
 
 EFFORTS: dict[Quality, Effort] = {
-    "draft": Effort(steps=0.5, skip_last_step=True, guided_share=(1.0, 1.0, 0.5)),
+    "draft": Effort(steps=0.6, skip_last_step=True, guided_share=0.5),
     "standard": Effort(),
     "high": Effort(steps=1.5),
 }

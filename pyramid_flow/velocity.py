@@ -45,9 +45,8 @@ class VelocityField:
         history = self.transformer.embed_history(
             history_clips(finished, level), current, self.text, self.cache.num_frames(unit, level)
         )
-        if unit <= 1:  # the first unit has steps of its own
-            self._conditionings.pop(level, None)
-        conditionings = self._conditionings.setdefault(level, {})
+        # The first unit has steps of its own, each of which is taken once.
+        conditionings = self._conditionings.setdefault(level, {}) if unit else {}
 
         def velocity(latents: Tensor, step: int, timestep: float, is_guided: bool) -> Tensor:
             text = self.text if is_guided else self.positive
