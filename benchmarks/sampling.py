@@ -35,6 +35,7 @@ from pyramid_flow import (
 from pyramid_flow.flops import sampling_flops
 from pyramid_flow.pixels import decode_frames
 from pyramid_flow.pyramid import history_level
+from pyramid_flow.sampling import plan_cache
 from tests.pyramid_flow.plain_sampler import plain_latents
 
 SCHEDULE = PyramidSchedule()
@@ -159,6 +160,10 @@ def measure_flops() -> dict[str, Any]:
         for name, saved in STAGES.items()
     }
     shorter = {clip: replace(params, skip_last_step=True) for clip, params in CLIPS.items()}
+    table["the same, prompts of 40 tokens"] = {
+        clip: sum(sampling_flops(model, params, has_image=False, text_tokens=40)) / 1e15
+        for clip, params in CLIPS.items()
+    }
     table["and skip_last_step (not exact)"] = {
         clip: sum(sampling_flops(model, params, has_image=False)) / 1e15 for clip, params in shorter.items()
     }
@@ -253,9 +258,11 @@ def measure_clip(
 ) -> dict[str, Any]:
     text, negative = (random_text(model, batch, TEXT_TOKENS, device) for _ in range(2))
 
+    cached = plan_cache(model, SCHEDULE, params, text, negative).levels
+
     def sample(short: SamplingParams, on_step: Callable[[StepInfo], None] | None = None) -> Tensor:
         noise = SeededNoise(range(batch))
-        return generate_latents(model, SCHEDULE, text, negative, short, noise, on_step=on_step)
+        return generate_latents(model, SCHEDULE, text, negative, short, noise, cache=cached, on_step=on_step)
 
     def decode(latents: Tensor) -> None:
         for row in latents.split(1):
@@ -268,9 +275,10 @@ def measure_clip(
     decoding, _ = timed(device, lambda: decode(latents))
     first, _ = timed(device, lambda: decode(sample(replace(params, num_frames=9))))
     by_level = level_seconds(device, lambda on_step: sample(params, on_step))
-    flops = [batch * each for each in sampling_flops(model, params, has_image=False)]
+    flops = [batch * each for each in sampling_flops(model, params, has_image=False, cached=cached)]
     peak = next((speed for name, speed in PEAK_FLOPS.items() if name in device_name(device)), None)
     return {
+        "cached_levels": sorted(cached),
         "sampling_s": sampling,
         "decoding_s": decoding,
         "clip_s": (sampling + decoding) / batch,

@@ -100,7 +100,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
 
     costs = None
     if settings.dry_run or device != "cpu":  # else nothing depends on them, and counting FLOPs takes seconds per shape
-        estimate = flops_estimate(checkpoint, device, settings.tile)
+        estimate = flops_estimate(checkpoint, device, settings.tile, target.cache_gib)
         costs = expected_costs(worklist.num_rows_by_shape, read_measured(storage), estimate)
     return RenderJob(
         run=ledger.new_run_id(),

@@ -11,6 +11,7 @@ from pipeline.rows import Batch
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint, render_flops
 from pyramid_flow.fit import Tile
+from pyramid_flow.flops import LEVELS
 
 ASSUMED_FLOPS = {"cuda": 150e12, "cpu": 30e9}
 """Floating-point operations per second of one device that are assumed until a run has measured its own."""
@@ -106,15 +107,17 @@ def expected_costs(
     return Costs(_mean(common, estimates), measured=bool(known))
 
 
-def flops_estimate(checkpoint: Checkpoint, device: str, tile: Tile) -> Callable[[Shape], Seconds]:
-    """Return a function from a shape to its estimated seconds per row and stage on one device; auto = no tile.
+def flops_estimate(
+    checkpoint: Checkpoint, device: str, tile: Tile, cache_gib: float | None = None
+) -> Callable[[Shape], Seconds]:
+    """Return a function from a shape to its estimated seconds per row and stage on one device.
 
-    Sampling is taken to have memory for the whole history cache.
+    tile: auto = none; cache_gib: sampling is taken to have memory for the whole history cache, unless it is 0.
     """
-    side = None if tile == "auto" else tile
+    side, cached = None if tile == "auto" else tile, () if cache_gib == 0 else LEVELS
 
     def estimate(shape: Shape) -> Seconds:
-        flops = render_flops(checkpoint, shape.sampling_params(), has_image=shape.has_image, tile=side)
+        flops = render_flops(checkpoint, shape.sampling_params(), has_image=shape.has_image, tile=side, cached=cached)
         speed = ASSUMED_FLOPS[device]
         seconds = {"encode": flops.encode, "sample": flops.sample, "decode": flops.decode}
         return {stage: count / speed for stage, count in seconds.items()} | {"publish": ASSUMED_PUBLISH_S}

@@ -291,7 +291,18 @@ class RenderJob:
             return None
 
 
-COPIED = ("uri", "thumbnail_uri", "media_type", "bytes", "sha256", "latents_sha256", "frames", "batch_size", "tiling")
+COPIED = (
+    "uri",
+    "thumbnail_uri",
+    "media_type",
+    "bytes",
+    "sha256",
+    "latents_sha256",
+    "frames",
+    "batch_size",
+    "cached_levels",
+    "tiling",
+)
 """What a duplicate's ledger row takes from the row it repeats, beside its fate."""
 
 

@@ -28,7 +28,7 @@ from pyramid_flow.params import SamplingParams
 from pyramid_flow.pixels import quantized
 from pyramid_flow.placement import MemoryMode
 from pyramid_flow.pyramid import latent_pyramid
-from pyramid_flow.sampling import history_cache
+from pyramid_flow.sampling import plan_cache
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS, TextEmbedding
 from pyramid_flow.vae import temporal_chunks
@@ -87,9 +87,9 @@ def part_memory(
 
     batch_size: videos that are sampled together (they are encoded and decoded one by one); has_image: image-to-video;
     window, tile: as in `CausalVideoVAE.decode`; parts: of these only, None = of all. Activations are those of the
-    sampler's widest evaluation, of two prompts of full length, and of decoding the first chunks. Not counted is what a
-    device's libraries keep for themselves, such as workspaces, fragments and compiled kernels: leave some room. Reads
-    no weights. Raises CheckpointError.
+    sampler's widest evaluation, of two prompts of full length, and of decoding the first chunks. Not counted are the
+    history cache, which takes of what is left (see `plan_cache`), and what a device's libraries keep for themselves,
+    such as workspaces, fragments and compiled kernels: leave some room. Reads no weights. Raises CheckpointError.
     """
     peaks = {
         TRANSFORMER: partial(_sampling_peak, checkpoint, dtype, params, batch_size),
@@ -147,7 +147,7 @@ def _sampling_peak(checkpoint: Checkpoint, dtype: torch.dtype, params: SamplingP
     )
     negative = text if params.guided else None
     scale = torch.empty(batch_size, 1, 1, 1, 1, device=META)
-    no_cache = history_cache(transformer, schedule, params, text, negative, cache=False)
+    no_cache = plan_cache(transformer, schedule, params, text, negative, cache=False)
     with _peak() as peak:
         latents = torch.empty(params.latent_shape(batch_size, transformer.latent_channels), device=META)
         frame, *past = latents.split(1, dim=2)

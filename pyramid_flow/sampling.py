@@ -19,8 +19,11 @@ from pyramid_flow.tokens import PATCH
 from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.velocity import VelocityField
 
-CACHE_SHARE = 0.5
-"""Of free memory: what the history cache may take where no budget is given; the rest is for activations."""
+CACHE_SHARE, CPU_CACHE_SHARE = 0.5, 0.1
+"""Of free memory: what the history cache may take where no budget is given.
+
+The rest is for activations and for what decodes beside it; a host's memory is for other processes too.
+"""
 
 Cache = bool | Literal["auto"] | Collection[int]
 """Which levels keep a history cache: all, none, those that fit into a budget, or the given ones."""
@@ -66,11 +69,11 @@ def generate_latents(
 
     text, negative: one row per video (`negative` may have one row for all); image_latent: normalised [B,C,1,h,w], the
     finished first frame of image-to-video. cache: levels with a history cache, which saves work and changes nothing
-    beyond rounding; cache_bytes: budget of "auto", None = half of the free memory; cache_dtype: of what is stored, None
-    = the transformer's, in which it is exact. on_step may return a bool mask [B] over the rows as given: rows that are
-    False leave at once, for good, and when none is left the sampler stops. Returns normalised float32 latents
-    [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device. Raises InvalidValueError and
-    ShapeError.
+    beyond rounding; cache_bytes: budget of "auto", None = half of the device's free memory (a tenth on a CPU);
+    cache_dtype: of what is stored, None = the transformer's, in which it is exact. on_step may return a bool mask [B]
+    over the rows as given: rows that are False leave at once, for good, and when none is left the sampler stops.
+    Returns normalised float32 latents [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device.
+    Raises InvalidValueError and ShapeError.
     """
     batch, device, num_levels = len(text), transformer.device, len(schedule.levels)
     params.check(batch, num_levels)
@@ -80,8 +83,8 @@ def generate_latents(
     start_unit = len(finished)
     start = noise_pyramid(noise.initial(shape), num_levels)[0].to(device)
 
-    held = history_cache(transformer, schedule, params, text, negative, cache, cache_bytes, cache_dtype)
-    field = VelocityField(transformer, text, negative, held)
+    planned = plan_cache(transformer, schedule, params, text, negative, cache, cache_bytes, cache_dtype)
+    field = VelocityField(transformer, text, negative, planned)
     rows = torch.arange(batch)
     for unit in range(start_unit, params.num_units):
         scale = params.scale(unit, batch)[rows].to(device)
@@ -111,7 +114,7 @@ def generate_latents(
     return stack_frames(finished)
 
 
-def history_cache(
+def plan_cache(
     transformer: PyramidTransformer,
     schedule: PyramidSchedule,
     params: SamplingParams,
@@ -136,11 +139,14 @@ def history_cache(
     dtype, device = dtype or transformer.dtype, transformer.device
     if cache == "auto":
         rows = [len(text) * sum(1 + step.guided for step in params.steps(1, level)) for level in schedule.levels]
-        budget = CACHE_SHARE * free_bytes(device) if cache_bytes is None else cache_bytes
+        share = CPU_CACHE_SHARE if device.type == "cpu" else CACHE_SHARE
+        budget = share * free_bytes(device) if cache_bytes is None else cache_bytes
         levels: Collection[int] = fitting_levels(shape, rows, dtype, budget)
+    elif isinstance(cache, bool):
+        levels = range(num_levels) if cache else ()
+    elif isinstance(cache, Collection) and set(cache) <= set(range(num_levels)):
+        levels = cache
     else:
-        levels = (range(num_levels) if cache else ()) if isinstance(cache, bool) else cache
-    if not set(levels) <= set(range(num_levels)):
         raise InvalidValueError("cache", repr(cache), f"is not auto, True, False or some of the {num_levels} levels")
     return HistoryCache(shape, frozenset(levels), dtype, device)
 

@@ -30,7 +30,18 @@ ANNOUNCED_AT_ONCE, EXPIRED_AT_ONCE = 20, 1000
 ANNOUNCE_AGAIN_S, ANNOUNCE_MOST_S, ANNOUNCE_FOR_S = 30.0, 3600.0, 86400.0
 """When an end is told again: the wait doubles up to the most, until so long after the end."""
 
-RESULT = ("uri", "thumbnail_uri", "media_type", "bytes", "sha256", "latents_sha256", "batch_size", "device", "seconds")
+RESULT = (
+    "uri",
+    "thumbnail_uri",
+    "media_type",
+    "bytes",
+    "sha256",
+    "latents_sha256",
+    "batch_size",
+    "cached_levels",
+    "device",
+    "seconds",
+)
 """What is kept of a finished video's metadata."""
 
 

@@ -49,6 +49,13 @@ def test_the_stages_are_in_the_order_of_the_data():
     assert all(name in plan.describe() for name in POOLS)
 
 
+def test_the_budget_of_the_history_cache_reaches_the_sampler():
+    for gib in (None, 0, 12.5):
+        for layout in ("staged", "fused"):
+            model = arguments(planned("cpu", Resources(8, 0), cache_gib=gib, layout=layout))["sample"]["model"]
+            assert model.cache_gib == gib
+
+
 def placed_as_ray_does(shares, gpus):
     """Place each share on the fullest GPU that still holds it; returns how many found a place."""
     free = [1.0] * gpus

@@ -262,6 +262,24 @@ def test_decoding_that_never_fits_fails_its_row(model, preset, encode, sample, m
     assert not row.error.is_own_fault
 
 
+def test_a_budget_of_nothing_means_no_history_cache(model, preset, encode, sample):
+    encoded = encode(batch(item(preset, prompt="a ball", **SHAPE)))
+    [without], [usual] = (stage(encoded).items for stage in (Sample(replace(model, cache_gib=0)), sample))
+    assert (without.row.cached_levels, usual.row.cached_levels) == ((), (0,))
+    difference = without.tensors["latents"] - usual.tensors["latents"]
+    assert difference.norm() / usual.tensors["latents"].norm() <= 1e-5
+
+
+def test_a_batch_whose_cache_does_not_fit_is_sampled_in_halves(model, preset, encode):
+    """A row takes 0.22 MB at level 0 and 0.2 MB at level 1: two rows fit into 0.9 MB, of three only level 0 does."""
+    stage = Sample(replace(model, cache_gib=0.9e6 / 2**30))
+    items = [item(preset, prompt="a red ball", seed=seed, **SHAPE | {"num_frames": 25}) for seed in range(3)]
+    done = stage(encode(batch(*items))).items
+    assert [one.row.batch_size for one in done] == [1, 2, 2]
+    assert {one.row.cached_levels for one in done} == {(0, 1)}
+    assert [one.request.seed for one in done] == [0, 1, 2]
+
+
 def test_a_row_that_does_not_fit_is_sampled_without_a_history_cache(preset, encode, sample, monkeypatch):
     """And alone: with a cache only rows of one fit here, and the largest one not even by itself."""
     tried = []

@@ -23,6 +23,7 @@ from pyramid_flow import (
     render_flops,
 )
 from pyramid_flow.pixels import decode_frames, encode_image
+from pyramid_flow.pyramid import history_level
 from tests.pyramid_flow.goldens import TINY, manifest, randn, random_text
 
 DIT = "diffusion_transformer_384p"
@@ -164,9 +165,14 @@ def test_an_image_saves_the_first_steps(tiny):
 def test_guidance_doubles_the_sampling_and_the_prompts(tiny):
     guided, plain = (render_flops(tiny, replace(PARAMS, guidance_scale=scale), has_image=False) for scale in (4.0, 0.0))
     assert (guided.encode, guided.decode) == (2 * plain.encode, plain.decode)
-    assert (
-        1.99 * plain.sample < guided.sample < 2 * plain.sample
-    )  # both branches have one history, which is embedded once
+    history = 2 * 32 * 64 * sum(tokens_of_history(unit, level) for unit in range(3) for level in range(3))
+    assert guided.sample == 2 * plain.sample - history  # which is embedded once for both branches
+
+
+def tokens_of_history(unit: int, level: int) -> int:
+    """Count those that are not cached, of 64x128 pixels, whose frame has 2 tokens at level 0."""
+    cached = max(unit - 1 - level, 0)
+    return sum(2 * 4 ** history_level(unit - frame, level) for frame in range(cached, unit))
 
 
 def test_the_scales_of_a_batch_do_not_matter(tiny):

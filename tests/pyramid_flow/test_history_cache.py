@@ -83,14 +83,19 @@ def test_a_cached_row_does_not_depend_on_its_batch(family):
 
 
 @pytest.mark.parametrize("stop", [(2, 0, 0), (3, 2, 0), (4, 1, 0), (5, 0, 1)])
-def test_rows_that_leave_take_their_keys_along(family, stop):
-    text = random_text([3, 25, 11], family=family)
+@pytest.mark.parametrize("share", [1.0, (1.0, 0.5, 0.0)], ids=["guided", "partly guided"])
+@pytest.mark.parametrize("has_image", [False, True])
+def test_rows_that_leave_take_their_keys_along(family, stop, share, has_image):
+    text, params = random_text([3, 25, 11], family=family), replace(PARAMS, guided_share=share)
+    image = randn(3, 16, 1, 8, 8) if has_image else None
 
     def on_step(info):
         return torch.tensor([True, (info.unit, info.level, info.step) < stop, True])
 
-    left = sample(family, text, cache=True, on_step=on_step)
-    assert_run_equal(left, sample(family, rows(text, 0, 2), seeds=[0, 2], cache=True))
+    left = sample(family, text, params, image_latent=image, cache=True, on_step=on_step)
+    stayed = None if image is None else image[[0, 2]]
+    expected = sample(family, rows(text, 0, 2), params, seeds=[0, 2], image_latent=stayed, cache=True)
+    assert_run_equal(left, expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -168,13 +173,13 @@ def test_the_lowest_levels_are_cached_first():
 def test_auto_takes_what_fits(gib, levels):
     text = random_text([9])
     budget = None if gib is None else gib * 2**30
-    held = sampling.history_cache(tiny_transformer(), SCHEDULE, PARAMS, text, text, cache_bytes=budget)
+    held = sampling.plan_cache(tiny_transformer(), SCHEDULE, PARAMS, text, text, cache_bytes=budget)
     assert held.levels == levels
 
 
 def test_no_more_memory_is_taken_than_was_counted_and_it_is_taken_once(monkeypatch):
     text, taken = random_text([9]), []
-    held = sampling.history_cache(tiny_transformer(), SCHEDULE, PARAMS, text, text, cache=True)
+    held = sampling.plan_cache(tiny_transformer(), SCHEDULE, PARAMS, text, text, cache=True)
     counted = sum(held.shape.level_bytes(level.index, rows_of(level), torch.float32) for level in SCHEDULE.levels)
     step = HistoryCache.step
 

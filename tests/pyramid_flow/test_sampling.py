@@ -229,6 +229,8 @@ def test_a_share_of_the_steps_is_guided_from_the_first_one_on():
     flags = [[[step.guided for step in params.steps(unit, level)] for level in SCHEDULE.levels] for unit in (0, 1)]
     assert flags[0] == [[True] * 4, [True, True, False, False], [False] * 4]
     assert flags[1] == [[True] * 3, [True, True, False], [False] * 3]
+    odd = dataclasses.replace(params, num_inference_steps=25, guided_share=0.28)  # 7.000000000000001 in floats
+    assert sum(step.guided for step in odd.steps(0, SCHEDULE.levels[0])) == 7
     unguided = dataclasses.replace(params, guidance_scale=0)
     assert not any(step.guided for unit in (0, 1) for level in SCHEDULE.levels for step in unguided.steps(unit, level))
 
@@ -400,6 +402,7 @@ def test_masks_of_another_shape_are_refused(mask):
         ({"guidance_decay": -0.5}, "guidance_decay -0.5 is not between 0 and 30"),
         ({"guidance_decay": (None, float("nan"))}, "guidance_decay nan"),
         ({"min_guidance_scale": 31}, "min_guidance_scale 31"),
+        ({"skip_last_step": "false"}, "skip_last_step 'false' is neither True nor False"),
         ({"guided_share": 1.1}, "guided_share 1.1 is not between 0 and 1"),
         ({"guided_share": (1.0, 0.5, -1.0)}, "guided_share"),
         ({"video_guidance_scale": float("inf")}, "video_guidance_scale inf"),
@@ -410,7 +413,7 @@ def test_values_that_cannot_be_sampled_are_refused(values, message):
         SamplingParams(**{"height": 64, "width": 64, "num_frames": 9, **values})
 
 
-@pytest.mark.parametrize("cache", ["all", [3], [-1]])
+@pytest.mark.parametrize("cache", ["all", [3], [-1], None, 1])
 def test_other_levels_than_there_are_cannot_be_cached(cache):
     noise = SeededNoise([0])
     with pytest.raises(InvalidValueError, match=r"cache .* is not auto, True, False or some of the 3 levels"):
