@@ -212,7 +212,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return frames
 
     def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.dtype)
+        return x.to(self.device, self.dtype, memory_format=torch.channels_last_3d)
 
     def _check_pixels(self, pixels: Tensor) -> None:
         _check_shape("pixels", pixels, self.config["encoder_in_channels"], "1+8k, H, W")
@@ -240,7 +240,7 @@ def _run_chunk(
     def run(part: Tensor) -> Tensor:
         cache = FeatureCache(_moved(next(past), x.device) if past else None, keep=keep)
         out = network(part, cache)
-        features.append(_moved(cache.present, waiting))
+        features.append(_moved(cache.features, waiting))
         return out
 
     out = map_tiles(run, x, sides)
@@ -248,7 +248,7 @@ def _run_chunk(
 
 
 def _moved(features: Features, device: torch.device) -> Features:
-    return tuple(feature.to(device) for feature in features)
+    return {conv: feature.to(device) for conv, feature in features.items()}
 
 
 def _run_whole(network: Network, x: Tensor, window: int | None, sides: tuple[int, int] | None) -> Tensor:
