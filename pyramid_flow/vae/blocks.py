@@ -253,10 +253,7 @@ class Decoder(nn.Module):
             return self._rest(self.up_blocks, self._start(x, cache), cache)
         passing = FeatureCache(cache.features, keep=True)
         parts = [x[:, :, :1], x[:, :, 1:]] if is_first else [x]
-        out = torch.cat([self._rest(self.up_blocks, self._start(part, passing), passing) for part in parts], dim=2)
-        if cache.keep:
-            cache.features = passing.features
-        return out
+        return torch.cat([self._rest(self.up_blocks, self._start(part, passing), passing) for part in parts], dim=2)
 
     def _start(self, x: Tensor, cache: FeatureCache) -> Tensor:
         out: Tensor = self.mid_block(self.conv_in(x, cache), cache)

@@ -1,12 +1,10 @@
 """The causal convolution and the feature cache that lets a video pass through it in temporal chunks."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Features = Mapping[nn.Module, Tensor]
+Features = dict[nn.Module, Tensor]
 """Of each causal convolution the last input frames [B,C,1 or 2,h,w], which it needs again."""
 
 
@@ -18,12 +16,12 @@ def is_exact_inference(x: Tensor) -> bool:
 class FeatureCache:
     """What the convolutions remember of one video while it passes through them, chunk by chunk.
 
-    Each convolution takes its frames of the chunk before, if there was one, and leaves those that the next chunk needs
-    unless `keep` is False, for then none comes. No tensor is ever changed, nor is `past`.
+    Each convolution takes its frames of the chunk before from `features`, if there was one, and puts those that the
+    next chunk needs in their place, unless `keep` is False, for then none comes. No tensor is ever changed.
     """
 
-    def __init__(self, past: Features | None, *, keep: bool) -> None:
-        self.features = dict(past or {})
+    def __init__(self, features: Features | None, *, keep: bool) -> None:
+        self.features = {} if features is None else features
         self.keep = keep
 
     def before(self, conv: nn.Module) -> Tensor | None:
