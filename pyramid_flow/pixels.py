@@ -2,9 +2,9 @@
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ BARS = "black"
 """What a padded image has above and below, or left and right."""
 
 ImageFit = Literal["crop", "pad"]
+
+Item = TypeVar("Item")
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -148,15 +150,48 @@ def decode_frames(
     window: latents per chunk; tile: side of a spatial tile in pixels, None = no tiling. Memory is that of a chunk.
     """
     raw = statistics.denormalize(latents.float()).to(vae.device, vae.dtype)
-    for frames in vae.decode_stream(temporal_chunks(raw, window), tile=tile):
-        yield as_uint8(frames).cpu()
+    downloads: Iterator[Download] = map(Download, vae.decode_stream(temporal_chunks(raw, window), tile=tile))
+    if vae.device.type != "cpu":  # whoever takes the frames does so while the device works on the next ones
+        downloads = one_ahead(downloads)
+    for download in downloads:
+        yield download.frames()
+
+
+class Download:
+    """Decoded frames [B,3,N,H,W] on their way to the host as uint8 [B,N,H,W,3], copied once and without waiting.
+
+    The copy goes to pinned memory, of which PyTorch gives out the same again once the frames before have been dropped.
+    """
+
+    def __init__(self, decoded: Tensor) -> None:
+        self._levels = quantized(decoded).to("cpu", non_blocking=True)
+        self._is_finite = decoded.isfinite().all().to("cpu", non_blocking=True)
+        self._copied = None if decoded.device.type == "cpu" else torch.Event(decoded.device)
+        if self._copied:
+            self._copied.record()
+
+    def frames(self) -> Tensor:
+        """Wait for the frames; raises NonFiniteError for NaN, which would become black, and infinity."""
+        if self._copied:
+            self._copied.synchronize()
+        if not self._is_finite:
+            raise NonFiniteError("the decoded frames are not finite")
+        return self._levels
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield each item once the next one has been begun."""
+    begun = iter(items)
+    for item in begun:
+        for following in begun:
+            yield item
+            item = following
+        yield item
 
 
 def as_uint8(frames: Tensor) -> Tensor:
-    """Return `quantized` frames; raises NonFiniteError for NaN, which would become black, and infinity."""
-    if not frames.isfinite().all():
-        raise NonFiniteError("the decoded frames are not finite")
-    return quantized(frames)
+    """Return `quantized` frames on the CPU; raises NonFiniteError for NaN, which would become black, and infinity."""
+    return Download(frames).frames()
 
 
 def quantized(frames: Tensor) -> Tensor:

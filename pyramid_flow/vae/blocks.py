@@ -3,27 +3,48 @@
 Every block maps x [B,C,T,H,W] and a `FeatureCache` to [B,C',T',H',W']; only convolutions look across frames.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pyramid_flow.vae.conv import CausalConv3d, FeatureCache
+from pyramid_flow.vae.conv import CausalConv3d, FeatureCache, is_exact_inference
 
 GROUP_NORM_EPS = 1e-6
 
+SLICE_FRAMES = 2
+"""Frames that pass through a decoder's block at once: what two frames by four convolutions need."""
+
 
 class FrameGroupNorm(nn.GroupNorm):
-    """Group normalisation with statistics of one frame."""
+    """Group normalisation with statistics of one frame; the result is laid out channels-last.
+
+    Without gradients the sums are taken here: those of the CPU's channels-last kernel lose two digits in a large frame.
+    """
 
     def __init__(self, num_groups: int, num_channels: int) -> None:
         super().__init__(num_groups, num_channels, eps=GROUP_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = super().forward(rearrange(x, "b c t h w -> (b t) c h w"))
+        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        frames = self._normalized(frames) if is_exact_inference(x) else super().forward(frames)
+        frames = frames.contiguous(memory_format=torch.channels_last)
         return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        centred = x - self._of_groups(x.mean((2, 3)))
+        variance = self._of_groups(centred.square().mean((2, 3)))
+        scale = (variance + self.eps).rsqrt_().mul_(self.weight[:, None, None])
+        return torch.addcmul(self.bias[:, None, None], centred, scale, out=centred)
+
+    def _of_groups(self, of_channels: Tensor) -> Tensor:
+        """Average [N,C] over each group: [N,C,1,1]."""
+        means = of_channels.unflatten(1, (self.num_groups, -1)).mean(2)
+        repeated: Tensor = means.repeat_interleave(self.num_channels // self.num_groups, dim=1)
+        return repeated[:, :, None, None]
 
 
 def silu(normalised: Tensor) -> Tensor:
@@ -47,7 +68,7 @@ class ResnetBlock(nn.Module):
         hidden: Tensor = self.conv1(silu(self.norm1(x)), cache)
         hidden = self.conv2(silu(self.norm2(hidden)), cache)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, cache)
-        return hidden + shortcut
+        return hidden.add_(shortcut)
 
 
 class FrameAttention(nn.Module):
@@ -103,7 +124,7 @@ class SpatialUpsample(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         pixels: Tensor = self.conv(x, cache)
-        return rearrange(pixels, "b (c p1 p2) t h w -> b c t (h p1) (w p2)", p1=2, p2=2)
+        return rearrange(pixels, "b (c p1 p2) t h w -> b t (h p1) (w p2) c", p1=2, p2=2).movedim(-1, 1)
 
 
 class TemporalUpsample(nn.Module):
@@ -114,9 +135,10 @@ class TemporalUpsample(nn.Module):
         self.conv = CausalConv3d(channels, 2 * channels)
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        is_first = cache.before(self.conv) is None
         pairs: Tensor = self.conv(x, cache)
-        frames = rearrange(pairs, "b (c p) t h w -> b c (t p) h w", p=2)
-        return frames[:, :, 1:] if cache.is_first else frames
+        frames = rearrange(pairs, "b (c p) t h w -> b (t p) h w c", p=2).movedim(-1, 1)
+        return frames[:, :, 1:] if is_first else frames
 
 
 def _resnets(in_channels: int, out_channels: int, num_layers: int, num_groups: int) -> nn.ModuleList:
@@ -225,8 +247,24 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(last, out_channels)
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        x = self.mid_block(self.conv_in(x, cache), cache)
-        for block in self.up_blocks:
-            x = block(x, cache)
-        out: Tensor = self.conv_out(silu(self.conv_norm_out(x)), cache)
+        """Decode a chunk; for inference in slices, so that only the smallest features are there for all its frames."""
+        is_first = cache.before(self.conv_in) is None
+        if torch.is_grad_enabled() or (is_first and x.shape[2] == 1):
+            return self._rest(self.up_blocks, self._start(x, cache), cache)
+        passing = FeatureCache(cache.features, keep=True)
+        parts = [x[:, :, :1], x[:, :, 1:]] if is_first else [x]
+        return torch.cat([self._rest(self.up_blocks, self._start(part, passing), passing) for part in parts], dim=2)
+
+    def _start(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        out: Tensor = self.mid_block(self.conv_in(x, cache), cache)
         return out
+
+    def _rest(self, blocks: Iterable[nn.Module], x: Tensor, cache: FeatureCache) -> Tensor:
+        """Pass x through the blocks and the end: each slice of a block's result goes all the way before the next."""
+        block, *later = blocks
+        x = block(x, cache)
+        if not later:
+            out: Tensor = self.conv_out(silu(self.conv_norm_out(x)), cache)
+            return out
+        slices = [x] if torch.is_grad_enabled() else x.split(SLICE_FRAMES, dim=2)
+        return torch.cat([self._rest(later, each, cache) for each in slices], dim=2)

@@ -1,7 +1,7 @@
 """The causal video VAE: frames to latents and back, whole, in temporal chunks or in spatial tiles."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,8 @@ SCALE = 8
 
 TILE_MULTIPLE = 4 * SCALE
 """A tile is a whole number of latents, and so is the quarter of it that overlaps the next."""
+
+HOST = torch.device("cpu")
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -185,7 +187,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         state = None
         for latents in chunks:
-            frames, state = self.decode_chunk(latents, state, tile=tile)
+            frames, state = self._next_chunk(latents, state, tile)
             yield frames
 
     def decode_chunk(
@@ -198,6 +200,11 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         tile: as in `decode`, the same for all chunks of a video.
         Raises ShapeError or InvalidValueError for anything else.
         """
+        kept = state and replace(state, features=tuple(dict(features) for features in state.features))
+        return self._next_chunk(latents, kept, tile)
+
+    def _next_chunk(self, latents: Tensor, state: VAEState | None, tile: int | None) -> tuple[Tensor, VAEState]:
+        """Do what `decode_chunk` does, and let go of what the state holds as soon as it has been used."""
         self._check_latents(latents)
         sides = _decoder_sides(tile)
         _check_state(state, latents, sides)
@@ -212,7 +219,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return frames
 
     def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.dtype)
+        return x.to(self.device, self.dtype, memory_format=torch.channels_last_3d)
 
     def _check_pixels(self, pixels: Tensor) -> None:
         _check_shape("pixels", pixels, self.config["encoder_in_channels"], "1+8k, H, W")
@@ -230,17 +237,16 @@ def _run_chunk(
 ) -> tuple[Tensor, VAEState]:
     """Pass a video's next chunk [B,C,T,H,W] through the network, tile by tile; `sides` as in `map_tiles`.
 
-    Unless `keep`, no next chunk is expected and the returned state is empty.
+    The features of the given state are used up. Unless `keep`, no next chunk is expected and the new state is useless.
     """
     past = iter(state.features) if state else None
     features: list[Features] = []
 
-    waiting = torch.device("cpu") if sides else x.device
-
     def run(part: Tensor) -> Tensor:
-        cache = FeatureCache(_moved(next(past), x.device) if past else None, keep=keep)
+        given = next(past) if past else None
+        cache = FeatureCache(_moved(given, x.device) if given and sides else given, keep=keep)
         out = network(part, cache)
-        features.append(_moved(cache.present, waiting))
+        features.append(_moved(cache.features, HOST) if sides else cache.features)
         return out
 
     out = map_tiles(run, x, sides)
@@ -248,7 +254,7 @@ def _run_chunk(
 
 
 def _moved(features: Features, device: torch.device) -> Features:
-    return tuple(feature.to(device) for feature in features)
+    return {conv: feature.to(device) for conv, feature in features.items()}
 
 
 def _run_whole(network: Network, x: Tensor, window: int | None, sides: tuple[int, int] | None) -> Tensor:

@@ -133,13 +133,13 @@ def test_what_tiles_leave_for_their_next_chunk_is_in_host_memory(wide):
     latents = torch.zeros(1, 16, 3, 8, 16)
     measured_bytes = measured(lambda: list(decode_frames(vae, latents, checkpoint.preset.statistics, tile=96)))
     _, state = vae.decode_chunk(latents[:, :, :2], None, tile=96)
-    waiting = sum(feature.nbytes for features in state.features for feature in features)
+    waiting = sum(feature.nbytes for features in state.features for feature in features.values())
 
     def taken(width: int) -> int:
         return part_memory(checkpoint, torch.float32, SamplingParams(64, width, 33), tile=96)["vae"].activations
 
     assert measured_bytes - 2 * waiting < taken(128) < measured_bytes - waiting / 4  # here it is all one memory
-    assert taken(640) == pytest.approx(taken(128), rel=0.05)
+    assert 0 < taken(640) - taken(128) < waiting / 4  # the pixels of more tiles, not what those remember
 
 
 def test_encoding_prompts_takes_what_is_measured(toy):

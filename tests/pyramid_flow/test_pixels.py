@@ -9,7 +9,16 @@ from PIL import ExifTags, Image, features
 
 from pyramid_flow import InvalidValueError, LatentStatistics, NonFiniteError, ShapeError
 from pyramid_flow import pixels as pixels_module
-from pyramid_flow.pixels import as_uint8, decode_frames, encode_image, image_latent, image_pixels, open_image, upright
+from pyramid_flow.pixels import (
+    as_uint8,
+    decode_frames,
+    encode_image,
+    image_latent,
+    image_pixels,
+    one_ahead,
+    open_image,
+    upright,
+)
 from pyramid_flow.presets import PRESETS
 from tests.pyramid_flow.goldens import assert_forward_equal, assert_run_equal, randn, tensors, tiny_vae
 
@@ -72,6 +81,16 @@ def test_decoding_yields_chunks_and_leaves_the_latents_alone():
     assert torch.equal(latents, kept)
     again = list(decode_frames(tiny_vae(), latents, STATISTICS))
     assert all(torch.equal(one, two) for one, two in zip(chunks, again, strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_the_next_item_is_begun_before_one_is_given(count):
+    begun = []
+    given = one_ahead(begun.append(i) or i for i in range(count))
+    for number, item in enumerate(given):
+        assert item == number
+        assert begun == [*range(min(number + 2, count))]
+    assert len(begun) == count
 
 
 def test_decoding_records_no_gradients():

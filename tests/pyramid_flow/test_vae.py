@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,7 +17,10 @@ from pyramid_flow import Checkpoint
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.toy.world import draw_scene
 from pyramid_flow.vae import CausalVideoVAE, LatentDistribution, temporal_chunks
+from pyramid_flow.vae.blocks import FrameGroupNorm
+from pyramid_flow.vae.conv import CausalConv3d, FeatureCache
 from pyramid_flow.vae.tiling import blend, map_tiles, tile_origins
+from tests.pyramid_flow.plain_vae import PlainDecoder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT = GOLDEN / "checkpoints" / "tiny-miniflux" / "causal_video_vae"
@@ -86,6 +90,62 @@ def test_decode_matches_golden(vae, golden, latents, expected, options):
 )
 def test_encode_matches_golden(vae, golden, pixels, expected, options):
     assert_equal_within(moments(vae.encode_moments(golden[pixels], **options)), golden[expected])
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+@pytest.mark.parametrize("seed", range(4))
+def test_decoding_equals_the_plain_algorithm(seed, tile):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    channels, layers = [32 * rng.randint(1, 2) for _ in range(4)], [rng.randint(1, 2) for _ in range(4)]
+    vae = CausalVideoVAE(
+        encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=channels, decoder_layers_per_block=layers
+    ).eval()
+    latents = noise(rng.randint(1, 2), 16, rng.randint(1, 4), rng.randint(3, 6), rng.randint(3, 6), seed=seed)
+    expected = PlainDecoder(vae).decode(latents, rng.choice([1, 2, 3]), tile)
+    for window in (1, 2, 3, None):
+        assert_equal_within(vae.decode(latents, window=window, tile=tile), expected)
+
+
+def test_sums_over_large_frames_keep_their_digits():
+    norm = FrameGroupNorm(32, 32)
+    x = noise(1, 32, 1, 200, 200) + 3
+    expected = norm.double()(x.double())
+    assert_equal_within(norm.float()(x).double(), expected, 3e-7)
+
+
+def test_half_precision_decodes_as_the_plain_algorithm_does(golden):
+    vae = CausalVideoVAE.from_pretrained(CHECKPOINT, torch_dtype=torch.bfloat16)
+    latents = golden["latent"].bfloat16()
+    exact = golden["decoded"]
+    ours, plain = (frames.float() - exact for frames in (vae.decode(latents), PlainDecoder(vae).decode(latents, None)))
+    assert ours.abs().mean() < 1.2 * plain.abs().mean()
+
+
+@pytest.mark.parametrize("num_latents", [1, 2, 3])
+def test_gradients_are_those_of_the_plain_algorithm(vae, num_latents):
+    latents = noise(1, 16, num_latents, 2, 3)
+    parameters = {name: each for name, each in vae.named_parameters() if name.startswith(("decoder", "post_quant"))}
+
+    def gradients(decode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaf = latents.clone().requires_grad_()
+        return list(torch.autograd.grad(decode(leaf).square().mean(), [leaf, *parameters.values()]))
+
+    with torch.enable_grad():
+        pairs = zip(gradients(vae.decode), gradients(lambda x: PlainDecoder(vae).decode(x, None)), strict=True)
+    for ours, expected in pairs:
+        assert_equal_within(ours, expected)
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 1, 1)])
+@pytest.mark.parametrize("counts", [[1], [3], [1, 2, 2], [1, 4], [3, 2, 2], [5, 4]])
+def test_a_convolution_of_chunks_is_one_conv3d(stride, counts):
+    torch.manual_seed(0)
+    layer = CausalConv3d(3, 4, stride=stride)
+    x = noise(2, 3, sum(counts), 5, 7)
+    expected = F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), layer.conv.weight, layer.conv.bias, stride)
+    cache = FeatureCache(None, keep=True)
+    assert_equal_within(torch.cat([layer(chunk, cache) for chunk in x.split(counts, dim=2)], dim=2), expected)
 
 
 def test_default_model_is_the_published_one():
@@ -203,11 +263,11 @@ def test_a_batch_equals_its_rows(vae):
 def test_a_state_can_be_used_again(vae, tile):
     latents = noise(1, 16, 3, 6, 5)
     _, state = vae.decode_chunk(latents[:, :, :1], None, tile=tile)
-    kept = [feature.clone() for features in state.features for feature in features]
+    kept = [feature.clone() for features in state.features for feature in features.values()]
     once, _ = vae.decode_chunk(latents[:, :, 1:], state, tile=tile)
     again, _ = vae.decode_chunk(latents[:, :, 1:], state, tile=tile)
     assert torch.equal(once, again)
-    for feature, before in zip((f for features in state.features for f in features), kept, strict=True):
+    for feature, before in zip((f for features in state.features for f in features.values()), kept, strict=True):
         assert torch.equal(feature, before)
 
 
@@ -225,8 +285,8 @@ def test_a_state_holds_two_frames_per_convolution_and_nothing_else(vae, num_late
     _, state = vae.decode_chunk(noise(1, 16, num_latents, 4, 4), None)
     convolutions = [module for module in vae.decoder.modules() if getattr(module, "kernel_size", None) == (3, 3, 3)]
     (features,) = state.features
-    assert [feature.shape[2] for feature in features] == [2] * len(convolutions)
-    assert all(feature.untyped_storage().nbytes() == feature.nbytes for feature in features)
+    assert [feature.shape[2] for feature in features.values()] == [2] * len(convolutions)
+    assert all(feature.untyped_storage().nbytes() == feature.nbytes for feature in features.values())
 
 
 def test_inputs_are_never_modified(vae):
@@ -243,7 +303,7 @@ def test_results_have_the_dtype_of_the_parameters(golden):
     vae = CausalVideoVAE.from_pretrained(CHECKPOINT, torch_dtype=torch.bfloat16)
     frames, state = vae.decode_chunk(golden["latent"], None, tile=32)
     assert frames.dtype == torch.bfloat16
-    assert {feature.dtype for features in state.features for feature in features} == {torch.bfloat16}
+    assert {feature.dtype for features in state.features for feature in features.values()} == {torch.bfloat16}
     assert (frames - golden["decoded_tiled32"]).abs().mean() < 0.05
     assert vae.encode_moments(golden["image"]).mean.dtype == torch.bfloat16
 
