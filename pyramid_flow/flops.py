@@ -58,8 +58,8 @@ def render_flops(
 
     has_image: image-to-video; tile: side in pixels of the VAE decoder's tiles, None = no tiling; cached: levels with a
     history cache. Takes a second or two whatever the size. Counted is what `torch.utils.flop_counter` counts: matrix
-    products, convolutions and attention. They do not depend on dtype, device, attention kernel and the decoder's
-    window.
+    products, convolutions and attention, in half precision: in float32 the decoder trades a third of its products for
+    sums. They do not depend on device, attention kernel and the decoder's window.
 
     Prompts are taken to be as long as T5 gets them, 128 tokens, and CLIP 77. Shorter ones are padded for the encoders,
     but the sampler drops the pads: with 40 tokens it takes 3 % less than `sample` at 384p and 121 frames, 1 % less at
@@ -76,7 +76,7 @@ def render_flops(
         guidance_decay=None,
         min_guidance_scale=guidance,
     )
-    transformer, vae = checkpoint.empty_transformer(), checkpoint.empty_vae()
+    transformer, vae = checkpoint.empty_transformer(), nn.Module.to(checkpoint.empty_vae(), torch.bfloat16)
     image = _image_flops(vae, params) if has_image else 0
     latents = torch.empty(params.latent_shape(1, transformer.latent_channels), device=META)
     return RenderFlops(

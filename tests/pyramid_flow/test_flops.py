@@ -116,14 +116,14 @@ def test_an_image_alone_leaves_nothing_to_sample(tiny):
     ("num_frames", "tile"), [(1, None), (9, None), (25, None), (1, 64), (17, 64), (25, 96), (9, 128)]
 )
 def test_decoding_equals_a_counted_run(tiny, num_frames, tile):
-    vae, latents = tiny.load_vae(torch.float32, "cpu"), randn(1, 16, 1 + num_frames // 8, 8, 16)
+    vae, latents = tiny.load_vae(torch.bfloat16, "cpu"), randn(1, 16, 1 + num_frames // 8, 8, 16)
     expected = counted(lambda: list(decode_frames(vae, latents, tiny.preset.statistics, tile=tile)))
     params = replace(PARAMS, num_frames=num_frames)
     assert render_flops(tiny, params, has_image=False, tile=tile).decode == expected
 
 
 def test_decoding_takes_the_same_in_larger_chunks(tiny):
-    vae, latents = tiny.load_vae(torch.float32, "cpu"), randn(1, 16, 3, 8, 16)
+    vae, latents = tiny.load_vae(torch.bfloat16, "cpu"), randn(1, 16, 3, 8, 16)
     expected = counted(lambda: list(decode_frames(vae, latents, tiny.preset.statistics, window=2)))
     assert render_flops(tiny, PARAMS, has_image=False).decode == expected
 
