@@ -58,14 +58,10 @@ def timed(decode: Decode, latents: Tensor) -> tuple[float, float]:
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row per way of decoding."""
     shape = (1, 16, 1 + (arguments.frames - 1) // 8, *LATENT_SIZE)
-    meta, device = torch.device("meta"), torch.device(arguments.device)
-    work = {
-        name: gflop(run, torch.empty(shape, device=meta)) for name, run in decoders(meta, arguments.windows).items()
-    }
-    contestants = decoders(device, arguments.windows)
+    device = torch.device(arguments.device)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
-    for run in contestants.values():
-        run(latents[:, :, :2])
+    contestants = decoders(device, arguments.windows)
+    work = {name: gflop(run, latents) for name, run in contestants.items()}  # which warms them up
     rounds = []
     for _ in range(arguments.rounds):
         rounds.append({name: timed(run, latents) for name, run in contestants.items()})
