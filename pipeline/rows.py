@@ -67,7 +67,7 @@ class RenderRow(BaseModel):
     latents_sha256: str | None = None
     frames: int | None = None
     batch_size: int | None = None
-    cached_levels: tuple[int, ...] | None = None
+    cached_levels: list[int] | None = None
     tiling: int | None = None
     dtype: str | None = None
     device: str | None = None

@@ -87,7 +87,7 @@ class Sample(Stage):
                 on_step=watch,
             ).cpu()
         release_memory()  # which the cache took; others may share the device
-        how = {"batch_size": len(items), "cached_levels": tuple(sorted(cached))}
+        how = {"batch_size": len(items), "cached_levels": sorted(cached)}
         made = iter(latents.split(1))
         wanted = watch.wanted if watch else [True] * len(items)
         return [
