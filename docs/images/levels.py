@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pyramid_flow.pyramid import history_level
 from pyramid_flow.params import SPATIAL_FACTOR
+from pyramid_flow.pyramid import history_level
 from pyramid_flow.tokens import PATCH
 
 PICTURE = Path(__file__).with_name("levels.svg")
