@@ -1,4 +1,4 @@
-from tests.requirements import lacking
+from tests.requirements import lacking, packages
 
 
 def test_what_is_lacking_is_named_with_its_install_line():
@@ -13,3 +13,7 @@ def test_what_is_there_is_fine():
 
 def test_unmarked_tests_need_nothing():
     assert lacking(["ray", "slow"], find=lambda _: None) == []
+
+
+def test_packages_are_those_of_missing_programs():
+    assert packages(find=lambda program: None if program == "chromium" else f"/usr/bin/{program}") == ["chromium"]
