@@ -2,9 +2,9 @@
 
 Decodes random latents with a random VAE of middle size, by the plain algorithm of tests/pyramid_flow/plain_vae.py
 (window 1) and by the product in several windows, and both in tiles, on all cores of a machine that does nothing else.
-Every round runs all of them in turn; seconds are medians, a ratio is the median of the ratios within a round. A ratio counts if the plain algorithm
-reaches at least 80 % of the product's FLOP/s: then it is the work that differs. Memory is the peak beyond what was
-there before the decoding, see `benchmarks.decode_memory`.
+Every round runs all of them in turn; seconds are medians, a ratio is the median of the ratios within a round. A ratio
+counts if the plain algorithm reaches at least 80 % of the product's FLOP/s: then it is the work that differs. Memory is
+the peak beyond what was there before the decoding, see `benchmarks.decode_memory`.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """How much work is sampling, and how fast is it?
 
 flops: PFLOP per clip of the published miniFLUX transformer, with every saving in turn, from formulas that are checked
-against `torch.utils.flop_counter` on the meta device. cpu: seconds of a random model of middle size on all cores against
-the published algorithm (tests/pyramid_flow/plain_sampler.py), the two in turns, on a machine that does nothing else;
-the ratio counts only if the published algorithm computes at 80 % of the product's speed. device: seconds, memory and utilisation by level of the full-size
-model with random weights on an accelerator; --tiny tries that part anywhere.
+against `torch.utils.flop_counter` on the meta device. cpu: seconds of a random model of middle size, on all cores of a
+machine that does nothing else, against the published algorithm (tests/pyramid_flow/plain_sampler.py), the two in
+turns; the ratio counts only if the published algorithm computes at 80 % of the product's speed. device: seconds,
+memory and utilisation by level of the full-size model with random weights on an accelerator; --tiny tries that part
+anywhere.
 """
 
 import argparse
