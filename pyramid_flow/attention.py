@@ -1,7 +1,7 @@
 """Rotary position embedding and the attention of both transformers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyramid_flow.history_cache import BlockCache
+from pyramid_flow.parallel import HeadExchange
 from pyramid_flow.tokens import PrefixLayout
 
 ROPE_BASE = 10000.0
@@ -120,15 +121,32 @@ def attention(layout: PrefixLayout, pads: Sequence[int], device: torch.device) -
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What a block's attention needs beside its tokens; cache: of keys and values that come before theirs."""
+    """What a block's attention needs beside its tokens.
+
+    cache: of keys and values that come before theirs; exchange: with the processes that hold the other tokens.
+    """
 
     rotary: RotaryTable
     attention: Attention
     cache: BlockCache | None = None
+    exchange: HeadExchange | None = None
+
+    def last(self, num_tokens: int) -> "AttentionContext":
+        """Return the context of a block in which only the last tokens ask, the current frame's."""
+        exchange = None if self.exchange is None else self.exchange.last()
+        return replace(self, attention=self.attention.last(num_tokens), exchange=exchange)
+
+    def asking(self, tokens: Tensor) -> Tensor:
+        """Return the last of some tokens [B,S,D], those that ask: [B,Q,D]."""
+        count = self.attention.num_queries if self.exchange is None else self.exchange.num_queries
+        return tokens[:, tokens.shape[1] - count :]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with the last Q of the S tokens that are evaluated: q [B,H,Q,D], k, v [B,H,S,D] -> [B,Q,H*D]."""
+        if self.exchange is not None:
+            q, k, v = self.exchange.to_heads(q, k, v)
         q, k = self.rotary.rotate(q), self.rotary.rotate(k)
         if self.cache is not None:
             k, v = self.cache.extend(k, v)
-        return self.attention(q, k, v)
+        mixed = self.attention(q, k, v)
+        return mixed if self.exchange is None else self.exchange.to_tokens(mixed)

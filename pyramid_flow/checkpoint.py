@@ -115,6 +115,12 @@ class Checkpoint:
         return known[name]
 
     @property
+    def num_attention_heads(self) -> int:
+        """Of the transformer; what several devices can share it by."""
+        heads: int = self.empty_transformer().config["num_attention_heads"]
+        return heads
+
+    @property
     def text_layout(self) -> TextLayout:
         """Where the text encoders lie."""
         return TEXT_LAYOUTS[self.family]

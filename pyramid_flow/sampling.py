@@ -10,6 +10,7 @@ from torch import Tensor
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.history_cache import CacheShape, HistoryCache, fitting_levels
 from pyramid_flow.noise import NoiseSource
+from pyramid_flow.parallel import ALONE, Parallel
 from pyramid_flow.params import SamplingParams
 from pyramid_flow.placement import free_bytes
 from pyramid_flow.pyramid import keep_rows, latent_pyramid, noise_pyramid, stack_frames
@@ -64,6 +65,7 @@ def generate_latents(
     cache_bytes: float | None = None,
     cache_dtype: torch.dtype | None = None,
     on_step: OnStep | None = None,
+    parallel: Parallel = ALONE,
 ) -> Tensor:
     """Generate a latent video frame by frame, and each frame level by level.
 
@@ -72,6 +74,8 @@ def generate_latents(
     beyond rounding; cache_bytes: budget of "auto", None = half of the device's free memory (a tenth on a CPU);
     cache_dtype: of what is stored, None = the transformer's, in which it is exact. on_step may return a bool mask [B]
     over the rows as given: rows that are False leave at once, for good, and when none is left the sampler stops.
+    parallel: this process' place among those that are called alike (with the same levels, and the same answers of
+    on_step) and share the work, see `Team`.
     Returns normalised float32 latents [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device.
     Raises InvalidValueError and ShapeError.
     """
@@ -83,8 +87,8 @@ def generate_latents(
     start_unit = len(finished)
     start = noise_pyramid(noise.initial(shape), num_levels)[0].to(device)
 
-    planned = plan_cache(transformer, schedule, params, text, negative, cache, cache_bytes, cache_dtype)
-    field = VelocityField(transformer, text, negative, planned)
+    planned = plan_cache(transformer, schedule, params, text, negative, cache, cache_bytes, cache_dtype, parallel)
+    field = VelocityField(transformer, text, negative, planned, parallel)
     rows = torch.arange(batch)
     for unit in range(start_unit, params.num_units):
         scale = params.scale(unit, batch)[rows].to(device)
@@ -123,14 +127,15 @@ def plan_cache(
     cache: Cache = "auto",
     cache_bytes: float | None = None,
     dtype: torch.dtype | None = None,
+    parallel: Parallel = ALONE,
 ) -> HistoryCache:
-    """Return the empty history cache of a batch; see `generate_latents`."""
+    """Return the empty history cache of a batch, of this process' share; see `generate_latents`."""
     num_levels, prompts = len(schedule.levels), [text] if negative is None else [text, negative]
     scale = 2 ** (num_levels - 1) * PATCH
     _, _, num_units, height, width = params.latent_shape(len(text), transformer.latent_channels)
     shape = CacheShape(
         num_blocks=len(transformer.blocks),
-        num_heads=transformer.config["num_attention_heads"],
+        num_heads=transformer.config["num_attention_heads"] // parallel.ways.sequence,
         head_dim=transformer.config["attention_head_dim"],
         text_tokens=max(int(prompt.mask.sum(dim=1).max()) for prompt in prompts),
         frame_tokens=(height // scale) * (width // scale),
@@ -138,7 +143,11 @@ def plan_cache(
     )
     dtype, device = dtype or transformer.dtype, transformer.device
     if cache == "auto":
-        rows = [len(text) * sum(1 + step.guided for step in params.steps(1, level)) for level in schedule.levels]
+        branches = 2 // parallel.ways.guidance  # of a guided step
+        rows = [
+            len(text) * sum(branches if step.guided else 1 for step in params.steps(1, level))
+            for level in schedule.levels
+        ]
         share = CPU_CACHE_SHARE if device.type == "cpu" else CACHE_SHARE
         budget = share * free_bytes(device) if cache_bytes is None else cache_bytes
         levels: Collection[int] = fitting_levels(shape, rows, dtype, budget)

@@ -2,8 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from pyramid_flow.attention import AttentionContext, RotaryTable, attention, rot
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.history_cache import BlockCache
 from pyramid_flow.layers import BlockConditioning, ConditioningEmbedding, Modulation, Vectors, modulate
+from pyramid_flow.parallel import HeadExchange, SequenceGroup
 from pyramid_flow.placement import execution_device
 from pyramid_flow.text import TextEmbedding
 from pyramid_flow.tokens import PATCH, PrefixLayout, position_ids, prefix_layout, unpatchify
@@ -167,28 +167,40 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
         text: TextState,
         history: HistoryState,
         cache: Sequence[BlockCache] | None = None,
+        group: SequenceGroup | None = None,
     ) -> Tensor:
         """Return the velocity of the current frame.
 
         latents [B,C,1,h,w] on the level's grid. cache: one per block; holds the keys and values of what `history`
-        leaves out, and gets those of what it is to keep. Returns [B,C,1,h,w].
+        leaves out, and gets those of what it is to keep. group: processes that are given the same and share the
+        work; the cache then has this process' heads. Returns [B,C,1,h,w].
         """
         if tuple(latents.shape) != (len(text.tokens), *history.current):
             raise ShapeError("latents", str([len(text.tokens), *history.current]), tuple(latents.shape))
         current = self._embed_clips([latents], history.positions)
         copies = len(latents) // len(history.tokens)  # one per guidance branch
-        image = torch.cat([history.tokens.repeat(copies, 1, 1), current], dim=1)
+        evaluated = text.tokens if history.has_text else text.tokens[:, :0]
+        streams = [evaluated, history.tokens.repeat(copies, 1, 1), current]
+        exchange = None
+        if group is not None:
+            exchange = HeadExchange(group, tuple(stream.shape[1] for stream in streams))
+            streams = [group.share(stream) for stream in streams]
 
         asked = attention(history.layout, text.pads, latents.device)
-        num_blocks = len(self.blocks)
-        asking = [asked] * (num_blocks - 1) + [asked.last(current.shape[1])]
-        contexts = map(AttentionContext, repeat(history.rotary), asking, cache or repeat(None))
-        conditionings: Sequence[BlockConditioning] = conditioning.blocks or [conditioning.activated] * num_blocks
+        every = AttentionContext(history.rotary, asked, exchange=exchange)
+        contexts = [every] * (len(self.blocks) - 1) + [every.last(current.shape[1])]
+        if cache is not None:
+            contexts = [replace(context, cache=own) for context, own in zip(contexts, cache, strict=True)]
+        conditionings: Sequence[BlockConditioning] = conditioning.blocks or [conditioning.activated] * len(contexts)
         inputs = list(zip(conditionings, contexts, strict=True))
 
-        out = self._run_blocks(image, text.tokens if history.has_text else None, inputs)
+        image = torch.cat(streams[1:], dim=1)
+        out = self._run_blocks(image, streams[0] if history.has_text else None, inputs)
         scale, shift = conditioning.out or self.norm_out(conditioning.activated)
-        return unpatchify(self.proj_out(modulate(out, shift, scale)), *latents.shape[-2:])
+        patches = self.proj_out(modulate(out, shift, scale))
+        if group is not None:
+            patches = group.gather(patches, current.shape[1])
+        return unpatchify(patches, *latents.shape[-2:])
 
     def _position_map(self, height: int, width: int) -> Tensor | None:
         """Return the positions [1,D,h,w] to add to a current frame of so many patches, if the model adds any."""

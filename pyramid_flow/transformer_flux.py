@@ -53,14 +53,14 @@ class SingleBlock(nn.Module):
         return (self.norm(activated),)
 
     def forward(self, z: Tensor, conditioning: BlockConditioning, context: AttentionContext) -> Tensor:
-        """z [B,S,D] -> the last `attention.num_queries` tokens [B,Q,D]."""
+        """z [B,S,D] -> the last of its tokens, those that ask [B,Q,D]."""
         vectors = self.modulation(conditioning) if isinstance(conditioning, Tensor) else conditioning
         [(shift, scale, gate)] = vectors
         tokens = modulate(z, shift, scale)
-        asking = tokens[:, -context.attention.num_queries :]
+        asking = context.asking(tokens)
         mlp = F.gelu(self.proj_mlp(asking), approximate="tanh")
         features = torch.cat([self.attn(asking, tokens, context), mlp], dim=-1)
-        return torch.addcmul(z[:, -asking.shape[1] :], gate, self.proj_out(features))
+        return torch.addcmul(context.asking(z), gate, self.proj_out(features))
 
 
 class PyramidFluxTransformer(PyramidTransformer):

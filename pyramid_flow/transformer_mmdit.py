@@ -99,14 +99,13 @@ class LastJointBlock(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor | None, conditioning: BlockConditioning, context: AttentionContext
     ) -> tuple[Tensor, None]:
-        """x [B,S,D], y [B,L,D], None where its keys and values are cached -> the last `num_queries` of x, [B,Q,D]."""
+        """x [B,S,D], y [B,L,D], None where its keys and values are cached -> those of x that ask, [B,Q,D]."""
         vectors = self.modulation(conditioning) if isinstance(conditioning, Tensor) else conditioning
         (shift1, scale1, gate1, shift2, scale2, gate2), (y_scale, y_shift) = vectors  # text's in this order here
 
-        last = slice(-context.attention.num_queries, None)
         tokens = modulate(x, shift1, scale1)
         y = None if y is None else modulate(y, y_shift, y_scale)
-        x = torch.addcmul(x[:, last], gate1, self.attn(tokens[:, last], tokens, y, context))
+        x = torch.addcmul(context.asking(x), gate1, self.attn(context.asking(tokens), tokens, y, context))
         x = torch.addcmul(x, gate2, self.ff(modulate(x, shift2, scale2)))
         return x, None
 

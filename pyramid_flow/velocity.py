@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyramid_flow.history_cache import HistoryCache
+from pyramid_flow.parallel import ALONE, Parallel
 from pyramid_flow.pyramid import history_clips
 from pyramid_flow.text import TextEmbedding, concatenate
 from pyramid_flow.transformer import Conditioning, PyramidTransformer
@@ -15,19 +16,28 @@ Velocity = Callable[[Tensor, int, float, bool], Tensor]
 
 
 class VelocityField:
-    """v_neg + scale (v_pos - v_neg), or v_pos alone where a step is not guided; both branches go as one batch.
+    """v_neg + scale (v_pos - v_neg), or v_pos alone where a step is not guided.
+
+    Both branches go as one batch, or each to its own processes; a step that is not guided they all take alike.
 
     Computed once per prompt: its embedding; once per prompt and timestep: conditioning and all modulations; once per
     unit and level: embedded history and rotary angles; and what `cache` holds.
     """
 
     def __init__(
-        self, transformer: PyramidTransformer, text: TextEmbedding, negative: TextEmbedding | None, cache: HistoryCache
+        self,
+        transformer: PyramidTransformer,
+        text: TextEmbedding,
+        negative: TextEmbedding | None,
+        cache: HistoryCache,
+        parallel: Parallel = ALONE,
     ) -> None:
         """text, negative: one row per video; negative may be None if no step is guided."""
-        self.transformer, self.cache = transformer, cache
-        self.text = transformer.embed_text(text if negative is None else concatenate([negative, text]))
-        self.positive = self.text.select(torch.arange(len(self.text.pads))[-len(text) :])
+        self.transformer, self.cache, self.parallel = transformer, cache, parallel
+        prompts = transformer.embed_text(text if negative is None else concatenate([negative, text]))
+        rows = torch.arange(len(prompts.pads))
+        self.text = prompts if negative is None else prompts.select(parallel.own_branch(rows))
+        self.positive = prompts.select(rows[-len(text) :])
         self._conditionings: dict[int, dict[int, Conditioning]] = {}
 
     def at(
@@ -56,10 +66,12 @@ class VelocityField:
                 conditionings[step] = self.transformer.condition(times, text, ahead=True)
             cached = self.cache.step(unit, level, step, rows)
             frames = latents.repeat(rows // len(latents), 1, 1, 1, 1)
-            predicted: Tensor = self.transformer(frames, conditionings[step], text, history, cached).float()
+            predicted: Tensor = self.transformer(
+                frames, conditionings[step], text, history, cached, self.parallel.sequence
+            ).float()
             if not is_guided:
                 return predicted
-            negative, positive = predicted.chunk(2)
+            negative, positive = self.parallel.all_branches(predicted).chunk(2)
             return negative + scale * (positive - negative)
 
         return velocity

@@ -11,11 +11,21 @@ from torch import Tensor
 from pipeline.request import sampling_params
 from pipeline.rows import Item
 from pipeline.stages.stage import ModelConfig, Stage
-from pyramid_flow import NonFiniteError, PyramidSchedule, SeededNoise, StepInfo, TextEmbedding, generate_latents
+from pyramid_flow import (
+    Checkpoint,
+    NonFiniteError,
+    PyramidSchedule,
+    SeededNoise,
+    StepInfo,
+    TextEmbedding,
+    generate_latents,
+)
 from pyramid_flow.memory import TRANSFORMER
+from pyramid_flow.parallel import ALONE
 from pyramid_flow.pixels import image_latent
 from pyramid_flow.placement import release_memory
 from pyramid_flow.sampling import plan_cache
+from pyramid_flow.team import Team
 from pyramid_flow.text import concatenate
 from pyramid_flow.vae import LatentDistribution
 
@@ -47,6 +57,8 @@ class Sample(Stage):
         self.placement = model.placement(checkpoint, (TRANSFORMER,))
         self.transformer = self.placement.place(checkpoint.load_transformer(model.torch_dtype, "cpu"))
         self.schedule = PyramidSchedule()
+        self.team = _team(model, checkpoint) if model.gpus_per_clip > 1 else None
+        self.generate = self.team.generate if self.team else generate_latents
 
     def process(self, items: Sequence[Item]) -> list[Item]:
         """Sample the rows together; each has its own noise and guidance.
@@ -76,7 +88,7 @@ class Sample(Stage):
         watch = self.watch(items) if self.watch else None
         with self.placement.working(self.transformer):
             cached = self._cached_levels(items, cache_bytes)
-            latents = generate_latents(
+            latents = self.generate(
                 self.transformer,
                 self.schedule,
                 *_embeddings(items),
@@ -99,7 +111,10 @@ class Sample(Stage):
         """Return the levels that have a history cache if some rows are sampled together."""
         params = sampling_params([item.request for item in items])
         text, negative = _embeddings(items)
-        planned = plan_cache(self.transformer, self.schedule, params, text, negative, cache_bytes=cache_bytes)
+        parallel = self.team.parallel if self.team else ALONE
+        planned = plan_cache(
+            self.transformer, self.schedule, params, text, negative, cache_bytes=cache_bytes, parallel=parallel
+        )
         return frozenset(planned.levels)
 
     def _sampled(self, item: Item, latents: Tensor, how: Mapping[str, object]) -> Item:
@@ -112,6 +127,12 @@ class Sample(Stage):
             dtype=self.model.dtype,
             device=_device_name(self.placement.device),
         )
+
+
+def _team(model: ModelConfig, checkpoint: Checkpoint) -> Team:
+    threads = max(1, model.threads // model.gpus_per_clip)
+    torch.set_num_threads(threads)
+    return Team(checkpoint, model.torch_dtype, torch.device(model.device).type, model.gpus_per_clip, threads)
 
 
 def _stacked(items: Sequence[Item], name: str) -> Tensor:

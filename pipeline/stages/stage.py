@@ -14,6 +14,7 @@ from pyramid_flow import Checkpoint
 from pyramid_flow.checkpoint import DTYPES
 from pyramid_flow.fit import SMALLER_TILES, Memory, choose_placement
 from pyramid_flow.placement import Placement, free_bytes, process_bytes, release_memory
+from pyramid_flow.team import TeamError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class ModelConfig:
 
     threads: CPU threads of the worker's tensor operations; lora: adapters, as `Checkpoint.open` takes them; memory: see
     `PyramidFlowPipeline.from_pretrained`; together: whether one process loads all stages; cache_gib: of the sampler's
-    history cache, None = half of the memory that is free.
+    history cache, None = half of the memory that is free; gpus_per_clip: devices that share every batch of a sampler.
     """
 
     path: str
@@ -36,6 +37,7 @@ class ModelConfig:
     memory: Memory = "auto"
     together: bool = False
     cache_gib: float | None = None
+    gpus_per_clip: int = 1
 
     def open(self) -> Checkpoint:
         """Open the checkpoint and limit this process to its threads."""
@@ -92,7 +94,7 @@ class Stage(ABC):
     def _attempt(self, items: Sequence[Item]) -> list[Item]:
         try:
             return self.process(items)
-        except torch.AcceleratorError:
+        except (torch.AcceleratorError, TeamError):
             raise  # a device-side assert, say: every later call would fail too
         except Exception as caught:  # noqa: BLE001 - recorded in the row, or tried again row by row
             error = caught.with_traceback(None)  # whose frames would keep the attempt's tensors while rows are retried
