@@ -28,6 +28,7 @@ from pipeline.storage import Storage
 from pipeline.worklist import RowRules, scan
 from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.parallel import split_ways
 
 EXIT_SOME_FAILED = 3
 
@@ -78,6 +79,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     """Check everything that can be checked before a model is loaded; raises a PyramidFlowError if the job is wrong."""
     checkpoint = Checkpoint.open(settings.model, settings.variant, settings.lora)
     checkpoint.check()
+    split_ways(settings.gpus_per_clip, checkpoint.num_attention_heads)
     parts = list_parts(settings.input)
     storage = Storage(settings.output)
     check_apart(settings.input, storage.uri)
@@ -100,7 +102,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
 
     costs = None
     if settings.dry_run or device != "cpu":  # else nothing depends on them, and counting FLOPs takes seconds per shape
-        estimate = flops_estimate(checkpoint, device, settings.tile, target.cache_gib)
+        estimate = flops_estimate(checkpoint, device, settings.tile, target.cache_gib, target.gpus_per_clip)
         costs = expected_costs(worklist.num_rows_by_shape, read_measured(storage), estimate)
     return RenderJob(
         run=ledger.new_run_id(),
@@ -145,6 +147,8 @@ def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, 
         gpu_shares=settings.gpu_shares,
         encoder_threads=settings.ffmpeg_threads,
         layout=settings.layout,
+        gpus_per_clip=settings.gpus_per_clip,
+        places=settings.places,
     )
 
 
@@ -207,7 +211,10 @@ def _resources(settings: RenderSettings, stack: ExitStack) -> Resources:
         found = Resources(os.cpu_count() or 1, torch.cuda.device_count())
         if (settings.gpus or 0) > found.gpus:
             raise PlanError(f"--gpus {settings.gpus}: this machine has {found.gpus}")
-    return found if settings.gpus is None else Resources(found.cpus, settings.gpus)
+    if settings.gpus is None and settings.cpus is None:
+        return found
+    cpus, gpus = settings.cpus or found.cpus, found.gpus if settings.gpus is None else settings.gpus
+    return Resources(cpus, gpus, () if gpus != found.gpus else found.nodes)
 
 
 def _device(settings: RenderSettings, resources: Resources) -> str:

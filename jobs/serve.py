@@ -30,6 +30,7 @@ from pipeline.serving.store import Store
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.parallel import split_ways
 
 APPLICATION, PAGE = "pyramid-render", "pyramid-render-page"
 MIN_SECRET_BYTES = 24
@@ -76,6 +77,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
     """Check everything that can be checked before a cluster is used; raises a PyramidFlowError."""
     checkpoint = Checkpoint.open(settings.model, settings.variant, settings.lora)
     checkpoint.check()
+    split_ways(settings.gpus_per_clip, checkpoint.num_attention_heads)
     device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()) else "cpu"
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
     _check_webhook(settings.webhook_url)
@@ -83,7 +85,8 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
     database = settings.database or _database_in(output)
     Storage(output).probe()
     Store(database).close()
-    shares = {"encode": settings.encode_gpus, "sample": settings.sample_gpus, "decode": settings.decode_gpus}
+    sampler = settings.sample_gpus if settings.gpus_per_clip == 1 else settings.gpus_per_clip
+    shares = {"encode": settings.encode_gpus, "sample": sampler, "decode": settings.decode_gpus}
     return ServiceConfig(
         model=checkpoint.path,
         variant=checkpoint.variant,
@@ -103,6 +106,8 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
         min_samplers=settings.min_sample_replicas,
         scale_down_s=settings.scale_down_s,
         gpus=shares if device == "cuda" else {},
+        gpus_per_clip=settings.gpus_per_clip,
+        places=settings.places,
         threads=settings.threads,
         tile=settings.tile,
         cache_gib=None if settings.cache_gib == "auto" else settings.cache_gib,

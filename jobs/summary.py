@@ -6,10 +6,10 @@ import pyarrow.compute as pc
 from pipeline.costs import Costs
 from pipeline.job import RenderJob
 from pipeline.plan import Plan, PlanError
+from pipeline.stages import STAGES
 from pipeline.worklist import Fate
 
 SUMMARY_COLUMNS = ("id", "status", "error_message")
-STAGES = ("encode", "sample", "decode", "publish")
 SHOWN_REASONS = 5
 
 
@@ -72,7 +72,8 @@ def _measured(job: RenderJob) -> list[str]:
         return []
     lines = [f"  seconds per video: {stage_seconds(costs)}; batches {100 * fill:.0f} % full"]
     if job.plan.num_gpus:
-        lines.append(f"  GPU-seconds per video: {job.plan.device_seconds(costs):.3g}")
+        gpu_seconds = job.plan.device_seconds(costs) * job.plan.gpus_per_clip
+        lines.append(f"  GPU-seconds per video: {gpu_seconds:.3g}")
     return [*lines, f"  planned by these costs: {_advice(job, costs)}"]
 
 

@@ -108,18 +108,19 @@ def expected_costs(
 
 
 def flops_estimate(
-    checkpoint: Checkpoint, device: str, tile: Tile, cache_gib: float | None = None
+    checkpoint: Checkpoint, device: str, tile: Tile, cache_gib: float | None = None, gpus_per_clip: int = 1
 ) -> Callable[[Shape], Seconds]:
     """Return a function from a shape to its estimated seconds per row and stage on one device.
 
-    tile: auto = none; cache_gib: sampling is taken to have memory for the whole history cache, unless it is 0.
+    tile: auto = none; cache_gib: sampling is taken to have memory for the whole history cache, unless it is 0;
+    gpus_per_clip: each is taken to do its full share.
     """
     side, cached = None if tile == "auto" else tile, () if cache_gib == 0 else LEVELS
 
     def estimate(shape: Shape) -> Seconds:
         flops = render_flops(checkpoint, shape.sampling_params(), has_image=shape.has_image, tile=side, cached=cached)
         speed = ASSUMED_FLOPS[device]
-        seconds = {"encode": flops.encode, "sample": flops.sample, "decode": flops.decode}
+        seconds = {"encode": flops.encode, "sample": flops.sample / gpus_per_clip, "decode": flops.decode}
         return {stage: count / speed for stage, count in seconds.items()} | {"publish": ASSUMED_PUBLISH_S}
 
     return estimate

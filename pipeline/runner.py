@@ -4,7 +4,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.batching import read_batches, read_units
 from pipeline.inputs import InputPart
 from pipeline.logs import log_as_json
 from pipeline.metrics import QueueMetrics, StageMetrics
-from pipeline.plan import Plan, PlanError, Pool, Resources, StageSpec
+from pipeline.plan import Node, Plan, PlanError, Pool, Resources, StageSpec
 from pipeline.quarantine import MAX_ATTEMPTS, Guarded, start_watch
 from pipeline.rows import Batch, pack, unpack
 from pipeline.stages import Publish, Stage
@@ -163,6 +163,7 @@ def build(
             ),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
+            label_selector=dict(pool.labels),
         )
     return dataset
 
@@ -187,6 +188,11 @@ def _batches(table: pa.Table) -> Iterator[Batch]:
         yield unpack(record)
 
 
+def _node(info: Mapping[str, Any]) -> Node:
+    offered = info["Resources"]
+    return Node(int(offered.get("CPU", 0)), int(offered.get("GPU", 0)), info["Labels"])
+
+
 @contextmanager
 def session(address: str | None, resources: Resources | None = None) -> Iterator[Resources]:
     """Connect to a Ray cluster, or start one on this machine, and yield what it offers; always disconnects.
@@ -206,7 +212,7 @@ def session(address: str | None, resources: Resources | None = None) -> Iterator
         raise PlanError(f"there is no Ray cluster at {address}: {error}") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised; the session's log files have all
     try:
-        offered = ray.cluster_resources()
-        yield Resources(cpus=int(offered.get("CPU", 0)), gpus=int(offered.get("GPU", 0)))
+        nodes = tuple(_node(info) for info in ray.nodes() if info["Alive"])
+        yield Resources(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes), nodes)
     finally:
         ray.shutdown()

@@ -2,8 +2,9 @@
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -33,6 +34,13 @@ CACHE = (
     "GiB of device memory that a sampler may use to remember what it computed of earlier frames; 0 = none, slower; "
     "auto: half of what is free"
 )
+GPUS_PER_CLIP = (
+    "GPUs of one node that share every clip: not more clips, but each of them sooner (without GPUs: processes)"
+)
+PLACE = (
+    "STAGE:KEY=VALUE: run a stage's workers on nodes with this label only, such as "
+    "sample:ray.io/accelerator-type=H100; stages are {}; may be repeated"
+)
 SMALLEST_TILE, TILE_MULTIPLE = 64, 32
 
 Count = Annotated[int, Field(ge=1)]
@@ -49,6 +57,17 @@ def _tile(value: object) -> object:
 
 TileSide = Annotated[Tile, BeforeValidator(_tile)]
 CacheGiB = Annotated[float, Field(ge=0)] | Literal["auto"]
+
+
+def labels_by_stage(given: Sequence[str], stages: Collection[str]) -> dict[str, dict[str, str]]:
+    """Return the labels of each stage's nodes, of values such as "sample:zone=a"; raises ValueError for others."""
+    labels: dict[str, dict[str, str]] = {}
+    for text in given:
+        match = re.fullmatch(r"([a-z]+):([\w./-]+)=([\w.-]+)", text, re.ASCII)
+        if match is None or match[1] not in stages:
+            raise ValueError(f"{text!r} is not STAGE:KEY=VALUE with a stage of {', '.join(stages)}")
+        labels.setdefault(match[1], {})[match[2]] = match[3]
+    return labels
 
 
 class SettingsError(Exception):

@@ -10,9 +10,11 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from jobs.settings.base import (
     CACHE,
+    GPUS_PER_CLIP,
     LORA,
     MEMORY,
     MODEL,
+    PLACE,
     TILE,
     VARIANT,
     CacheGiB,
@@ -21,11 +23,15 @@ from jobs.settings.base import (
     Hosts,
     JobSettings,
     TileSide,
+    labels_by_stage,
 )
 from pipeline.plan import Layout
 from pyramid_flow.fit import Memory
 
 Share = Annotated[float, Field(gt=0, le=1)]
+
+POOLS = ("encode", "sample", "publish")
+"""What can be pinned and placed, by the first stage; decoding is where sampling is."""
 
 
 class DemoSettings(JobSettings):
@@ -88,6 +94,9 @@ class RenderSettings(ClusterSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is a GPU")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = float32 on cpu, else bfloat16")
     gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs to plan for (default: those there are)")
+    cpus: Count | None = Field(None, description="CPU cores to plan for (default: those there are)")
+    gpus_per_clip: Count = Field(1, description=GPUS_PER_CLIP)
+    place: list[str] = Field([], description=PLACE.format("encode, sample (which decodes too) and publish"))
     layout: Layout = Field(
         "auto",
         description="staged: workers that encode, others that sample and decode side by side, others that publish; "
@@ -141,6 +150,17 @@ class RenderSettings(ClusterSettings):
             raise ValueError("must be i/n with 1 <= i <= n, such as 1/4")
         return value
 
+    @field_validator("place")
+    @classmethod
+    def _labels_of_stages(cls, value: list[str]) -> list[str]:
+        labels_by_stage(value, POOLS)
+        return value
+
+    @property
+    def places(self) -> dict[str, dict[str, str]]:
+        """Labels of the nodes that a pool may run on, by the name of its first stage."""
+        return labels_by_stage(self.place, POOLS)
+
     @property
     def shard_of(self) -> tuple[int, int]:
         """The number of the part to render, from 1, and of how many."""
@@ -150,7 +170,7 @@ class RenderSettings(ClusterSettings):
     @property
     def workers(self) -> dict[str, int]:
         """Pinned pool sizes by the name of the first stage."""
-        return self._pinned("workers", ("encode", "sample", "publish"))
+        return self._pinned("workers", POOLS)
 
     @property
     def gpu_shares(self) -> dict[str, float]:

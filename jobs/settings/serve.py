@@ -4,14 +4,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from jobs.settings.base import (
     CACHE,
+    GPUS_PER_CLIP,
     LORA,
     MEMORY,
     MODEL,
+    PLACE,
     TILE,
     VARIANT,
     CacheGiB,
@@ -19,7 +21,9 @@ from jobs.settings.base import (
     Count,
     Hosts,
     TileSide,
+    labels_by_stage,
 )
+from pipeline.stages import STAGES
 from pyramid_flow.fit import Memory
 
 
@@ -68,6 +72,8 @@ class ServeSettings(ClusterSettings):
     encode_gpus: Annotated[float, Field(ge=0)] = Field(0.1, description="share of a GPU of each")
     sample_gpus: Annotated[float, Field(ge=0)] = Field(0.6, description="share of a GPU of each")
     decode_gpus: Annotated[float, Field(ge=0)] = Field(0.3, description="share of a GPU of each")
+    gpus_per_clip: Count = Field(1, description=GPUS_PER_CLIP + "; a worker that samples has them to itself")
+    place: list[str] = Field([], description=PLACE.format("encode, sample, decode and publish"))
     threads: Count = Field(1, description="CPU threads of each worker")
     decode_window: Count = Field(1, description="latent frames decoded at a time")
     memory: Memory = Field("auto", description=MEMORY)
@@ -85,6 +91,17 @@ class ServeSettings(ClusterSettings):
     max_per_minute: Count = Field(60, description="requests for videos that one key may send in a minute")
     max_attempts: Count = Field(3, description="lost workers after which a video fails")
     retention_h: Annotated[float, Field(gt=0)] = Field(24.0, description="hours that a finished video is kept")
+
+    @field_validator("place")
+    @classmethod
+    def _labels_of_stages(cls, value: list[str]) -> list[str]:
+        labels_by_stage(value, STAGES)
+        return value
+
+    @property
+    def places(self) -> dict[str, dict[str, str]]:
+        """Labels of the nodes that a stage may run on."""
+        return labels_by_stage(self.place, STAGES)
 
 
 def webhook_secret() -> str | None:

@@ -24,12 +24,11 @@ from pipeline.serving.live import LiveDecode
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.webhooks import Webhook
 from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
-from pipeline.stages import Encode, ModelConfig, Publish
+from pipeline.stages import STAGES, Encode, ModelConfig, Publish
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
 from pyramid_flow.fit import Memory, Tile
 
-STAGES = ("encode", "sample", "decode", "publish")
 UPSCALE_S = 5.0
 """How long more must wait than the samplers work on until there is another one."""
 
@@ -67,6 +66,8 @@ class ServiceConfig(BaseModel):
     min_samplers: int | None = None
     scale_down_s: float = 600.0
     gpus: dict[str, float] = {}
+    gpus_per_clip: int = 1
+    places: dict[str, dict[str, str]] = {}
     threads: int = 1
     batch_size: int = 4
     tile: Tile = "auto"
@@ -144,8 +145,9 @@ def build_page(config: PageConfig) -> Application:
     return application
 
 
-def _deployment(replica: type, name: str, num_gpus: float = 0, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
-    return serve.deployment(replica, name=name, ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus}, **options)
+def _deployment(replica: type, name: str, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
+    actor = {"num_cpus": 0} | options.pop("ray_actor_options", {})
+    return serve.deployment(replica, name=name, ray_actor_options=actor, **options)
 
 
 def _model_stages(config: ServiceConfig) -> dict[str, Application]:
@@ -158,6 +160,7 @@ def _model_stages(config: ServiceConfig) -> dict[str, Application]:
         lora=config.lora,
         memory=config.memory,
         cache_gib=config.cache_gib,
+        gpus_per_clip=config.gpus_per_clip,
     )
     places = {"database": config.database, "output": config.output}
     frames = {"window": config.decode_window, "tile": config.tile, "encoder_threads": config.threads}
@@ -181,7 +184,7 @@ def _stage(config: ServiceConfig, name: str, replica: type, **options: Any) -> A
     return _deployment(
         replica,
         name,
-        config.gpus.get(name, 0),
+        ray_actor_options={"num_gpus": config.gpus.get(name, 0), "label_selector": config.places.get(name, {})},
         max_ongoing_requests=1,
         graceful_shutdown_timeout_s=config.render_s,
         health_check_timeout_s=60,

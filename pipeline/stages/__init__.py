@@ -6,4 +6,7 @@ from pipeline.stages.publish import Publish
 from pipeline.stages.sample import Sample
 from pipeline.stages.stage import ModelConfig, Stage
 
-__all__ = ["Decode", "Encode", "ModelConfig", "Publish", "Sample", "Stage"]
+STAGES = (Encode.name, Sample.name, Decode.name, Publish.name)
+"""Names, in the order of the data."""
+
+__all__ = ["STAGES", "Decode", "Encode", "ModelConfig", "Publish", "Sample", "Stage"]

@@ -58,7 +58,6 @@ class Sample(Stage):
         self.transformer = self.placement.place(checkpoint.load_transformer(model.torch_dtype, "cpu"))
         self.schedule = PyramidSchedule()
         self.team = _team(model, checkpoint) if model.gpus_per_clip > 1 else None
-        self.generate = self.team.generate if self.team else generate_latents
 
     def process(self, items: Sequence[Item]) -> list[Item]:
         """Sample the rows together; each has its own noise and guidance.
@@ -86,9 +85,10 @@ class Sample(Stage):
             posterior = LatentDistribution(_stacked(items, "posterior.mean"), _stacked(items, "posterior.logvar"))
             first = image_latent(posterior, noise.posterior(posterior.mean.shape), self.statistics)
         watch = self.watch(items) if self.watch else None
+        generate = self.team.generate if self.team else generate_latents
         with self.placement.working(self.transformer):
             cached = self._cached_levels(items, cache_bytes)
-            latents = self.generate(
+            latents = generate(
                 self.transformer,
                 self.schedule,
                 *_embeddings(items),

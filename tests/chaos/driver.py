@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pipeline import runner
 from pipeline.inputs import list_parts
 from pipeline.job import STALL_S, RenderJob
 from pipeline.ledger import claim, new_run_id
-from pipeline.plan import Job, Plan, Resources, make_plan
+from pipeline.plan import Job, Labels, Plan, Resources, make_plan
 from pipeline.rows import Batch
 from pipeline.storage import Storage
 from pipeline.worklist import RowRules, scan
@@ -22,11 +23,17 @@ SETTINGS, TABLE = "settings.json", "in.parquet"
 
 
 def write_settings(
-    folder: Path, address: str, output: str, scenario: Scenario, planned_gpus: int = 0, stall_s: float = STALL_S
+    folder: Path,
+    address: str,
+    output: str,
+    scenario: Scenario,
+    planned_gpus: int = 0,
+    stall_s: float = STALL_S,
+    places: Mapping[str, Labels] | None = None,
 ) -> None:
     """Write what a driver in this folder reads; planned_gpus: plan as for so many GPUs, 0 = the scenario's pools."""
     settings = {"address": address, "output": output, "planned_gpus": planned_gpus, "stall_s": stall_s}
-    settings["scenario"] = asdict(scenario)
+    settings |= {"scenario": asdict(scenario), "places": places or {}}
     (folder / SETTINGS).write_text(json.dumps(settings))
 
 
@@ -36,7 +43,7 @@ def main(folder: Path) -> None:
     settings = json.loads((folder / SETTINGS).read_text())
     scenario = Scenario(**settings["scenario"])
     with runner.session(settings["address"]):
-        job = chaos_job(folder, settings["output"], scenario, settings["planned_gpus"])
+        job = chaos_job(folder, settings["output"], scenario, settings["planned_gpus"], settings["places"])
         replace(job, stall_s=settings["stall_s"]).execute(lambda batch: _note(folder, batch))
 
 
@@ -45,14 +52,16 @@ def _note(folder: Path, batch: Batch | None) -> None:
         append(folder / "arrivals", rows=[item.row.id for item in batch.items])
 
 
-def chaos_job(folder: Path, output: str, scenario: Scenario, planned_gpus: int) -> RenderJob:
+def chaos_job(
+    folder: Path, output: str, scenario: Scenario, planned_gpus: int, places: Mapping[str, Labels]
+) -> RenderJob:
     """Return the job over the table in a folder."""
     rules = RowRules(Preset(), allow_untrained=True)
     storage = Storage(output)
     claim(storage, {}, {})
     plan = chaos_plan(str(folder), output, scenario)
     if planned_gpus:
-        plan = planned_for(planned_gpus, folder, output, scenario)
+        plan = planned_for(planned_gpus, folder, output, scenario, places)
     return RenderJob(
         run=new_run_id(),
         storage=storage,
@@ -68,7 +77,7 @@ def chaos_job(folder: Path, output: str, scenario: Scenario, planned_gpus: int) 
     )
 
 
-def planned_for(gpus: int, folder: Path, output: str, scenario: Scenario) -> Plan:
+def planned_for(gpus: int, folder: Path, output: str, scenario: Scenario, places: Mapping[str, Labels]) -> Plan:
     """Return the real plan for so many GPUs, with simulated stages."""
     stages = specs(str(folder), output, scenario)
     job = Job(
@@ -82,6 +91,7 @@ def planned_for(gpus: int, folder: Path, output: str, scenario: Scenario) -> Pla
         tile=None,
         batch_size=scenario.batch_size,
         encoder_threads=1,
+        places=places,
     )
     plan = make_plan(job, Resources(cpus=4 * gpus, gpus=gpus))
     simulated = (tuple(stages[spec.name] for spec in pool.stages) for pool in plan.pools)

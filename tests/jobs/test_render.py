@@ -185,6 +185,15 @@ def test_latents_do_not_depend_on_workers_or_batches(cluster, tmp_path):
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.ray
+def test_workers_of_two_processes_render_what_one_does(cluster, tmp_path):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **LONG} for i in range(2)])
+    jobs = [run(settings(source, tmp_path / str(n), gpus_per_clip=n), cluster)[0] for n in (1, 2)]
+    alone, together = (job.view().select(["id", "seed", "status"]).to_pylist() for job in jobs)
+    assert alone == together
+    assert {row["status"] for row in together} == {"succeeded"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -196,6 +205,7 @@ def test_latents_do_not_depend_on_workers_or_batches(cluster, tmp_path):
         ({"device": "cuda", "gpus": "0"}, "wants GPUs"),
         ({"lora": "no/such/adapter"}, "has no file adapter_config.json"),
         ({"lora": "style=much"}, "is not PATH or PATH=WEIGHT"),
+        ({"gpus-per-clip": "5"}, "cannot share 6 attention heads; possible are 1, 2, 3, 4, 6, 12"),
     ],
 )
 def test_a_wrong_job_exits_2_with_one_line(change, message, tmp_path, caplog):

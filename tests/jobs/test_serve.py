@@ -22,6 +22,8 @@ from pipeline.serving.keys import hashed
         (["--output", "s3://bucket/out"], "say where the --database is"),
         (["--port", "99999"], "less than or equal to 65535"),
         (["--memory", "some"], "'auto', 'full', 'offload' or 'sequential'"),
+        (["--gpus-per-clip", "5"], "possible are 1, 2, 3, 4, 6, 12"),
+        (["--place", "paint:zone=a"], "with a stage of encode, sample, decode, publish"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(tmp_path, flags, reason, caplog, capsys):

@@ -252,6 +252,21 @@ def test_other_shards_are_refused(capsys, shard):
     assert "i/n with 1 <= i <= n" in capsys.readouterr().err
 
 
+def test_places_are_labels_by_stage():
+    given = ["sample:ray.io/accelerator-type=H100", "publish:pool=cpu", "sample:zone=a-1"]
+    assert parsed(*(part for place in given for part in ("--place", place))).places == {
+        "sample": {"ray.io/accelerator-type": "H100", "zone": "a-1"},
+        "publish": {"pool": "cpu"},
+    }
+
+
+@pytest.mark.parametrize("place", ["sample", "decode:zone=a", "sample:zone", "sample:zone=", "sample:zone=in(a,b)"])
+def test_other_places_are_refused(capsys, place):
+    with pytest.raises(SystemExit) as caught:
+        parsed("--place", place)
+    assert "is not STAGE:KEY=VALUE with a stage of encode, sample, publish" in the_line(capsys, caught)
+
+
 def test_pinned_shares_of_gpus_are_named_by_stage():
     assert parsed("--sample-gpus", "1", "--encode-gpus", "0.2").gpu_shares == {"sample": 1.0, "encode": 0.2}
     assert parsed().gpu_shares == {}

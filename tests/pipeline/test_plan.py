@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from pipeline.costs import Costs
-from pipeline.plan import Job, Plan, PlanError, Pool, Resources, make_plan
+from pipeline.plan import Job, Node, Plan, PlanError, Pool, Resources, make_plan
 
 STAGES = ["encode", "sample", "decode", "publish"]
 POOLS = ["encode", "sample+decode", "publish"]
@@ -202,3 +202,81 @@ def test_shares_and_threads_can_be_pinned_and_are_checked():
         planned("cuda", Resources(16, 4), gpu_shares={"sample": 1.0})
     with pytest.raises(PlanError, match=r"needs 32 CPUs \(4 x 8 for sample\+decode\) and there are 16"):
         planned("cuda", Resources(16, 4), encoder_threads=8)
+
+
+# Several GPUs for a clip, and places
+
+
+def cluster(*gpus: int, **labels: str) -> Resources:
+    """Nodes with so many GPUs and 16 CPUs each; labels: of the first one."""
+    nodes = tuple(Node(16, count, {} if i else labels) for i, count in enumerate(gpus))
+    return Resources(16 * len(gpus), sum(gpus), nodes)
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus_per_clip", "workers"),
+    [
+        (Resources(64, 8), 4, 2),
+        (cluster(8, 8), 4, 4),
+        (cluster(8, 3, 4), 4, 3),
+        (cluster(6, 6), 4, 2),
+        (cluster(2), 2, 1),
+    ],
+)
+def test_a_worker_has_all_gpus_of_its_clips_on_one_node(resources, gpus_per_clip, workers):
+    plan = planned("cuda", resources, gpus_per_clip=gpus_per_clip, layout="auto")
+    assert sizes(plan) == {"encode+sample+decode": workers, "publish": 1}
+    sampling = plan.pools[0]
+    assert (sampling.gpus, sampling.overlap, plan.num_gpus) == (gpus_per_clip, True, workers * gpus_per_clip)
+    model = arguments(plan)["sample"]["model"]
+    assert (model.gpus_per_clip, model.together) == (gpus_per_clip, True)
+
+
+def test_a_clip_cannot_have_the_gpus_of_two_nodes():
+    with pytest.raises(PlanError, match="no node that may sample is known to have 4 GPUs for a clip"):
+        planned("cuda", cluster(2, 2), gpus_per_clip=4)
+
+
+@pytest.mark.parametrize("pinned", [{"workers": {"encode": 1}}, {"gpu_shares": {"sample": 0.5}}])
+def test_with_several_gpus_per_clip_there_is_nothing_to_share(pinned):
+    with pytest.raises(PlanError, match="neither can be pinned"):
+        planned("cuda", cluster(4), gpus_per_clip=2, **pinned)
+
+
+def test_without_gpus_a_clip_is_shared_by_processes_of_the_one_worker():
+    plan = planned("cpu", Resources(4, 0), gpus_per_clip=2, layout="auto")
+    assert sizes(plan) == {"+".join(STAGES): 1}
+    assert arguments(plan)["sample"]["model"].gpus_per_clip == 2
+    assert plan.num_gpus == 0
+
+
+def test_a_clip_on_several_gpus_takes_that_share_of_the_time():
+    costs = Costs({"encode": 0.1, "sample": 4.0, "decode": 0.9, "publish": 0.1}, measured=True)
+    plan = planned("cuda", cluster(8), gpus_per_clip=4, costs=costs)
+    assert plan.rows_per_hour == pytest.approx(2 * 3600 / 5.0)
+    fused = planned("cuda", cluster(8), gpus_per_clip=4, layout="fused", costs=costs)
+    assert [(pool.workers, pool.gpus) for pool in fused.pools] == [(2, 4.0)]
+
+
+def test_stages_are_planned_for_the_nodes_they_may_run_on():
+    resources = cluster(2, 8, kind="small")
+    places = {"encode": {"kind": "small"}, "publish": {"kind": "small"}}
+    plan = planned("cuda", resources, places=places)
+    assert [pool.labels for pool in plan.pools] == [{"kind": "small"}, {}, {"kind": "small"}]
+    plan = planned("cuda", resources, places={"sample": {"kind": "small"}})
+    assert sizes(plan)["sample+decode"] == 2
+    assert pools(plan)["sample+decode"].labels == {"kind": "small"}
+
+
+def test_places_that_do_not_exist_or_are_too_small_are_said():
+    with pytest.raises(PlanError, match="no node that may sample"):
+        planned("cuda", cluster(2, kind="small"), places={"sample": {"kind": "large"}})
+    with pytest.raises(PlanError, match=r"2 GPUs with kind=small .* and there are 1"):
+        planned("cuda", cluster(1, 4, kind="small"), {"encode": 9}, places={"encode": {"kind": "small"}})
+    with pytest.raises(PlanError, match="--layout staged"):
+        planned("cpu", cluster(0, kind="small"), places={"publish": {"kind": "small"}}, layout="fused")
+
+
+def test_unknown_nodes_are_trusted_to_come():
+    plan = planned("cuda", Resources(0, 4), places={"sample": {"kind": "large"}}, gpus_per_clip=4)
+    assert sizes(plan)["encode+sample+decode"] == 1

@@ -14,6 +14,7 @@ from pipeline.stages import sample as sample_module
 from pipeline.stages import stage as stage_module
 from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
 from pyramid_flow.placement import Placement, free_bytes, process_bytes
+from pyramid_flow.team import TeamError
 from tests.pipeline.mp4 import probe, read_frames, read_tags
 from tests.pipeline.tables import batch, item, rows
 
@@ -260,6 +261,32 @@ def test_decoding_that_never_fits_fails_its_row(model, preset, encode, sample, m
     [row] = rows(Decode(model, window=1, tile=None, encoder_threads=1)(encoded))
     assert row.error.type == "OutOfMemoryError"
     assert not row.error.is_own_fault
+
+
+def test_two_processes_sample_what_one_does(model, preset, encode, sample):
+    encoded = encode(batch(*(item(preset, prompt="a ball", seed=seed, **SHAPE) for seed in (1, 2))))
+    stage = Sample(replace(model, gpus_per_clip=2))
+    try:
+        together, alone = stage(encoded).items, sample(encoded).items
+    finally:
+        stage.team.close()
+    assert [one.row.cached_levels for one in together] == [one.row.cached_levels for one in alone]
+    for one, other in zip(together, alone, strict=True):
+        difference = one.tensors["latents"] - other.tensors["latents"]
+        assert difference.norm() / other.tensors["latents"].norm() <= 1e-5
+
+
+def test_processes_that_are_out_of_step_are_no_rows_fault(model, preset, encode, monkeypatch):
+    def generate_latents(*arguments, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    stage = Sample(replace(model, gpus_per_clip=2))
+    monkeypatch.setattr("pyramid_flow.team.generate_latents", generate_latents)
+    try:
+        with pytest.raises(TeamError, match="sampling with 1 other processes failed: out of memory"):
+            stage(encode(batch(item(preset, prompt="a ball", **SHAPE))))
+    finally:
+        stage.team.close()
 
 
 def test_a_budget_of_nothing_means_no_history_cache(model, preset, encode, sample):
