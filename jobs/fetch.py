@@ -3,8 +3,7 @@
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import cast
 
@@ -12,23 +11,11 @@ from huggingface_hub import DryRunFileInfo, HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, FetchSettings, parse
-from pyramid_flow.checkpoint import PRESET_FILE, TRANSFORMER_PREFIX, Checkpoint
+from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError, PyramidFlowError
+from pyramid_flow.layout import TRANSFORMER_PREFIX, needed_files
 from pyramid_flow.published import REPOSITORIES, record_fetched
-from pyramid_flow.weight_files import WEIGHT_STEMS, stored_tensors
-
-MODEL_FOLDERS = ("causal_video_vae", "text_encoder", "text_encoder_[2-9]", f"{TRANSFORMER_PREFIX}*")
-WEIGHT_FILES = [
-    f"{stem}{end}"
-    for stem in WEIGHT_STEMS
-    for end in (".safetensors", ".safetensors.index.json", "-?????-of-?????.safetensors")
-]
-NEEDED = (
-    PRESET_FILE,
-    *(f"{folder}/{file}" for folder in MODEL_FOLDERS for file in ("config.json", *WEIGHT_FILES)),
-    *(f"{folder}/{file}" for folder in ("tokenizer", "tokenizer_[2-9]") for file in ("*.json", "*.txt", "*.model")),
-)
-"""What of a repository is needed; never pickled weights, which could run code when they are loaded."""
+from pyramid_flow.weight_files import stored_tensors
 
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """Base of the errors of whichever HTTP client huggingface_hub uses."""
@@ -81,23 +68,6 @@ def fetch(settings: FetchSettings) -> Path:
         Checkpoint.open(folder, part).check()
     record_fetched(settings.name, folder)
     return folder
-
-
-def needed_files(names: Iterable[str], variants: Sequence[str]) -> list[str]:
-    """Choose among a repository's files those that the variants need (none = all variants), sorted.
-
-    Raises FetchError for a variant that is not there.
-    """
-    needed = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in NEEDED))
-    folders = sorted({name.partition("/")[0] for name in needed if name.startswith(TRANSFORMER_PREFIX)})
-    if not folders:
-        raise FetchError(f"there is no folder {TRANSFORMER_PREFIX}* with safetensors")
-    chosen = [variant if variant in folders else TRANSFORMER_PREFIX + variant for variant in variants] or folders
-    for folder in chosen:
-        if folder not in folders:
-            there = ", ".join(each.removeprefix(TRANSFORMER_PREFIX) for each in folders)
-            raise FetchError(f"there is no variant {folder.removeprefix(TRANSFORMER_PREFIX)!r}, there are: {there}")
-    return [name for name in needed if name.partition("/")[0] not in set(folders) - set(chosen)]
 
 
 def _listing(hub: HfApi, repository: str, revision: str) -> tuple[str, list[str]]:

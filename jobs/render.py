@@ -25,6 +25,7 @@ from pipeline.inputs import check_apart, folder_of, full_url, list_parts
 from pipeline.job import RenderJob, StopRequest
 from pipeline.plan import Job, Plan, PlanError, Resources, make_plan
 from pipeline.storage import Storage
+from pipeline.weights import is_stored, open_checkpoint
 from pipeline.worklist import RowRules, scan
 from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     """Check everything that can be checked before a model is loaded; raises a PyramidFlowError if the job is wrong."""
-    checkpoint = Checkpoint.open(settings.model, settings.variant, settings.lora)
+    checkpoint = open_checkpoint(settings.model, settings.variant, tuple(settings.lora))
     checkpoint.check()
     split_ways(settings.gpus_per_clip, checkpoint.num_attention_heads)
     parts = list_parts(settings.input)
@@ -130,7 +131,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
 def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, device: str, dtype: str) -> Job:
     """Return what is to be planned."""
     return Job(
-        model_path=checkpoint.path,
+        model_path=settings.model if is_stored(settings.model) else checkpoint.path,
         variant=checkpoint.transformer_folder.name,
         lora=checkpoint.lora,
         device=device,

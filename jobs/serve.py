@@ -28,7 +28,7 @@ from pipeline.serving.app import PageConfig, ServiceConfig, build, build_page
 from pipeline.serving.keys import Keys, hashed, new_key
 from pipeline.serving.store import Store
 from pipeline.storage import Storage
-from pyramid_flow import Checkpoint
+from pipeline.weights import is_stored, open_checkpoint
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.parallel import split_ways
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(settings: ServeSettings) -> ServiceConfig:
     """Check everything that can be checked before a cluster is used; raises a PyramidFlowError."""
-    checkpoint = Checkpoint.open(settings.model, settings.variant, settings.lora)
+    checkpoint = open_checkpoint(settings.model, settings.variant, tuple(settings.lora))
     checkpoint.check()
     split_ways(settings.gpus_per_clip, checkpoint.num_attention_heads)
     device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()) else "cpu"
@@ -88,7 +88,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
     sampler = settings.sample_gpus if settings.gpus_per_clip == 1 else settings.gpus_per_clip
     shares = {"encode": settings.encode_gpus, "sample": sampler, "decode": settings.decode_gpus}
     return ServiceConfig(
-        model=checkpoint.path,
+        model=settings.model if is_stored(settings.model) else checkpoint.path,
         variant=checkpoint.variant,
         lora=checkpoint.lora,
         device=device,

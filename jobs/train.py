@@ -29,8 +29,9 @@ from pipeline.training.state import trained_weights
 from pipeline.training.tasks import Phase, Task, TransformerSource, VAESource
 from pipeline.training.trainer import Metrics, TrainJob, check_streams, fit
 from pyramid_flow import CausalVideoVAE, Checkpoint
-from pyramid_flow.checkpoint import PRESET_FILE, write_preset
+from pyramid_flow.checkpoint import write_preset
 from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.layout import PRESET_FILE
 from pyramid_flow.params import TEMPORAL_FACTOR, check_num_frames
 from pyramid_flow.training import Objective
 from pyramid_flow.training.lora import LoRA, check_lora, merge_lora

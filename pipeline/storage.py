@@ -48,6 +48,9 @@ TEMPORARY_PREFIX = ".tmp-"
 S3_PART_BYTES = 8 * 2**20
 """Size of the parts of an S3 upload; files from twice this size on are sent in parts."""
 
+DOWNLOAD_BYTES = 8 * 2**20
+"""Read at a time of what is downloaded; so much may be fetched again after a fault."""
+
 S3_TRIES_PER_REQUEST = 2
 """A failed part is sent again before the whole file is; more would multiply with `Retries.attempts`."""
 
@@ -150,6 +153,29 @@ class Storage:
         """
         target = self._absolute(path)
         return self._persist(f"look for {self.url(path)}", partial(self._modified, target))
+
+    def size(self, path: str) -> int:
+        """Returns the size of a file in bytes.
+
+        Raises:
+            StorageError: The path is refused, or there is no such file, or the store cannot be asked.
+        """
+        target = self._absolute(path)
+        return self._persist(f"look for {self.url(path)}", lambda: int(self._fs.info(target)["size"]))
+
+    def download(self, path: str, target: Path) -> None:
+        """Appends to a local file what it lacks of a stored one, so that a broken download goes on where it stopped.
+
+        Args:
+            path: Relative path of the stored file.
+            target: The local one; what it holds already must be the stored one's beginning.
+
+        Raises:
+            StorageFullError: There is no room for it.
+            StorageError: The path is refused, or there is no such file, or reading failed.
+        """
+        source = self._absolute(path)
+        self._persist(f"fetch {self.url(path)}", partial(self._download, source, target))
 
     def list(self, prefix: str = "") -> list[str]:
         """Returns all files below a folder, recursively, as sorted paths relative to the root.
@@ -270,6 +296,11 @@ class Storage:
         self._fs.invalidate_cache()
         found: datetime = self._fs.modified(target)
         return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+
+    def _download(self, source: str, target: Path) -> None:
+        with target.open("ab") as local, self._fs.open(source, "rb", cache_type="readahead") as stored:
+            stored.seek(local.tell())
+            shutil.copyfileobj(stored, local, DOWNLOAD_BYTES)
 
     def _find(self, folder: str) -> Iterable[str]:
         if self._is_local:

@@ -13,6 +13,7 @@ import torch
 from pyramid_flow.adapters import Adapter, adapting, fused
 from pyramid_flow.errors import CheckpointError, InvalidValueError
 from pyramid_flow.fingerprint import fingerprint
+from pyramid_flow.layout import CONFIG_FILE, PRESET_FILE, TRANSFORMER_PREFIX, VAE_FOLDER
 from pyramid_flow.presets import PRESETS, Preset
 from pyramid_flow.published import REPOSITORIES, fetched_folder
 from pyramid_flow.text import TEXT_LAYOUTS, TextEncoder, TextLayout, check_vocabulary
@@ -31,10 +32,6 @@ TRANSFORMERS: dict[str, type[PyramidTransformer]] = {
 }
 """By family."""
 
-TRANSFORMER_PREFIX = "diffusion_transformer_"
-VAE_FOLDER = "causal_video_vae"
-CONFIG_FILE = "config.json"
-PRESET_FILE = "pyramid.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Model = TypeVar("Model", PyramidTransformer, CausalVideoVAE)

@@ -24,6 +24,7 @@ LORA = (
 )
 VARIANT = '"384p", "768p", "image" or a folder name, if there are several'
 MODEL = 'checkpoint folder in the published layout, "miniflux" or "sd3" once fetched, or "toy" for the bundled model'
+STORED_MODEL = MODEL + "; or the URL of such a folder in an object store, of which every node keeps a copy"
 
 MEMORY = (
     "full: all weights stay on the device; offload: a part's while it works; sequential: a layer's, slowest; "

@@ -13,8 +13,8 @@ from jobs.settings.base import (
     GPUS_PER_CLIP,
     LORA,
     MEMORY,
-    MODEL,
     PLACE,
+    STORED_MODEL,
     TILE,
     VARIANT,
     CacheGiB,
@@ -84,7 +84,7 @@ class RenderSettings(ClusterSettings):
         min_length=1, description=".parquet, .csv, .jsonl files or folders, local or URLs; may be repeated"
     )
     output: str = Field(min_length=1, description="folder or URL (s3://, gs://, ...) for videos, ledger and gallery")
-    model: str = Field(min_length=1, description=MODEL)
+    model: str = Field(min_length=1, description=STORED_MODEL)
     variant: str | None = Field(None, description=VARIANT)
     lora: list[str] = Field([], description=LORA)
     image_root: str | None = Field(None, description="image URIs must lie below it (default: the input's folder)")

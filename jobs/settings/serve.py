@@ -12,8 +12,8 @@ from jobs.settings.base import (
     GPUS_PER_CLIP,
     LORA,
     MEMORY,
-    MODEL,
     PLACE,
+    STORED_MODEL,
     TILE,
     VARIANT,
     CacheGiB,
@@ -37,7 +37,7 @@ class ServeSettings(ClusterSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="pyramid-render serve")
 
-    model: str = Field("toy", min_length=1, description=MODEL)
+    model: str = Field("toy", min_length=1, description=STORED_MODEL)
     variant: str | None = Field(None, description=VARIANT)
     lora: list[str] = Field([], description=LORA)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is one")

@@ -26,7 +26,7 @@ from pipeline.serving.webhooks import Webhook
 from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
 from pipeline.stages import STAGES, Encode, ModelConfig, Publish
 from pipeline.storage import Storage
-from pyramid_flow import Checkpoint
+from pipeline.weights import open_checkpoint
 from pyramid_flow.fit import Memory, Tile
 
 UPSCALE_S = 5.0
@@ -209,7 +209,7 @@ def _size(config: ServiceConfig, name: str) -> Mapping[str, Any]:
 
 
 def _service(config: ServiceConfig, links: Links) -> Service:
-    checkpoint = Checkpoint.open(config.model, config.variant, config.lora)
+    checkpoint = open_checkpoint(config.model, config.variant, config.lora)
     return Service(
         store=Store(config.database, limits=config.limits, retention_s=config.retention_s),
         storage=Storage(config.output),

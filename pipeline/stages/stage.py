@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from pipeline.rows import Batch, Item
+from pipeline.weights import open_checkpoint
 from pyramid_flow import Checkpoint
 from pyramid_flow.checkpoint import DTYPES
 from pyramid_flow.fit import SMALLER_TILES, Memory, choose_placement
@@ -23,9 +24,10 @@ logger = logging.getLogger(__name__)
 class ModelConfig:
     """Which checkpoint a worker loads, and how: device ("cpu", "cuda") and dtype ("float32", "bfloat16").
 
-    threads: CPU threads of the worker's tensor operations; lora: adapters, as `Checkpoint.open` takes them; memory: see
-    `PyramidFlowPipeline.from_pretrained`; together: whether one process loads all stages; cache_gib: of the sampler's
-    history cache, None = half of the memory that is free; gpus_per_clip: devices that share every batch of a sampler.
+    path: folder, name or URL; threads: CPU threads of the worker's tensor operations; lora: adapters, as
+    `Checkpoint.open` takes them; memory: see `PyramidFlowPipeline.from_pretrained`; together: whether one process loads
+    all stages; cache_gib: of the sampler's history cache, None = half of the memory that is free; gpus_per_clip:
+    devices that share every batch of a sampler.
     """
 
     path: str
@@ -42,7 +44,7 @@ class ModelConfig:
     def open(self) -> Checkpoint:
         """Open the checkpoint and limit this process to its threads."""
         torch.set_num_threads(self.threads)
-        return Checkpoint.open(self.path, self.variant, self.lora)
+        return open_checkpoint(self.path, self.variant, self.lora)
 
     def placement(self, checkpoint: Checkpoint, parts: Collection[str]) -> Placement:
         """Return where a stage's parts compute, and in which mode; together: as all parts of the process allow.

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from pyramid_flow.checkpoint import TRANSFORMER_PREFIX, write_preset
+from pyramid_flow.checkpoint import write_preset
+from pyramid_flow.layout import TRANSFORMER_PREFIX
 from pyramid_flow.toy.text import write_clip, write_t5
 from pyramid_flow.toy.world import held_out_captions
 from pyramid_flow.transformer_flux import PyramidFluxTransformer

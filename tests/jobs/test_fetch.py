@@ -16,8 +16,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save
 
 from jobs import fetch
-from jobs.fetch import needed_files
 from pyramid_flow import Checkpoint, CheckpointError
+from pyramid_flow.layout import needed_files
 from tests.jobs.hub import COMMIT, Hub, running
 from tests.pyramid_flow.goldens import TINY_MINIFLUX, TINY_SD3
 
