@@ -35,15 +35,12 @@ from pipeline.faults import (
     lacks_bucket,
     log_retry,
     presentable,
-    redacted,
 )
+from pipeline.paths import TEMPORARY_PREFIX, check_path, check_url, is_temporary
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-TEMPORARY_PREFIX = ".tmp-"
-"""File names that begin so are unfinished writes: `Storage.list` does not show them and no path may use them."""
 
 S3_PART_BYTES = 8 * 2**20
 """Size of the parts of an S3 upload; files from twice this size on are sent in parts."""
@@ -94,7 +91,7 @@ class Storage:
     """
 
     def __init__(self, url: str, retries: Retries = Retries()) -> None:
-        _check_url(url)
+        check_url(url)
         self.retries = retries
         fs, root = _open(url)
         self.root: str = root.rstrip("/")
@@ -190,7 +187,7 @@ class Storage:
         found = self._persist(f"list {self._fs.unstrip_protocol(folder)}", partial(self._find, folder))
         # object stores may hold empty objects that stand for folders
         below = (name for name in found if name.startswith(f"{folder}/") and not name.endswith("/"))
-        return sorted(name[len(self.root) + 1 :] for name in below if not _is_temporary(name))
+        return sorted(name[len(self.root) + 1 :] for name in below if not is_temporary(name))
 
     def delete(self, path: str) -> None:
         """Removes a file; one that is not there is as good as removed.
@@ -235,7 +232,7 @@ class Storage:
         return self._fs_by_process[process]
 
     def _absolute(self, path: str) -> str:
-        _check_path(path)
+        check_path(path)
         return f"{self.root}/{path}"
 
     def _persist(self, action: str, call: Callable[[], T]) -> T:
@@ -363,37 +360,6 @@ def _replace_local(target: Path, data: bytes | Path) -> None:
     except BaseException:
         partial_file.unlink(missing_ok=True)
         raise
-
-
-def _check_url(url: str) -> None:
-    if not url:
-        raise StorageError("storage needs a folder or a URL, got an empty string")
-    if "::" in url:
-        raise StorageError(f"storage {redacted(url)} is a chain of URLs: caches and archives cannot take output")
-    scheme, _, rest = url.partition("://")
-    user = rest.partition("/")[0].rpartition("@")[0]
-    if rest and scheme not in ("file", "local", "memory") and ("?" in rest or ":" in user):
-        raise StorageError(
-            f"a {scheme} URL for storage carries a password or a query: leave credentials to the environment"
-        )
-
-
-def _check_path(path: str) -> None:
-    parts = path.split("/")
-    if "" in parts:
-        raise StorageError(f"path {path!r} is empty, absolute or has an empty part")
-    if "." in parts or ".." in parts:
-        raise StorageError(f"path {path!r} has a '.' or '..' part")
-    if "\\" in path or not path.isprintable():
-        raise StorageError(f"path {path!r} has a backslash or a control character")
-    if "?versionId=" in path:  # s3fs would cut it off
-        raise StorageError(f"path {path!r} has a version id")
-    if _is_temporary(path):
-        raise StorageError(f"path {path!r} has a part that begins with {TEMPORARY_PREFIX!r}")
-
-
-def _is_temporary(path: str) -> bool:
-    return any(part.startswith(TEMPORARY_PREFIX) for part in path.split("/"))
 
 
 def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:

@@ -24,7 +24,8 @@ from fsspec.registry import _registry
 
 from pipeline import storage as storage_module
 from pipeline.faults import StorageError, StorageFullError
-from pipeline.storage import TEMPORARY_PREFIX, Retries, Storage
+from pipeline.paths import TEMPORARY_PREFIX
+from pipeline.storage import Retries, Storage
 
 pytest_plugins = ["tests.pipeline.s3_server"]
 
