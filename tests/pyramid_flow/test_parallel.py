@@ -59,8 +59,13 @@ def test_an_impossible_number_is_answered_with_the_possible_ones(size):
 
 
 MODELS = {"miniflux": TINY["miniflux"], "sd3": TINY["sd3"], "toy": "toy"}
-TEAMS = [("miniflux", 2), ("sd3", 2), ("toy", 3), ("miniflux", 4), ("sd3", 4)]
-"""Branches apart, 3 shares of tokens and heads, and both together."""
+TEAMS = [
+    ("miniflux", 2),  # branches apart
+    ("toy", 3),  # three shares of tokens and heads
+    ("sd3", 4),  # both
+    pytest.param(("sd3", 2), marks=pytest.mark.slow),
+    pytest.param(("miniflux", 4), marks=pytest.mark.slow),
+]
 
 
 @dataclass(frozen=True)
