@@ -43,11 +43,14 @@ def test_a_new_key_comes_with_its_line(capsys):
 
 def test_the_printed_config_is_one_of_serves(tmp_path, capsys):
     flags = ["--api-keys", f"me:{'a' * 64}", "--memory", "offload", "--tile", "none"]
+    flags += ["--gpus-per-clip", "4", "--device", "cuda", "--place", "sample:pool=gpu"]
     assert serve.main(["--output", str(tmp_path), "--print-config", *flags]) == 0
     values = yaml.safe_load(capsys.readouterr().out)
     api, page = ServeDeploySchema.model_validate(values).applications
     assert api.args["keys"] == {"a" * 64: "me"}
     assert (api.args["memory"], api.args["tile"]) == ("offload", None)
+    assert (api.args["gpus_per_clip"], api.args["gpus"]["sample"], api.args["gpus"]["encode"]) == (4, 4, 0.1)
+    assert api.args["places"] == {"sample": {"pool": "gpu"}}
     assert (api.import_path, api.route_prefix) == ("jobs.serve:application", "/")
     assert (page.import_path, page.route_prefix) == ("pipeline.serving.app:build_page", "/page")
     assert page.args == {"api_url": "http://127.0.0.1:8000", "asks_keys": True}
