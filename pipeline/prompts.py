@@ -19,7 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.request import MAX_COPIES, RenderRequest, derived_seed, hash_of
 from pyramid_flow.errors import PyramidFlowError
@@ -34,6 +43,8 @@ DRAWS_PER_PROMPT = 100
 MAX_SHOWN = 80
 
 Weight = Annotated[float, Field(gt=0, le=1e6)]
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
+"""Text that can be stored: YAML can hold halves of characters."""
 
 
 class RecipeError(PyramidFlowError, ValueError):
@@ -47,7 +58,7 @@ class _Part(BaseModel):
 class Template(_Part):
     """A text with {names} of values; weight: its share of the prompts, relative to the other templates."""
 
-    text: str = Field(min_length=1)
+    text: Text = Field(min_length=1)
     weight: Weight = 1
 
     @field_validator("text")
@@ -67,7 +78,7 @@ class Template(_Part):
 class Value(_Part):
     """A word or phrase in place of a name; weight: how often, relative to the other values of that name."""
 
-    value: str
+    value: Text
     weight: Weight = 1
 
 
