@@ -80,11 +80,8 @@ def suite(argv: Sequence[str]) -> int:
     record = {"suite": hash_of({"prompts": prompts}), "samples": settings.samples, "fields": settings.fields}
     code = _render(settings, record, lambda: vbench.suite_table(prompts, settings.samples, settings.fields))
     if not settings.only_table and not settings.dry_run and code in (0, EXIT_SOME_FAILED):
-        folder.mkdir(parents=True, exist_ok=True)
-        found = vbench.rendered(storage)
-        for name, path in found.items():
-            vbench.place(storage, path, folder / name)
-        print(f"  {len(found)} of {len(prompts) * settings.samples} videos of the suite are in {folder}")
+        count = vbench.gather(storage, prompts, settings.samples, folder)
+        print(f"  {count} of {len(prompts) * settings.samples} videos of the suite are in {folder}")
     return code
 
 

@@ -17,7 +17,6 @@ from pipeline.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
 
 MAX_NAME_BYTES = 255
-COLUMNS = ("prompt", "sample")
 
 
 class SuiteError(PyramidFlowError, ValueError):
@@ -55,11 +54,23 @@ def file_name(prompt: str, sample: int) -> str:
     return f"{prompt}-{sample}.mp4"
 
 
-def rendered(storage: Storage) -> dict[str, str]:
-    """Return the paths of the videos in the output, by the name that each shall have."""
-    rows = ledger.read(storage, [*COLUMNS, "status", "uri"])
-    done = rows.filter(pc.equal(rows["status"], "succeeded")).select([*COLUMNS, "uri"])
-    return {file_name(row["prompt"], row["sample"]): row["uri"] for row in done.to_pylist()}
+def gather(storage: Storage, prompts: Sequence[str], samples: int, folder: Path) -> int:
+    """Put the suite's videos that are rendered into a folder, by the names that VBench looks for; returns how many.
+
+    What is there already stays. Raises SuiteError if the folder cannot take them.
+    """
+    names = {file_name(prompt, sample) for prompt in prompts for sample in range(samples)}
+    rows = ledger.read(storage, ["prompt", "sample", "status", "media_type", "uri"])
+    videos = rows.filter((pc.field("status") == "succeeded") & (pc.field("media_type") == "video/mp4"))
+    named = {file_name(row["prompt"], row["sample"]): row["uri"] for row in videos.to_pylist()}
+    found = {name: path for name, path in named.items() if name in names}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, path in found.items():
+            place(storage, path, folder / name)
+    except OSError as error:
+        raise SuiteError(f"{folder} cannot take the videos: {error}") from error
+    return len(found)
 
 
 def default_folder(storage: Storage) -> Path:
