@@ -86,7 +86,8 @@ class HeldOut(_Part):
     """Which prompts make up the split held_out: those that show one of some combinations of values.
 
     combinations: values by name; share: of all combinations of the values `of` (default: of those that every template
-    shows), chosen by a hash of the combination alone: it is held out of every recipe, and of any with a greater share.
+    shows), chosen by a hash of the combination alone: with any seed, and with any greater share, it is held out, too.
+    A prompt that does not show all of them is not.
     """
 
     combinations: tuple[Annotated[dict[str, str], Field(min_length=1)], ...] = ()
@@ -229,6 +230,8 @@ def check_field(name: str, options: Sequence[object]) -> None:
         known = (field for field in RenderRequest.model_fields if field not in FIXED)
         raise ValueError(f"{name} is no field that can be set, these are: {', '.join(known)}")
     for option in options:
+        if isinstance(option, bytes):
+            raise ValueError(f"{name} holds bytes: give the URI of a file")
         RenderRequest.parse({"prompt": "any", name: option})
     try:
         pa.array(options)

@@ -222,6 +222,7 @@ def test_braces_of_the_text_are_doubled():
         ({"fields": {"seed": 1}}, "fields: seed is no field that can be set"),
         ({"fields": {"height": [64, 100]}}, "fields: height 100 is not a multiple of 64"),
         ({"fields": {"num_inference_steps": [[1, 1, 1], 2]}}, "num_inference_steps has options of several types"),
+        ({"fields": {"image": b"\x89PNG"}}, "fields: image holds bytes"),
         ({"fields": {"quality": []}}, "fields.quality []"),
     ],
 )
