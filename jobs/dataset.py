@@ -1,8 +1,8 @@
-"""Make tables to train on (`python -m jobs.dataset world|encode`): clips of the toy's world, and encoded clips."""
+"""Make data sets (`pyramid-render dataset`): of prompts by a recipe or a suite, rendered; and tables to train on."""
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -11,10 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from jobs.settings import EXIT_WRONG_JOB, EncodeSettings, WorldSettings, parse
-from pipeline import runner
+from jobs.cli import usage
+from jobs.render import EXIT_SOME_FAILED, render
+from jobs.settings import EXIT_WRONG_JOB, EncodeSettings, GenerateSettings, VBenchSettings, WorldSettings, parse
+from jobs.settings.dataset import MadeTableSettings
+from pipeline import runner, vbench
 from pipeline.inputs import folder_of, full_url, list_parts
 from pipeline.plan import Resources
+from pipeline.prompts import Recipe, as_parquet, make_table, summary
 from pipeline.request import hash_of
 from pipeline.storage import Storage
 from pipeline.training.clips import CLIP_SCHEMA, clip_row
@@ -29,27 +33,75 @@ from pyramid_flow.toy.world import draw_scene
 
 ROWS_PER_GROUP = 32
 RECORD = "encoding.json"
+TABLE, TABLE_RECORD = "prompts.parquet", "prompts.json"
+PROGRAM = "pyramid-render dataset"
 
 logger = logging.getLogger("jobs.dataset")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand named first; returns its exit code."""
-    name, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    commands = {"world": world, "encode": encode_clips}
-    if name not in commands:
-        logger.error("jobs.dataset: no command %r; there are: %s", name, ", ".join(commands))
+    help_text = usage(PROGRAM, {name: purpose for name, (_, purpose) in COMMANDS.items()})
+    if name in ("-h", "--help"):
+        print(help_text)
+        return 0
+    if name not in COMMANDS:
+        print(f"{PROGRAM}: no command {name!r}\n\n{help_text}", file=sys.stderr)
         return EXIT_WRONG_JOB
     try:
-        commands[name](arguments)
+        return COMMANDS[name][0](arguments)
     except PyramidFlowError as error:
-        logger.error("jobs.dataset: %s", error)
+        logger.error("%s %s: %s", PROGRAM, name, error)
         return EXIT_WRONG_JOB
-    return 0
 
 
-def world(argv: Sequence[str]) -> None:
+def generate(argv: Sequence[str]) -> int:
+    """Make a table of prompts from a recipe, and render it."""
+    settings = parse(GenerateSettings, argv)
+    recipe = Recipe.read(settings.recipe)
+
+    def make() -> pa.Table:
+        table = make_table(recipe)
+        for line in summary(recipe, table):
+            logger.info("%s", line)
+        return table
+
+    return _render(settings, recipe.model_dump(mode="json", exclude_defaults=True), make)
+
+
+def suite(argv: Sequence[str]) -> int:
+    """Render a suite of prompts, and gather its videos under the names that VBench looks for."""
+    settings = parse(VBenchSettings, argv)
+    prompts = vbench.read_suite(settings.suite)
+    storage = Storage(settings.output)
+    folder = settings.videos or vbench.default_folder(storage)
+    record = {"suite": hash_of({"prompts": prompts}), "samples": settings.samples, "fields": settings.fields}
+    code = _render(settings, record, lambda: vbench.suite_table(prompts, settings.samples, settings.fields))
+    if not settings.only_table and not settings.dry_run and code in (0, EXIT_SOME_FAILED):
+        count = vbench.gather(storage, prompts, settings.samples, folder)
+        print(f"  {count} of {len(prompts) * settings.samples} videos of the suite are in {folder}")
+    return code
+
+
+def _render(settings: MadeTableSettings, record: Mapping[str, object], make: Callable[[], pa.Table]) -> int:
+    """Make the table unless it is there, and render it; raises RecordError if the output's is made of something else.
+
+    record: what the table is made of.
+    """
+    storage = Storage(settings.output)
+    check_record(storage, TABLE_RECORD, record)
+    if not storage.exists(TABLE):
+        storage.put(TABLE, as_parquet(make()))
+    url = storage.url(TABLE)
+    if settings.only_table:
+        print(url)
+        return 0
+    return render(settings.model_copy(update={"input": [url]}))
+
+
+def world(argv: Sequence[str]) -> int:
     """Draw clips of the toy's world."""
     settings = parse(WorldSettings, argv)
     check_num_frames(settings.num_frames)
@@ -61,9 +113,10 @@ def world(argv: Sequence[str]) -> None:
             scenes = [draw_scene(Random(f"{settings.seed} {number}"), tuple(settings.sizes)) for number in numbers]
             rows = [clip_row(scene.caption, scene.render(settings.num_frames, settings.side)) for scene in scenes]
             writer.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA))
+    return 0
 
 
-def encode_clips(argv: Sequence[str]) -> None:
+def encode_clips(argv: Sequence[str]) -> int:
     """Encode clips with a checkpoint's VAE and text encoders."""
     settings = parse(EncodeSettings, argv)
     checkpoint = Checkpoint.open(settings.model, settings.variant)
@@ -100,6 +153,7 @@ def encode_clips(argv: Sequence[str]) -> None:
             bar.update(done.rows)
             for reason in done.left_out:
                 logger.warning("left out: %s", reason)
+    return 0
 
 
 def _clip_format(settings: EncodeSettings, preset: Preset) -> ClipFormat:
@@ -115,6 +169,13 @@ def _clip_format(settings: EncodeSettings, preset: Preset) -> ClipFormat:
     check_size("width", clip.width)
     return clip
 
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "generate": (generate, "make a table of prompts from a recipe, and render it"),
+    "vbench": (suite, "render a suite of prompts for VBench"),
+    "world": (world, "draw clips of the toy's world"),
+    "encode": (encode_clips, "turn clips into latents and text embeddings, to train on"),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

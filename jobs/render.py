@@ -57,8 +57,12 @@ class Signals:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job that flags describe; returns the exit code."""
+    return render(parse(RenderSettings, sys.argv[1:] if argv is None else argv))
+
+
+def render(settings: RenderSettings) -> int:
     """Run the job; returns the exit code."""
-    settings = parse(RenderSettings, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with ExitStack() as stack:
         try:

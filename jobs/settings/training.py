@@ -24,9 +24,9 @@ class PhaseSettings(BaseModel):
 class TrainSettings(ClusterSettings):
     """Train the VAE or the transformer of a checkpoint, from new weights or from its own.
 
-    The data are tables: clips with captions for the VAE (jobs/dataset.py world), encoded clips for the transformer
-    (jobs/dataset.py encode). The same command goes on from the last checkpoint. OUTPUT/model is the checkpoint with
-    the trained part in its place.
+    The data are tables: clips with captions for the VAE (pyramid-render dataset world), encoded clips for the
+    transformer (pyramid-render dataset encode). The same command goes on from the last checkpoint. OUTPUT/model is the
+    checkpoint with the trained part in its place.
 
     Exit codes: 0 done, 1 it broke (run it again to resume), 2 the job is wrong, 130 or 143 interrupted.
     """
@@ -114,7 +114,7 @@ class TrainSettings(ClusterSettings):
 class WorldSettings(JobSettings):
     """Write a table of clips of the toy's world: one shape that moves over a plain background, with a caption."""
 
-    model_config = SettingsConfigDict(cli_prog_name="python -m jobs.dataset world")
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render dataset world")
 
     output: str = Field(min_length=1, description="Parquet file to write")
     count: Count = Field(description="number of clips")
@@ -129,12 +129,12 @@ class WorldSettings(JobSettings):
 class EncodeSettings(ClusterSettings):
     """Turn a table of clips into latents and text embeddings, with the VAE and text encoders of a checkpoint.
 
-    A table has captions in a column `prompt`, and the clips' pixels (jobs/dataset.py world) or URIs of video files in a
-    column `video`. A video that does not decode or is too short is left out, and the reason is said. Parts that are
-    there already are left alone, so the same command goes on where it stopped.
+    A table has captions in a column `prompt`, and the clips' pixels (pyramid-render dataset world) or URIs of video
+    files in a column `video`. A video that does not decode or is too short is left out, and the reason is said. Parts
+    that are there already are left alone, so the same command goes on where it stopped.
     """
 
-    model_config = SettingsConfigDict(cli_prog_name="python -m jobs.dataset encode")
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render dataset encode")
 
     input: list[str] = Field(min_length=1, description="tables of clips, files or folders; may be repeated")
     output: str = Field(min_length=1, description="folder or URL for the encoded parts")

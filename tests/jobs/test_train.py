@@ -79,12 +79,6 @@ def test_what_is_wrong_is_said_before_anything_starts(world, tmp_path, caplog, c
     assert reason in caplog.text + capsys.readouterr().err
 
 
-def test_unknown_commands_are_refused(caplog):
-    assert dataset.main([]) == 2
-    assert dataset.main(["mend"]) == 2
-    assert "world, encode" in caplog.text
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
