@@ -45,7 +45,7 @@ SPOT_GPUS, SPOT_PER_H = 256, [0.0, 0.02, 0.1, 0.5]
 BATCHES, LEAST_CYCLES = 20_000, 40
 BUSY, FILL = 0.95, 0.9
 LEDGER_READS = 3  # after the last row: what is pending is asked three times, and the view, too
-NODES = Nodes(arrive_s=600.0, mtbf_h=2000.0, spot_per_h=0.02)
+NODES = Nodes(arrive_s=60.0, mtbf_h=2000.0, spot_per_h=0.02)
 PICTURE = ROOT / "docs/images/cluster_simulation.png"
 REMEDIES = {
     "GPUs": "more GPUs",
@@ -147,9 +147,9 @@ WORKLOADS = [Workload(SMALL, 1), Workload(SMALL, 4), Workload(LARGE, 4)]
 class Steady:
     """A window of steady work.
 
-    encoders: of each shard; utilisation: GPU seconds of the rows that finished, of all there were; busy: shares of the
-    time, of the busiest shard; lost_rows: of those that began, the share that had to begin again; parts_per_row: of the
-    ledger.
+    encoders: of each shard; utilisation: GPU seconds of all there were, without those of batches that had to begin
+    again; videos_per_hour: as many as these make; busy: shares of the time, of the busiest shard; lost_rows: of those
+    that began, the share that had to begin again; parts_per_row: of the ledger.
     """
 
     workload: str
@@ -164,9 +164,8 @@ class Steady:
 
     @property
     def limit(self) -> str:
-        """What has no time left; of several the busiest."""
-        name = max(self.busy, key=lambda name: self.busy[name])
-        return name if self.busy[name] >= BUSY else "GPUs"
+        """What has no time left; workers that wait for something else come last."""
+        return next((name for name, share in self.busy.items() if share >= BUSY), "GPUs")
 
 
 def cluster_plan(workload: Workload, gpus: int, encoders: int | None, assumed: Assumptions) -> Plan:
@@ -203,26 +202,26 @@ def steady(
     cycle_s = workload.gpu_s(assumed) * workload.batch_size
     begin, window_s = assumed.nodes.arrive_s + 3 * cycle_s, cycle_s * max(LEAST_CYCLES, batches / gpus)
     env.run(begin)
-    before = [farm.busy_s() for farm in farms]
+    before, gpu_s = [farm.busy_s() for farm in farms], -sum(farm.gpu_s() for farm in farms)
     env.run(begin + window_s)
+    gpu_s += sum(farm.gpu_s() for farm in farms)
     busy = [
         {name: (busy_s - then[name]) / window_s for name, busy_s in farm.busy_s().items()}
         | {pool: farm.in_use(pool, begin) for pool in ("encode", "publish")}
         for farm, then in zip(farms, before, strict=True)
     ]
-    all_rows = sum(rows for farm in farms for _, rows in farm.finished)
-    rows = sum(rows for farm in farms for ended, rows in farm.finished if ended >= begin)
+    rows = sum(rows for farm in farms for _, rows in farm.finished)
     lost = sum(farm.lost_rows for farm in farms)
     return Steady(
         workload=workload.name,
         gpus=gpus,
         shards=shards,
         encoders=plan.pools[0].workers,
-        videos_per_hour=round(3600 * rows / window_s),
-        utilisation=round(rows * workload.gpu_s(assumed) / (gpus * window_s), 4),
+        videos_per_hour=round(3600 * gpu_s / (workload.gpu_s(assumed) * window_s)),
+        utilisation=round(gpu_s / (gpus * window_s), 4),
         busy={name: round(max(shares[name] for shares in busy), 3) for name in busy[0]},
-        lost_rows=round(lost / (all_rows + lost), 5),
-        parts_per_row=sum(farm.num_parts for farm in farms) / all_rows,
+        lost_rows=round(lost / (rows + lost), 5),
+        parts_per_row=sum(farm.num_parts for farm in farms) / rows,
     )
 
 
@@ -273,7 +272,7 @@ def draw(found: Sequence[Steady], path: Path) -> None:
         shares.plot(gpus, [100 * row.utilisation for row in planned], "o-", color=f"C{number}", alpha=0.7)
     rates.plot([], [], "ks", fillstyle="none", markersize=9, label="with more shards or encoders")
     rates.set(yscale="log", ylabel="videos per hour")
-    shares.set(ylim=(0, 105), ylabel="GPU time in finished videos, %")
+    shares.set(ylim=(0, 105), ylabel="use of GPUs, %")
     for axis in axes:
         axis.set(xscale="log", xlabel="GPUs")
         axis.set_xticks(ticks := sorted({row.gpus for row in found}), [str(tick) for tick in ticks])

@@ -90,6 +90,7 @@ class Gpu:
 
     def __init__(self, env: simpy.Environment) -> None:
         self.env, self.since, self.changes = env, env.now, 0
+        self.worked_s = 0.0
         self.left: dict[simpy.Event, float] = {}
 
     def work(self, seconds: float) -> simpy.Event:
@@ -100,8 +101,22 @@ class Gpu:
         self._await_next()
         return done
 
+    def stop(self) -> None:
+        """Do no more; whoever works on it has to leave."""
+        self._advance()
+        self.changes += 1
+
+    def leave(self, done: simpy.Event) -> float:
+        """Take work back, if it is not done; returns the seconds that it would still have taken."""
+        return self.left.pop(done, 0.0)
+
+    def busy_s(self) -> float:
+        """Return the seconds that it has worked until now."""
+        return self.worked_s + (self.env.now - self.since if self.left else 0.0)
+
     def _advance(self) -> None:
         passed, self.since = self.env.now - self.since, self.env.now
+        self.worked_s += passed if self.left else 0.0
         for done in self.left:
             self.left[done] -= passed / len(self.left)
 
@@ -159,6 +174,8 @@ class Farm:
         self.calls: list[Call] = []
         self.finished: list[tuple[float, int]] = []
         self.open_rows, self.num_parts, self.lost_rows = 0, 0, 0
+        self.gpus: list[Gpu] = []
+        self.wasted_s = 0.0
         self.most_batches = sum(pool.workers * (pool.batches_at_once + 1) for pool in plan.pools)
         self.room = simpy.Container(env, init=self.most_batches)
         for node in range(ceil(plan.num_gpus / nodes.gpus)):
@@ -174,6 +191,10 @@ class Farm:
         stations = {"driver": self.driver, "reading": self.reading, "ledger": self.ledger}
         stations |= {"object store": self.object_store, "storage": self.storage}
         return {name: station.busy_s for name, station in stations.items()}
+
+    def gpu_s(self) -> float:
+        """Return the seconds that GPUs have worked until now, without those of batches that had to begin again."""
+        return sum(gpu.busy_s() for gpu in self.gpus) - self.wasted_s
 
     def in_use(self, pool: str, since: float) -> float:
         """Return how busy the workers of a pool of one stage have been, as a share of the time since a moment."""
@@ -198,6 +219,7 @@ class Farm:
 
     def _attempt(self, rows: int) -> Generator[simpy.Event, Any, bool]:
         """Take a batch through all pools; return whether its workers lived long enough."""
+        spent_s = 0.0
         yield self.reading.serve(rows * self.shared.reading)
         yield self.driver.serve(self.overhead.batch_s)
         for pool, slots in zip(self.plan.pools, self.slots, strict=True):
@@ -208,23 +230,31 @@ class Farm:
                 for spec in pool.stages:
                     with worker.turns[spec.name].request() as turn:
                         yield turn
-                        yield from self._work(spec.name, worker.gpu, rows)
+                        spent_s += yield from self._work(spec.name, worker.gpu, rows)
             except simpy.Interrupt:
+                self.wasted_s += spent_s
                 return False
             worker.batches.remove(batch)
             slots.put(worker)
         return True
 
-    def _work(self, stage: str, gpu: Gpu | None, rows: int) -> Steps:
+    def _work(self, stage: str, gpu: Gpu | None, rows: int) -> Generator[simpy.Event, Any, float]:
+        """Do a stage's work on a batch; return the seconds of a GPU that it took."""
         began, work = self.env.now, self.works.get(stage, Work())
         seconds = work.device_s * rows * self.random.uniform(1 - self.spread, 1 + self.spread)
-        yield gpu.work(seconds) if gpu else self.env.timeout(seconds)
-        if stage == "encode":
-            yield self.object_store.serve(rows * self.shared.object_store)
-        if stage == "publish":
-            yield self.storage.serve(rows * self.shared.storage)
-        yield self.env.timeout(work.host_s * rows)
+        done = gpu.work(seconds) if gpu else self.env.timeout(seconds)
+        try:
+            yield done
+            if stage == "encode":
+                yield self.object_store.serve(rows * self.shared.object_store)
+            if stage == "publish":
+                yield self.storage.serve(rows * self.shared.storage)
+            yield self.env.timeout(work.host_s * rows)
+        except simpy.Interrupt:
+            self.wasted_s += seconds - gpu.leave(done) if gpu else 0.0
+            raise
         self.calls.append(Call(stage, began, self.env.now))
+        return seconds if gpu else 0.0
 
     def _start(self, pool: Pool, slots: simpy.Store, gpus: Sequence[Gpu | None]) -> list[Worker]:
         """Let workers of a pool begin, one per GPU; slots are taken from all of them in turn."""
@@ -240,6 +270,7 @@ class Farm:
         yield self.env.timeout(self.random.uniform(0, nodes.arrive_s))
         while True:
             gpus = {place: Gpu(self.env) for place in places}
+            self.gpus += gpus.values()
             workers = [
                 self._start(pool, slots, [gpu for place, gpu in gpus.items() if place < pool.workers])
                 for pool, slots in zip(self.plan.pools, self.slots, strict=True)
@@ -250,6 +281,8 @@ class Farm:
                 return
             notice_s = nodes.notice_s if spot_h < failure_h else 0.0
             yield self.env.timeout(3600 * min(failure_h, spot_h) + notice_s)
+            for gpu in gpus.values():
+                gpu.stop()
             self._lose(list(chain(*workers)))
             unnoticed_s = 0.0 if spot_h < failure_h else nodes.detect_s
             yield self.env.timeout(unnoticed_s + max(0.0, nodes.replace_s - notice_s) + nodes.load_s)
