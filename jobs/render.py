@@ -150,6 +150,7 @@ def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, 
         layout=settings.layout,
         gpus_per_clip=settings.gpus_per_clip,
         places=settings.places,
+        thresholds=settings.thresholds,
     )
 
 
