@@ -23,6 +23,8 @@ def plan_text(job: RenderJob, gpu_hour_price: float | None) -> str:
     )
     if fates[Fate.ELSEWHERE]:
         rows += f", {fates[Fate.ELSEWHERE]} of other shards"
+    if again := job.num_due - pending.num_rows:
+        rows += f", {again} flagged ones to render again"
     lines = [rows, job.plan.describe(), f"up to {job.plan.batch_size} rows of one shape in a batch"]
     return "\n".join(lines + expectation(job.plan, pending.num_rows, gpu_hour_price))
 

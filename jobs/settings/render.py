@@ -144,6 +144,11 @@ class RenderSettings(ClusterSettings):
     jump_above: Limit = Field(
         STANDARD.jump_above, description="flag `jump`: the greatest change from one frame to the next is above this"
     )
+    reroll: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="render flagged rows again, each at most so many times, with another seed even if they brought one "
+        "(`rerolls` and `first_seed` in the ledger tell)",
+    )
     calibrate: bool = Field(False, description="render two batches of each shape first, and plan by what they cost")
     gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
         None, description="price of an hour of one GPU, to print what the job is expected to cost"
