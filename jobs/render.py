@@ -129,6 +129,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         max_failures=settings.max_failures,
         grace_s=settings.grace_s,
         stall_s=settings.stall_s,
+        reroll=settings.reroll,
     )
 
 
@@ -154,6 +155,7 @@ def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, 
         layout=settings.layout,
         gpus_per_clip=settings.gpus_per_clip,
         places=settings.places,
+        thresholds=settings.thresholds,
     )
 
 
@@ -162,7 +164,7 @@ def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: 
     stop = StopRequest()
     signals = Signals(stop)
     try:
-        total = job.pending().num_rows
+        total = job.num_due
         if total and settings.own_cluster:
             stack.enter_context(runner.session(None, resources))
         signals.install()
@@ -194,7 +196,7 @@ def calibrated(job: RenderJob, stop: StopRequest) -> RenderJob:
     """Render two batches of each shape, rows of the job like any other, and return it planned by their costs."""
     first = job.pending().first_of_each_shape(2 * job.plan.batch_size)
     logger.info("calibrating with %d rows", first.num_rows)
-    trial = replace(job, run=ledger.new_run_id(), worklist=first)
+    trial = replace(job, run=ledger.new_run_id(), worklist=first, reroll=0)
     with Progress(first.num_rows) as progress:
         trial.execute(progress.update, stop)
     costs = trial.measured.costs()

@@ -9,7 +9,7 @@ from pipeline.plan import Plan, PlanError
 from pipeline.stages import STAGES
 from pipeline.worklist import Fate
 
-SUMMARY_COLUMNS = ("id", "status", "error_message")
+SUMMARY_COLUMNS = ("id", "status", "error_message", "flags", "rerolls")
 SHOWN_REASONS = 5
 
 
@@ -23,6 +23,8 @@ def plan_text(job: RenderJob, gpu_hour_price: float | None) -> str:
     )
     if fates[Fate.ELSEWHERE]:
         rows += f", {fates[Fate.ELSEWHERE]} of other shards"
+    if again := job.num_due - pending.num_rows:
+        rows += f", {again} flagged ones to render again"
     lines = [rows, job.plan.describe(), f"up to {job.plan.batch_size} rows of one shape in a batch"]
     return "\n".join(lines + expectation(job.plan, pending.num_rows, gpu_hour_price))
 
@@ -58,11 +60,25 @@ def failures(view: pa.Table) -> list[str]:
     return [f"  failed, {reason['counts']} x: {reason['values']}" for reason in common]
 
 
+def flagged(view: pa.Table) -> list[str]:
+    """Return a line that says how many rows are flagged, by flag, and one for those that were rendered again."""
+    lines = []
+    counts = pc.value_counts(pc.list_flatten(view["flags"])).to_pylist()
+    if counts:
+        num_flagged = pc.sum(pc.greater(pc.list_value_length(view["flags"]), 0)).as_py()
+        common = sorted(counts, key=lambda count: -count["counts"])
+        by_flag = ", ".join(f"{count['counts']} {count['values']}" for count in common)
+        lines.append(f"  flagged, {num_flagged} rows: {by_flag}")
+    if rerolled := pc.sum(pc.greater(view["rerolls"], 0)).as_py():
+        lines.append(f"  rendered again with another seed: {rerolled} rows")
+    return lines
+
+
 def summary_text(view: pa.Table, job: RenderJob, *, rendered: int, seconds: float) -> str:
     """Say what was done, what failed and why, and where the time went."""
     succeeded = len(view) - num_failed(view)
     lines = [f"{succeeded} of {len(view)} rows succeeded; this run took {rendered} rows in {seconds:.1f} s"]
-    return "\n".join(lines + failures(view) + _measured(job))
+    return "\n".join(lines + failures(view) + flagged(view) + _measured(job))
 
 
 def _measured(job: RenderJob) -> list[str]:

@@ -160,7 +160,8 @@ def _read_part(storage: Storage, name: str) -> _Part:
     data = _fetched(storage, name)
     with ledger.blamed(storage, name):
         file = ledger.opened(data)
-        keys = file.read(columns=ledger.KEYS, use_threads=False).select(ledger.KEYS)
+        columns = ledger.key_columns(file.schema_arrow.names)
+        keys = file.read(columns=columns, use_threads=False).select(columns)
         schema = ledger.decoded(file.schema_arrow.empty_table()).schema.remove_metadata()
     return _Part(name, len(data), schema, keys)
 

@@ -4,9 +4,9 @@ import logging
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,8 +18,9 @@ from pipeline.costs import Costs, Measured, write_measured
 from pipeline.failed import write_failed
 from pipeline.faults import StorageError, StorageFullError
 from pipeline.plan import Plan
+from pipeline.quality import Figures
 from pipeline.report import GalleryEntry, gallery
-from pipeline.rows import Batch, Item, RowError, ledger_table
+from pipeline.rows import LEDGER_SCHEMA, Batch, Item, RowError, ledger_table
 from pipeline.storage import Storage
 from pipeline.worklist import Echo, RowRules, Worklist
 from pyramid_flow.errors import PyramidFlowError
@@ -135,7 +136,8 @@ class RenderJob:
 
     constants: ledger columns that are equal for all its rows; plan_for: the plan other costs would give; shard: which
     of several jobs on one input it is, such as 2-of-4; max_failures: see `Breaker`; grace_s: how long a stop waits for
-    what is in flight; stall_s: see `Stall`; measured: what its rows cost.
+    what is in flight; stall_s: see `Stall`; reroll: how often a flagged row is rendered again with another seed, at
+    most; measured: what its rows cost.
     """
 
     run: str
@@ -153,6 +155,7 @@ class RenderJob:
     max_failures: int = MAX_FAILURES
     grace_s: float = GRACE_S
     stall_s: float = STALL_S
+    reroll: int = 0
     measured: Measured = field(default_factory=Measured)
 
     def pending(self) -> Worklist:
@@ -162,9 +165,29 @@ class RenderJob:
         settled = view.filter(done) if self.retry_failed else view
         return self.worklist.remaining(settled["id"].combine_chunks())
 
+    def rerolls(self, numbers: Collection[int]) -> Worklist:
+        """Return the flagged rows whose next reroll is one of these, counted from 1.
+
+        A reroll counts whatever became of it, so that no row is rendered for ever.
+        """
+        view = ledger.read(self.storage, ["id", "flags"])
+        tried = dict.fromkeys(view.filter(pc.greater(pc.list_value_length(view["flags"]), 0))["id"].to_pylist(), 0)
+        for table in ledger.read_parts(self.storage, ["id", "rerolls"], tried) if tried else ():
+            for row in table.to_pylist():
+                tried[row["id"]] = max(tried[row["id"]], row.get("rerolls") or 0)
+        due = [row_id for row_id, number in tried.items() if number + 1 in numbers]
+        return self.worklist.only(pa.array(due, pa.string()))
+
+    @property
+    def num_due(self) -> int:
+        """Number of rows to render: what the ledger lacks, and flagged ones that have rerolls left."""
+        flagged = self.rerolls(range(1, self.reroll + 1)).num_rows if self.reroll else 0
+        return self.pending().num_rows + flagged
+
     def execute(self, on_batch: OnBatch, stop: StopRequest | None = None) -> None:
         """Render until nothing of the input is missing in the ledger, in at most 3 passes, or until asked to stop.
 
+        Then flagged rows are rerolled, in a pass for each time.
         However it ends, what has finished is in the ledger afterwards. Raises TooManyFailures, and what Ray raises.
         """
         stop = stop or StopRequest()
@@ -184,10 +207,21 @@ class RenderJob:
                 pending = self.pending()
                 if pending.num_rows == 0 or stop.requested:
                     break
-                self._render(pending, writer, take, stop)
+                self._render(pending, self.rules, writer, take, stop)
                 writer.flush()
             if not stop.requested:
-                self._finish(writer)
+                self._check_complete()
+            for number in range(1, self.reroll + 1):
+                flagged = self.rerolls([number])
+                if stop.requested:
+                    break
+                if flagged.num_rows:
+                    heartbeat.total = heartbeat.done + flagged.num_rows
+                    self._render(flagged, replace(self.rules, reroll=number), writer, take, stop)
+                    writer.flush()
+            if not stop.requested:
+                for batch in self._echoes():
+                    self._record(batch, writer)
             writer.flush()
             write_measured(self.storage, self.measured)
             heartbeat.write("interrupted" if stop.requested else "finished")
@@ -201,17 +235,17 @@ class RenderJob:
                 )
             raise
 
-    def _finish(self, writer: ledger.LedgerWriter) -> None:
-        """Write the rows that only the driver writes, and see that the ledger holds every row of the input."""
+    def _check_complete(self) -> None:
+        """See that the ledger holds every row of the input, but for those that only the driver writes."""
         missing = self.pending().num_rows
         if missing:
             raise RowsMissing(f"{missing} rows are still missing after {MAX_PASSES} passes")
-        for batch in self._echoes():
-            self._record(batch, writer)
 
-    def _render(self, pending: Worklist, writer: ledger.LedgerWriter, take: OnBatch, stop: StopRequest) -> None:
+    def _render(
+        self, rows: Worklist, rules: RowRules, writer: ledger.LedgerWriter, take: OnBatch, stop: StopRequest
+    ) -> None:
         """Make one pass. A stop writes the open ledger part first, then waits for what is in flight."""
-        rendering = runner.Rendering(pending, self.plan, self.rules, self.limits)
+        rendering = runner.Rendering(rows, self.plan, rules, self.limits)
         breaker = Breaker(self.max_failures)
         stopping: Stopping | None = None
         stall = Stall(self.stall_s)
@@ -259,18 +293,26 @@ class RenderJob:
             writer.append(ledger_table(batch, {**self.constants, "run": self.run}))
 
     def _echoes(self) -> Iterator[Batch]:
-        """Yield the ledger rows of duplicates and conflicts that are not in the ledger yet."""
+        """Yield the ledger rows of duplicates and conflicts that are not in the ledger yet, or lag behind a reroll."""
         by_part: dict[int, dict[int, Echo]] = defaultdict(dict)
-        for echo in self.pending().echoes:
+        for echo in (*self.pending().echoes, *self._outdated()):
             by_part[echo.part][echo.index] = echo
         if not by_part:
             return
         wanted = {echo.duplicate_of for echoes in by_part.values() for echo in echoes.values() if echo.duplicate_of}
-        view = ledger.read(self.storage, ids=pa.array(wanted, pa.string()))
+        view = ledger.read(self.storage, LEDGER_SCHEMA.names, wanted)
         originals = {row["id"]: row for row in view.to_pylist()}
         for part, echoes in by_part.items():
             for index, batch in read_rows(self.worklist.parts[part], self.rules, list(echoes)):
                 yield batch.with_items([_echoed(batch.items[0], echoes[index], originals)])
+
+    def _outdated(self) -> list[Echo]:
+        """Return the duplicates in the ledger whose original was rerolled since."""
+        duplicates = [echo for echo in self.worklist.echoes if echo.duplicate_of]
+        ids = {row_id for echo in duplicates for row_id in (echo.id, echo.claimed)}
+        view = ledger.read(self.storage, ["id", "rerolls"], ids)
+        rerolls = dict(zip(view["id"].to_pylist(), view["rerolls"].fill_null(0).to_pylist(), strict=True))
+        return [echo for echo in duplicates if rerolls.get(echo.id, rerolls[echo.claimed]) < rerolls[echo.claimed]]
 
     def _gallery_entry(self, row: dict[str, Any]) -> GalleryEntry:
         length = "still" if row["num_frames"] == 1 else f"{row['num_frames']} frames"
@@ -302,6 +344,9 @@ COPIED = (
     "batch_size",
     "cached_levels",
     "tiling",
+    "rerolls",
+    "flags",
+    *(figure.name for figure in fields(Figures)),
 )
 """What a duplicate's ledger row takes from the row it repeats, beside its fate."""
 
@@ -324,4 +369,5 @@ def _echoed(item: Item, echo: Echo, originals: Mapping[str, dict[str, Any]]) -> 
         fields = {name: original[f"error_{name}"] for name in ("stage", "type", "message")}
         return Item(row.updated(error=RowError(**fields)))
     copied = (*COPIED, "dtype", "device", "node", "prompt_truncated", "started_at", "finished_at")
-    return Item(row.updated(**{name: original[name] for name in copied}))
+    request = item.request.model_copy(update={"seed": original["seed"]})
+    return Item(row.updated(request=request, **{name: original[name] for name in copied}))

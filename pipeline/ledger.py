@@ -35,7 +35,9 @@ COMPACTED = f"{PARTS}/part-x-"
 """Compacted parts begin so and sort after all others: a listing that misses a part that was deleted meanwhile has not
 passed its replacement yet."""
 KEYS = ("id", "status", "run")
-"""The columns that decide which rows the view holds."""
+"""The columns that decide which rows the view holds, with `REROLLS`."""
+REROLLS = "rerolls"
+"""Parts of earlier versions lack it: none of their rows was rerolled."""
 THREADS = 8
 RUNS = "runs"
 JOB_FILE = "job.json"
@@ -92,10 +94,12 @@ def read(
 ) -> pa.Table:
     """Return the ledger: per id the succeeded row if there is one, else the latest; by run, then as they appear.
 
+    Of several that succeeded it is the one of the most rerolls, else the latest.
+
     columns: those that are wanted, None = all; one that no row has is null. ids: rows that are wanted, None = all.
     Raises LedgerError if a part is damaged.
     """
-    wanted = None if columns is None else [*dict.fromkeys((*KEYS, *columns))]
+    wanted = None if columns is None else [*dict.fromkeys((*KEYS, REROLLS, *columns))]
     rows = _view(read_parts(storage, wanted, ids))
     if columns is None:
         return rows
@@ -165,6 +169,11 @@ def opened(data: bytes) -> pq.ParquetFile:
     return file
 
 
+def key_columns(names: Sequence[str]) -> list[str]:
+    """Return which of a part's columns decide which rows the view holds."""
+    return [*KEYS, REROLLS] if REROLLS in names else [*KEYS]
+
+
 def prefetched(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield the results of a call for every item, in order; a few threads work ahead."""
     ahead: deque[Future[R]] = deque()
@@ -182,13 +191,14 @@ def prefetched(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def chosen(keys: pa.Table) -> NDArray[np.int64]:
-    """Return which rows the view holds, as indices in the order of the view; keys: the columns KEYS of all rows."""
+    """Return which rows the view holds, as indices in the order of the view; keys: the `key_columns` of all rows."""
     num_rows = len(keys)
     run = pc.fill_null(keys["run"], "")
     runs = pa.array(sorted(pc.unique(run).to_pylist()), pa.string())
     age = pc.index_in(run, value_set=runs).to_numpy().astype(np.int64)
     succeeded = pc.equal(keys["status"], "succeeded").to_numpy()
-    rank = (succeeded * len(runs) + age) * num_rows + np.arange(num_rows)
+    rerolls = pc.fill_null(keys[REROLLS], 0).to_numpy() if REROLLS in keys.column_names else 0
+    rank = (succeeded * (1 + rerolls) * len(runs) + age) * num_rows + np.arange(num_rows)
     ids = keys["id"].dictionary_encode().combine_chunks()
     best = np.zeros(len(ids.dictionary), np.int64)
     np.maximum.at(best, ids.indices.to_numpy(), rank)
@@ -327,7 +337,8 @@ def _view(tables: Sequence[pa.Table]) -> pa.Table:
     tables = [table for table in tables if len(table)]
     if not tables:
         return LEDGER_SCHEMA.empty_table()
-    rows = chosen(pa.concat_tables([table.select(KEYS) for table in tables], promote_options="permissive"))
+    keys = [table.select(key_columns(table.column_names)) for table in tables]
+    rows = chosen(pa.concat_tables(keys, promote_options="permissive"))
     kept = [
         table if mask.all() else table.filter(pa.array(mask))
         for table, mask in zip(tables, masks(rows, [len(table) for table in tables]), strict=True)

@@ -250,6 +250,10 @@ class ResolvedRequest(BaseModel):
         """Return one of several copies, numbered from 0: id `<id>-<number>` and seed + number."""
         return self.model_copy(update={"id": f"{self.id}-{number}", "seed": (self.seed + number) & MAX_SEED})
 
+    def rerolled(self, number: int) -> "ResolvedRequest":
+        """Return the request with the seed of its n-th reroll, which depends on that and its id; 0 = as it is."""
+        return self.model_copy(update={"seed": derived_seed(f"{self.id}, reroll {number}")}) if number else self
+
     @property
     def shape(self) -> "Shape":
         """What rows of one sampling batch have in common."""

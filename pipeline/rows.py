@@ -44,8 +44,9 @@ class RenderRow(BaseModel):
     """Everything known about one video so far; at the end it is a row of the ledger.
 
     position: where the row stands in the input; prompt: as given, if it is text at all; request: None only for a row
-    that could not be understood; skipped: passed through untouched because the job is stopping; seconds: the row's
-    share of each stage's time.
+    that could not be understood; skipped: passed through untouched because the job is stopping; rerolls: which time it
+    is rendered again with another seed; first_seed: the seed of its first rendering; seconds: the row's share of each
+    stage's time; brightness to flags: see `pipeline.quality`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,6 +60,8 @@ class RenderRow(BaseModel):
     attempts: int = 1
     duplicate_of: str | None = None
     skipped: bool = False
+    rerolls: int = 0
+    first_seed: int | None = None
     uri: str | None = None
     thumbnail_uri: str | None = None
     media_type: str | None = None
@@ -69,6 +72,14 @@ class RenderRow(BaseModel):
     batch_size: int | None = None
     cached_levels: list[int] | None = None
     tiling: int | None = None
+    brightness: float | None = None
+    contrast: float | None = None
+    sharpness: float | None = None
+    motion: float | None = None
+    max_motion: float | None = None
+    motion_direction: float | None = None
+    drift: float | None = None
+    flags: list[str] | None = None
     dtype: str | None = None
     device: str | None = None
     node: str | None = None
@@ -247,6 +258,8 @@ LEDGER_SCHEMA = pa.schema(
         ("skip_last_step", pa.bool_()),
         ("guided_share", pa.string()),
         ("seed", pa.int64()),
+        ("rerolls", pa.int32()),
+        ("first_seed", pa.int64()),
         ("uri", pa.string()),
         ("thumbnail_uri", pa.string()),
         ("media_type", pa.string()),
@@ -257,6 +270,14 @@ LEDGER_SCHEMA = pa.schema(
         ("batch_size", pa.int32()),
         ("cached_levels", pa.list_(pa.int32())),
         ("tiling", pa.int32()),
+        ("brightness", pa.float32()),
+        ("contrast", pa.float32()),
+        ("sharpness", pa.float32()),
+        ("motion", pa.float32()),
+        ("max_motion", pa.float32()),
+        ("motion_direction", pa.float32()),
+        ("drift", pa.float32()),
+        ("flags", pa.list_(pa.string())),
         ("dtype", pa.string()),
         ("device", pa.string()),
         ("node", pa.string()),

@@ -30,10 +30,14 @@ LOG_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class RowRules:
-    """What turns an input row into render rows, the same in the driver and in the read tasks."""
+    """What turns an input row into render rows, the same in the driver and in the read tasks.
+
+    reroll: which other seed its rows get, from 1 on; 0 = their own.
+    """
 
     preset: Preset
     allow_untrained: bool = False
+    reroll: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,25 @@ def candidates(values: dict[str, object], position: str, rules: RowRules) -> lis
     image = request.image if isinstance(request.image, bytes) else None
     videos = [resolved] if copies == 1 else [resolved.copy_of(number) for number in range(copies)]
     warnings = tuple(resolved.warnings(rules.preset))
-    return [_candidate(video, position, content, image, warnings) for video in videos]
+    return [_candidate(video, position, content, image, warnings, rules.reroll) for video in videos]
 
 
 def _candidate(
-    request: ResolvedRequest, position: str, content: str, image: bytes | None, warnings: tuple[str, ...]
+    request: ResolvedRequest,
+    position: str,
+    content: str,
+    image: bytes | None,
+    warnings: tuple[str, ...],
+    reroll: int,
 ) -> Candidate:
     row = RenderRow(
         id=request.id,
         position=position,
         prompt=request.prompt,
-        request=request,
+        request=request.rerolled(reroll),
         warnings=warnings,
+        rerolls=reroll,
+        first_seed=request.seed,
     )
     return Candidate(row, f"{content}, seed {request.seed}", image)  # a copy and a row can claim the same id
 
@@ -206,6 +217,12 @@ class Worklist:
             return replace(self, fates=fates)
         settled = frozenset(done.to_pylist())
         return replace(self, fates=fates, echoes=tuple(echo for echo in self.echoes if echo.id not in settled))
+
+    def only(self, ids: pa.StringArray) -> "Worklist":
+        """Return the worklist with only the rows to render that have these ids, and without echoes."""
+        found = pc.is_in(self.ids, ids, skip_nulls=True).to_numpy(zero_copy_only=False)
+        fates = np.where(found | (self.fates != Fate.RENDER), self.fates, np.uint8(Fate.SKIP))
+        return replace(self, fates=fates, echoes=())
 
     def shard(self, number: int, count: int) -> "Worklist":
         """Return one of several parts of about equal size, numbered from 1: a row's id decides where it belongs.

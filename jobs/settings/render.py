@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -26,9 +27,11 @@ from jobs.settings.base import (
     labels_by_stage,
 )
 from pipeline.plan import Layout
+from pipeline.quality import STANDARD, Thresholds
 from pyramid_flow.fit import Memory
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Limit = Annotated[float, Field(ge=0, le=1)]
 
 POOLS = ("encode", "sample", "publish")
 """What can be pinned and placed, by the first stage; decoding is where sampling is."""
@@ -130,6 +133,22 @@ class RenderSettings(ClusterSettings):
     allow_failed: str = Field(
         "0", coerce_numbers_to_str=True, description="exit 0 with up to this many failed rows: a count or a percentage"
     )
+    black_below: Limit = Field(STANDARD.black_below, description="flag `black`: mean brightness, 0 to 1, is below this")
+    white_above: Limit = Field(STANDARD.white_above, description="flag `white`: mean brightness is above this")
+    flat_below: Limit = Field(
+        STANDARD.flat_below, description="flag `flat`: contrast, the standard deviation of brightness, is below this"
+    )
+    frozen_below: Limit = Field(
+        STANDARD.frozen_below, description="flag `frozen`: motion, the mean change from frame to frame, is below this"
+    )
+    jump_above: Limit = Field(
+        STANDARD.jump_above, description="flag `jump`: the greatest change from one frame to the next is above this"
+    )
+    reroll: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="render flagged rows again, each at most so many times, with another seed even if they brought one "
+        "(`rerolls` and `first_seed` in the ledger tell)",
+    )
     calibrate: bool = Field(False, description="render two batches of each shape first, and plan by what they cost")
     gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
         None, description="price of an hour of one GPU, to print what the job is expected to cost"
@@ -180,6 +199,11 @@ class RenderSettings(ClusterSettings):
     def _pinned(self, what: str, pools: Sequence[str]) -> dict[str, Any]:
         pinned = {pool: getattr(self, f"{pool}_{what}") for pool in pools}
         return {pool: value for pool, value in pinned.items() if value is not None}
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Limits of the flags of videos and stills."""
+        return Thresholds(**{field.name: getattr(self, field.name) for field in fields(Thresholds)})
 
     def tolerates(self, failed: int, total: int) -> bool:
         """Tell whether so many failed rows are fine."""

@@ -3,12 +3,14 @@
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pipeline.quality import STANDARD, QualityMeter, Thresholds
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Item, as_tensor
 from pipeline.stages.stage import ModelConfig, Stage
@@ -30,15 +32,17 @@ class Decode(Stage):
     """Replaces a row's `latents` by the files `file` (mp4, or png or webp of a still) and `thumbnail` (webp), as uint8.
 
     window: latents per chunk; tile: side of a VAE tile in pixels, None = no tiling, auto = none on a CPU, else the
-    largest that fits into the memory that is free; encoder_threads: of ffmpeg. Frames never leave the worker, and its
-    memory is that of a chunk.
+    largest that fits into the memory that is free; encoder_threads: of ffmpeg; thresholds: of the flags, which the row
+    gets with the figures of its frames. Frames never leave the worker, and its memory is that of a chunk.
     """
 
     name = "decode"
 
-    def __init__(self, model: ModelConfig, window: int, tile: Tile, encoder_threads: int) -> None:
+    def __init__(
+        self, model: ModelConfig, window: int, tile: Tile, encoder_threads: int, thresholds: Thresholds = STANDARD
+    ) -> None:
         checkpoint = model.open()
-        self.window, self.tile, self.encoder_threads = window, tile, encoder_threads
+        self.window, self.tile, self.encoder_threads, self.thresholds = window, tile, encoder_threads, thresholds
         self.statistics = checkpoint.preset.statistics
         self.model_name = checkpoint.name
         self.placement = model.placement(checkpoint, (VAE,))
@@ -76,21 +80,26 @@ class Decode(Stage):
 
     def _decoded_with(self, item: Item, tile: int | None) -> Item:
         request = item.request
-        strip = ThumbnailStrip(request.num_frames)
-        chunks = self._chunks(item.tensors["latents"], tile, strip)
+        strip, meter = ThumbnailStrip(request.num_frames), QualityMeter()
+        chunks = self._chunks(item.tensors["latents"], tile, strip, meter)
         if request.image_format:
             [[frame]] = chunks
             file = encode_still(frame, request.image_format, self.tags(request))
         else:
             file = self._video(request, chunks)
         tensors = {FILE: as_tensor(file), THUMBNAIL: as_tensor(strip.webp())}
-        return item.with_tensors(tensors, frames=strip.num_seen, tiling=tile)
+        figures = meter.figures()
+        quality = {**asdict(figures), "flags": self.thresholds.flags(figures)}
+        return item.with_tensors(tensors, frames=strip.num_seen, tiling=tile, **quality)
 
-    def _chunks(self, latents: Tensor, tile: int | None, strip: ThumbnailStrip) -> Iterator[Frames]:
-        """Yield the decoded frames chunk by chunk, once the strip has seen them."""
+    def _chunks(
+        self, latents: Tensor, tile: int | None, strip: ThumbnailStrip, meter: QualityMeter
+    ) -> Iterator[Frames]:
+        """Yield the decoded frames chunk by chunk, once strip and meter have seen them."""
         for chunk in decode_frames(self.vae, latents, self.statistics, window=self.window, tile=tile):
             frames = chunk[0].numpy()
             strip.add(frames)
+            meter.add(frames)
             yield frames
 
     def _video(self, request: ResolvedRequest, chunks: Iterable[Frames]) -> bytes:

@@ -82,6 +82,31 @@ def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(cluster, tmp_pa
 
 
 @pytest.mark.ray
+def test_flagged_rows_are_rendered_again_with_another_seed(cluster, tmp_path, capsys):
+    source = write_table(
+        tmp_path / "in.parquet", [{"id": name, "prompt": "a fox", "seed": 1, **SMALL} for name in "ab"]
+    )
+    first, rendered = run(settings(source, tmp_path / "out", black_below=1), cluster)
+    before = {row["id"]: row for row in first.view().to_pylist()}
+    again, rerolled = run(settings(source, tmp_path / "out", black_below=1, reroll=2), cluster)
+    assert (rendered, rerolled) == (2, 4)
+    for row in again.view().to_pylist():
+        old = before[row["id"]]
+        assert (old["rerolls"], old["seed"], old["flags"]) == (0, 1, ["black"])
+        assert (row["rerolls"], row["first_seed"], row["flags"]) == (2, 1, ["black"])
+        assert (row["seed"] != 1, row["latents_sha256"] != old["latents_sha256"]) == (True, True)
+        assert (tmp_path / "out" / row["uri"]).is_file()
+        assert row["brightness"] > 0
+    assert render.main(flags(source, tmp_path / "out", "--reroll", "2")) == 0
+    printed = capsys.readouterr().out
+    assert "this run took 0 rows" in printed
+    assert "flagged, 2 rows: 2 black" in printed
+    assert "rendered again with another seed: 2 rows" in printed
+    assert render.main(flags(source, tmp_path / "out", "--reroll", "3", "--dry-run")) == 0
+    assert "2 flagged ones to render again" in capsys.readouterr().out
+
+
+@pytest.mark.ray
 def test_stills_and_videos_of_one_table_share_job_and_ledger(cluster, tmp_path, capsys):
     still, fixed = {**SMALL, "num_frames": 1}, {"prompt": "a fox", "seed": 1}
     table = [

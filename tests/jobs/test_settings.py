@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from jobs.settings import DemoSettings, RenderSettings, ServeSettings, parse
+from pipeline.quality import STANDARD, Thresholds
 from pipeline.request import RenderRequest
 
 NEEDED = ["--input", "in.parquet", "--output", "out", "--model", "model"]
@@ -47,6 +48,14 @@ def test_defaults_are_those_of_the_help():
     assert (settings.input, settings.output, settings.model) == (["in.parquet"], "out", "model")
     assert (settings.batch_size, settings.device, settings.dtype, settings.dry_run) == (4, "auto", "auto", False)
     assert (settings.ledger_rows, settings.ledger_seconds, settings.workers) == (1000, 30, {})
+
+
+def test_limits_of_flags_are_shares():
+    assert parsed().thresholds == STANDARD
+    limits = ("--black-below", "0.1", "--white-above", "1", "--flat-below", "0", "--frozen-below", "0.01")
+    assert parsed(*limits, "--jump-above", "0.5").thresholds == Thresholds(0.1, 1, 0, 0.01, 0.5)
+    with pytest.raises(SystemExit):
+        parsed("--black-below", "20")
 
 
 def test_flags_win_over_the_file(tmp_path):

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from jobs.summary import expectation, failures, plan_text, summary_text
+from jobs.summary import expectation, failures, flagged, plan_text, summary_text
 from pipeline.batching import read_rows
 from pipeline.costs import Costs
 from pipeline.job import RenderJob
@@ -67,6 +67,19 @@ def test_only_the_commonest_failures_are_told():
     lines = failures(ledger_of("often", "often", *(f"reason {i}" for i in range(20))))
     assert lines[0] == "  failed, 2 x: often"
     assert len(lines) == 5
+
+
+def test_flagged_rows_are_counted_by_flag():
+    rows = [
+        {"id": "a", "status": "succeeded", "flags": ["flat", "frozen"], "rerolls": 2},
+        {"id": "b", "status": "succeeded", "flags": ["frozen"], "rerolls": 0},
+        {"id": "c", "status": "succeeded", "flags": [], "rerolls": 1},
+        {"id": "d", "status": "failed"},
+    ]
+    assert flagged(pa.Table.from_pylist(rows, LEDGER_SCHEMA)) == [
+        "  flagged, 2 rows: 2 frozen, 1 flat",
+        "  rendered again with another seed: 2 rows",
+    ]
 
 
 def test_the_plan_counts_rows_by_fate(job):

@@ -6,9 +6,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline import job as job_module
-from pipeline.batching import read_rows
+from pipeline.batching import read_batches, read_rows
+from pipeline.compact import compact
 from pipeline.job import SHARE_FROM_ROWS, Breaker, RowsMissing, Stalled, Stopping, StopRequest
+from pipeline.request import derived_seed
 from pipeline.rows import Batch, Item, RenderRow, RowError
+from pipeline.storage import Storage
 from tests.pipeline.simulated import simulated_job
 from tests.pipeline.tables import write_table
 
@@ -136,3 +139,115 @@ def test_rows_that_never_arrive_are_an_error(tmp_path, monkeypatch):
     table = write_table(tmp_path / "in.parquet", [{"prompt": "a", **SHAPE}, {"prompt": "b", **SHAPE}])
     with pytest.raises(RowsMissing, match="2 rows are still missing after 3 passes"):
         simulated_job(table, tmp_path / "out").execute(lambda batch: None)
+
+
+@pytest.fixture
+def rendered(monkeypatch) -> list[tuple[str, int]]:
+    """Renders without Ray; returns the ids and rerolls of what was rendered, in order.
+
+    The prompt says how many of a row's first renderings are flagged, and which fail: "2" or "2, fail 1".
+    """
+    done: list[tuple[str, int]] = []
+
+    def finished(item: Item) -> Item:
+        row = item.row
+        done.append((row.id, row.rerolls))
+        flagged, _, failing = str(row.prompt).partition(", fail ")
+        if failing == str(row.rerolls):
+            return item.failed("sample", ValueError("no"))
+        flags = ["frozen"] if row.rerolls < int(flagged) else []
+        return item.with_tensors({}, flags=flags, motion=float(not flags), uri=f"{row.id}-{item.request.seed}")
+
+    class Plain:
+        def __init__(self, worklist, plan, rules, _limits):
+            self.batches = list(read_batches(list(worklist.part_works()), rules, plan.batch_size))
+
+        def __iter__(self):
+            return (one.with_items([finished(item) for item in one.items]) for one in self.batches)
+
+    monkeypatch.setattr(job_module.runner, "Rendering", Plain)
+    return done
+
+
+def rerolled(tmp_path, prompts: dict[str, str], reroll: int, **values: object) -> dict[str, dict[str, object]]:
+    """Run a job over rows with these ids and prompts; returns the view by id."""
+    table = write_table(
+        tmp_path / "in.parquet", [{"id": i, "prompt": p, **SHAPE, **values} for i, p in prompts.items()]
+    )
+    job = simulated_job(table, tmp_path / "out", reroll=reroll)
+    job.execute(lambda batch: None)
+    assert job.num_due == 0
+    return {row["id"]: row for row in job.view().to_pylist()}
+
+
+def test_flagged_rows_are_rerolled_until_they_are_fine_or_their_rerolls_are_used_up(tmp_path, rendered):
+    view = rerolled(tmp_path, {"fine": "0", "once": "1", "twice": "2", "never": "9"}, reroll=2, seed=5)
+    assert {name: (row["rerolls"], row["flags"]) for name, row in view.items()} == {
+        "fine": (0, []),
+        "once": (1, []),
+        "twice": (2, []),
+        "never": (2, ["frozen"]),
+    }
+    assert {row["first_seed"] for row in view.values()} == {5}
+    assert view["fine"]["seed"] == 5
+    for name in ("once", "twice", "never"):
+        number = view[name]["rerolls"]
+        assert view[name]["seed"] == derived_seed(f"{name}, reroll {number}")
+        assert view[name]["uri"] == f"{name}-{view[name]['seed']}"
+    assert len(rendered) == 4 + 3 + 2
+
+
+def test_the_same_command_rerolls_nothing_again_and_a_greater_number_goes_on(tmp_path, rendered):
+    prompts = {"once": "1", "never": "9"}
+    assert rerolled(tmp_path, prompts, reroll=0)["never"]["rerolls"] == 0
+    for reroll, expected in ((1, [("once", 1), ("never", 1)]), (1, []), (3, [("never", 2), ("never", 3)]), (2, [])):
+        rendered.clear()
+        view = rerolled(tmp_path, prompts, reroll)
+        assert rendered == expected
+        compact(Storage(str(tmp_path / "out")))
+    assert (view["never"]["rerolls"], view["once"]["rerolls"], len(view)) == (3, 1, 2)
+
+
+def test_a_reroll_that_fails_counts_and_leaves_the_earlier_video(tmp_path, rendered):
+    view = rerolled(tmp_path, {"a": "9, fail 1"}, reroll=1)
+    assert (view["a"]["status"], view["a"]["rerolls"], view["a"]["flags"]) == ("succeeded", 0, ["frozen"])
+    assert rerolled(tmp_path, {"a": "9, fail 1"}, reroll=1) == view
+    assert rendered == [("a", 0), ("a", 1)]
+    assert rerolled(tmp_path, {"a": "2, fail 1"}, reroll=2)["a"]["rerolls"] == 2
+
+
+def test_failed_rows_are_not_rerolled(tmp_path, rendered):
+    assert rerolled(tmp_path, {"a": "9, fail 0"}, reroll=2)["a"]["status"] == "failed"
+    assert rendered == [("a", 0)]
+
+
+def test_duplicates_follow_a_rerolled_row(tmp_path, rendered):
+    table = write_table(tmp_path / "in.parquet", [{"id": "a", "prompt": "1", "seed": 5, **SHAPE}] * 2)
+    for reroll, expected in ((0, 0), (1, 1)):
+        job = simulated_job(table, tmp_path / "out", reroll=reroll)
+        job.execute(lambda batch: None)
+        original, duplicate = sorted(job.view().to_pylist(), key=lambda row: row["id"])
+        assert duplicate["duplicate_of"] == original["id"]
+        assert original["rerolls"] == expected
+        for name in ("rerolls", "seed", "first_seed", "flags", "uri", "motion"):
+            assert duplicate[name] == original[name]
+    before = len(list((tmp_path / "out" / "metadata").iterdir()))
+    simulated_job(table, tmp_path / "out", reroll=1).execute(lambda batch: None)
+    assert len(list((tmp_path / "out" / "metadata").iterdir())) == before
+    assert rendered == [("a", 0), ("a", 1)]
+
+
+def test_a_stop_ends_rerolls_too(tmp_path, rendered):
+    stop = StopRequest()
+    table = write_table(tmp_path / "in.parquet", [{"id": "a", "prompt": "9", **SHAPE}])
+    job = simulated_job(table, tmp_path / "out", reroll=5)
+
+    def stop_at_the_second(batch: Batch | None) -> None:
+        stop.requested = len(rendered) == 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module.runner.Rendering, "stop", lambda self: None, raising=False)
+        patch.setattr(job_module.runner.Rendering, "is_idle", lambda self: True, raising=False)
+        job.execute(stop_at_the_second, stop)
+    assert rendered == [("a", 0), ("a", 1)]
+    assert job.num_due == 1

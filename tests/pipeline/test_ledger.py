@@ -69,6 +69,19 @@ def test_a_part_may_hold_rows_of_several_runs(storage):
     assert read(storage).select(["id", "own"]).to_pylist() == [{"id": "y", "own": "0"}, {"id": "x", "own": "2"}]
 
 
+def test_of_rows_that_succeeded_the_one_of_the_most_rerolls_wins_whatever_the_clocks_said(storage):
+    def rerolled(number: int, run: str, **options: bool) -> pa.Table:
+        table = rows("x", run=run, own=pa.array([number]), **options)
+        index = table.column_names.index("rerolls")
+        return table.set_column(index, table.schema.field(index), pa.array([number], pa.int32()))
+
+    without = rows("x", "old", run="4", own=pa.array([0, 0])).drop_columns(["rerolls"])
+    written(storage, rerolled(2, "1"), rerolled(1, "3"), without, rerolled(3, "2", failed=True))
+    assert read(storage, ["own"])["own"].to_pylist() == [2, 0]
+    [x, old] = read(storage).to_pylist()
+    assert (x["rerolls"], old["rerolls"]) == (2, None)
+
+
 def test_the_view_is_ordered_by_run_then_as_its_rows_appear(storage):
     written(storage, rows("c", "a", failed=True), rows("b"), rows("a", "c", "d"))
     assert list(statuses(storage).items()) == [(row_id, "succeeded") for row_id in "bacd"]

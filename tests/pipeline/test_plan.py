@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.costs import Costs
 from pipeline.plan import Job, Node, Plan, PlanError, Pool, Resources, make_plan
+from pipeline.quality import Thresholds
 
 STAGES = ["encode", "sample", "decode", "publish"]
 POOLS = ["encode", "sample+decode", "publish"]
@@ -106,8 +107,16 @@ def test_the_cpu_takes_one_worker_of_each_stage_and_ignores_gpus():
 
 def test_what_is_asked_for_reaches_the_stages():
     given = arguments(
-        planned("cpu", Resources(4, 0), image_hosts=frozenset({"host"}), encoder_threads=3, memory="offload")
+        planned(
+            "cpu",
+            Resources(4, 0),
+            image_hosts=frozenset({"host"}),
+            encoder_threads=3,
+            memory="offload",
+            thresholds=Thresholds(black_below=0.5),
+        )
     )
+    assert given["decode"]["thresholds"] == Thresholds(black_below=0.5)
     assert (given["encode"]["image_root"], given["encode"]["image_hosts"]) == ("images", {"host"})
     assert (given["decode"]["window"], given["decode"]["tile"], given["decode"]["encoder_threads"]) == (2, 256, 3)
     assert given["publish"]["output"] == "out"

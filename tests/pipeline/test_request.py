@@ -159,6 +159,15 @@ def test_copies_differ_in_id_and_seed_only():
     assert 0 <= resolved(id="x", seed=MAX_SEED).copy_of(1).seed <= MAX_SEED
 
 
+def test_rerolls_differ_in_their_seed_only_which_follows_from_the_id():
+    base = resolved(id="x", seed=10)
+    rerolls = [base.rerolled(number) for number in range(3)]
+    assert rerolls[0] == base
+    assert len({reroll.seed for reroll in [*rerolls, base.copy_of(1), resolved(id="y").rerolled(1)]}) == 5
+    assert [reroll.model_copy(update={"seed": 10}) for reroll in rerolls] == [base] * 3
+    assert resolved(id="x", seed=11).rerolled(1).seed == rerolls[1].seed
+
+
 def test_what_is_left_out_comes_from_the_preset():
     text, image = resolved(), resolved(image="a.png")
     assert (text.height, text.width, text.num_frames, text.fps) == (384, 640, 121, 24)

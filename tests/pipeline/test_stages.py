@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.quality import Thresholds
 from pipeline.rows import Batch, Item, pack, unpack
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
 from pipeline.stages import decode as decode_module
@@ -363,6 +364,24 @@ def test_frames_that_are_not_finite_fail_their_row(model, preset, encode, sample
     [row] = rows(decode(decoded))
     assert (row.error.stage, row.error.message) == ("decode", "the decoded frames are not finite")
     assert row.error.is_own_fault
+
+
+def test_decoded_rows_carry_figures_and_flags(model, preset, encode, sample):
+    scene = {"prompt": "a large red circle moves quickly up on a dark background", "seed": 1}
+    video, still = (
+        through(batch(item(preset, **scene, num_frames=num_frames)), encode, sample) for num_frames in (17, 1)
+    )
+    decode = Decode(model, window=1, tile=None, encoder_threads=1)
+    [row] = rows(through(video, decode))
+    assert (row.flags, row.error) == ([], None)
+    assert 0.05 < row.brightness < 0.3
+    assert 0.002 < row.motion <= row.max_motion < row.drift < 0.2
+    assert row.motion_direction == pytest.approx(90, abs=15)
+    [one] = rows(through(still, decode))
+    assert (one.motion, one.motion_direction, one.drift, one.flags) == (None, None, None, [])
+    assert one.sharpness > 0
+    decode.thresholds = Thresholds(black_below=0.3, frozen_below=1.0)
+    assert [rows(through(value, decode))[0].flags for value in (video, still)] == [["black", "frozen"], ["black"]]
 
 
 def test_skipped_rows_pass_through(preset, encode, sample):

@@ -639,6 +639,16 @@ def test_the_first_rows_of_each_shape_stand_for_all(tmp_path):
     assert len(first.expected_ids()) == 4
 
 
+def test_only_some_rows_are_left_to_render(tmp_path):
+    rows = [{"id": name, "prompt": name} for name in "abca"]
+    worklist = table_of(tmp_path, *rows)
+    some = worklist.only(strings("a", "c", "nobody"))
+    assert rendered(some) == ["a", "c"]
+    assert some.echoes == ()
+    assert worklist.remaining(strings("a")).only(strings("a", "b")).num_rows == 1
+    assert worklist.only(strings()).num_rows == 0
+
+
 def test_rows_are_found_by_their_ids(tmp_path):
     rows = [{"id": "x", "prompt": "a", "num_videos_per_prompt": 2}, {"prompt": "b"}, {"prompt": "b"}, {"prompt": "c"}]
     one = write_table(tmp_path / "1.parquet", rows)
