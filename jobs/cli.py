@@ -7,6 +7,7 @@ from importlib.metadata import version
 COMMANDS = {
     "render": ("jobs.render", "render a table of prompts to videos"),
     "status": ("jobs.status", "say how far the jobs of an output are"),
+    "report": ("jobs.report", "write report.html: gallery, timeline, failures, costs"),
     "compact": ("jobs.compact", "merge the parts of an output's ledger, list files that no row names"),
     "serve": ("jobs.serve", "answer the Videos API: videos by HTTP"),
     "fetch": ("jobs.fetch", "download a published checkpoint"),

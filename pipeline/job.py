@@ -17,6 +17,7 @@ from pipeline.batching import read_rows
 from pipeline.costs import Costs, Measured, write_measured
 from pipeline.failed import write_failed
 from pipeline.faults import StorageError, StorageFullError
+from pipeline.html_report import LiveReport
 from pipeline.plan import Plan
 from pipeline.report import GalleryEntry, gallery
 from pipeline.rows import Batch, Item, RowError, ledger_table
@@ -135,7 +136,7 @@ class RenderJob:
 
     constants: ledger columns that are equal for all its rows; plan_for: the plan other costs would give; shard: which
     of several jobs on one input it is, such as 2-of-4; max_failures: see `Breaker`; grace_s: how long a stop waits for
-    what is in flight; stall_s: see `Stall`; measured: what its rows cost.
+    what is in flight; stall_s: see `Stall`; measured: what its rows cost; gpu_hour_price: of one GPU, for the report.
     """
 
     run: str
@@ -154,6 +155,7 @@ class RenderJob:
     grace_s: float = GRACE_S
     stall_s: float = STALL_S
     measured: Measured = field(default_factory=Measured)
+    gpu_hour_price: float | None = None
 
     def pending(self) -> Worklist:
         """Return what the ledger lacks, or what failed in another run if failed rows are to be tried again."""
@@ -171,12 +173,14 @@ class RenderJob:
         writer = ledger.LedgerWriter(self.storage, self.run, self.flush_rows, self.flush_seconds)
         heartbeat = ledger.Heartbeat(self.storage, self.run, self.pending().num_rows, self.flush_seconds)
         heartbeat.write("running")
+        report = LiveReport(self.storage, self.gpu_hour_price)
 
         def take(batch: Batch | None) -> None:
             self._record(batch, writer)
             items = batch.items if batch else ()
             heartbeat.count(len(items), sum(item.row.error is not None for item in items))
             self.measured.take(batch)
+            report.tick()
             on_batch(batch)
 
         try:
@@ -191,6 +195,7 @@ class RenderJob:
             writer.flush()
             write_measured(self.storage, self.measured)
             heartbeat.write("interrupted" if stop.requested else "finished")
+            report.write()
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             with _logged("finished rows may be missing in the ledger, and will be rendered again"):
@@ -199,6 +204,8 @@ class RenderJob:
                 heartbeat.write(
                     "interrupted" if interrupted else "broken", None if interrupted else traceback.format_exc()
                 )
+            if not interrupted:
+                report.write()
             raise
 
     def _finish(self, writer: ledger.LedgerWriter) -> None:

@@ -2,7 +2,7 @@
 
 from jobs.settings.base import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, parse
 from jobs.settings.model import FetchSettings, InspectSettings
-from jobs.settings.render import CompactSettings, DemoSettings, RenderSettings, StatusSettings
+from jobs.settings.render import CompactSettings, DemoSettings, RenderSettings, ReportSettings, StatusSettings
 from jobs.settings.serve import ServeSettings, webhook_secret
 from jobs.settings.training import EncodeSettings, PhaseSettings, TrainSettings, WorldSettings
 
@@ -17,6 +17,7 @@ __all__ = [
     "InspectSettings",
     "PhaseSettings",
     "RenderSettings",
+    "ReportSettings",
     "ServeSettings",
     "StatusSettings",
     "TrainSettings",
