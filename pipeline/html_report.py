@@ -57,6 +57,7 @@ OUTCOME = (
     "error_type",
     "error_message",
     "warnings",
+    "position",
     "duplicate_of",
     "uri",
     "thumbnail_uri",
@@ -154,6 +155,7 @@ def packed(values: list[Any]) -> dict[str, Any]:
 
 def _columns(rows: pa.Table) -> dict[str, list[Any]]:
     columns = {name: _plain(rows[name]) for name in (*SETTINGS, *OUTCOME)}
+    columns["position"] = [position and position.rpartition("/")[2] for position in columns["position"]]
     columns["seed"] = rows["seed"].cast(pa.string()).to_pylist()  # JavaScript's numbers have 53 bits
     seconds = {stage: _seconds(rows, stage).to_pylist() for stage in STAGES}
     columns |= {stage: [_rounded(value) for value in values] for stage, values in seconds.items()}

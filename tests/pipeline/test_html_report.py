@@ -69,10 +69,12 @@ def test_no_text_ends_the_element_that_holds_it(storage):
 
 
 def test_files_are_named_relative_to_the_output_and_nothing_comes_from_elsewhere(storage):
-    written(storage, recorded_rows(row("a", uri="videos/aa/a b#.mp4", thumbnail_uri="thumbnails/aa/a.webp")))
+    files = {"uri": "videos/aa/a b#.mp4", "thumbnail_uri": "thumbnails/aa/a.webp"}
+    written(storage, recorded_rows(row("a", **files, position=f"file://{storage.root}/in.parquet:7")))
     assert write_report(storage) == f"file://{storage.root}/report.html"
     html = storage.get(REPORT).decode()
     assert values(embedded(html), "uri") == ["videos/aa/a b#.mp4"]
+    assert values(embedded(html), "position") == ["in.parquet:7"]
     assert storage.root not in html
     assert set(re.findall(r"\w+://[^\"]+", html)) == {"http://www.w3.org/2000/svg"}
 
