@@ -164,8 +164,11 @@ def test_a_video_plays_with_its_settings_beside_it(page):
     expect(
         player.get_by_role("button", name="Copied").or_(player.get_by_role("button", name="Selected"))
     ).to_be_visible()
-    page.keyboard.press("ArrowLeft")
-    expect(player.get_by_text("ValueError in sample")).to_be_visible()
+    for _ in range(2):
+        page.keyboard.press("ArrowLeft")
+        expect(player.get_by_text("ValueError in sample")).to_be_visible()
+        page.keyboard.press("ArrowRight")
+        expect(player.get_by_text("17 frames").first).to_be_visible()
     page.keyboard.press("Escape")
     expect(player).not_to_be_visible()
     assert page.locator("b", has_text="bold").count() == 0
