@@ -8,6 +8,7 @@ from importlib.metadata import version
 COMMANDS = {
     "render": ("jobs.render", "render a table of prompts to videos"),
     "status": ("jobs.status", "say how far the jobs of an output are"),
+    "report": ("jobs.report", "write report.html: gallery, timeline, failures, costs"),
     "compact": ("jobs.compact", "merge the parts of an output's ledger, list files that no row names"),
     "dataset": ("jobs.dataset", "make prompts from a recipe and render them, a suite for VBench, tables to train on"),
     "serve": ("jobs.serve", "answer the Videos API: videos by HTTP"),

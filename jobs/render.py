@@ -21,6 +21,7 @@ from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, RenderS
 from jobs.summary import SUMMARY_COLUMNS, num_failed, plan_text, summary_text
 from pipeline import ledger, runner
 from pipeline.costs import Costs, expected_costs, flops_estimate, read_measured
+from pipeline.html_report import REPORT
 from pipeline.inputs import check_apart, folder_of, full_url, list_parts
 from pipeline.job import RenderJob, StopRequest
 from pipeline.plan import Job, Plan, PlanError, Resources, make_plan
@@ -130,6 +131,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         grace_s=settings.grace_s,
         stall_s=settings.stall_s,
         reroll=settings.reroll,
+        gpu_hour_price=settings.gpu_hour_price,
     )
 
 
@@ -206,7 +208,7 @@ def calibrated(job: RenderJob, stop: StopRequest) -> RenderJob:
 def _places(job: RenderJob, view: pa.Table, gallery: str, failed: str | None) -> dict[str, str]:
     kinds = {name.partition("/")[0] for name in view["media_type"].unique().drop_null().to_pylist()}
     files = {f"{kind}s": job.storage.url(f"{kind}s") for kind in sorted(kinds)}
-    places = {**files, "ledger": job.storage.url("metadata"), "gallery": gallery}
+    places = {**files, "ledger": job.storage.url("metadata"), "gallery": gallery, "report": job.storage.url(REPORT)}
     return places if failed is None else places | {"failed": failed}
 
 

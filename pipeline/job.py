@@ -17,6 +17,7 @@ from pipeline.batching import read_rows
 from pipeline.costs import Costs, Measured, write_measured
 from pipeline.failed import write_failed
 from pipeline.faults import StorageError, StorageFullError
+from pipeline.html_report import LiveReport
 from pipeline.plan import Plan
 from pipeline.quality import Figures
 from pipeline.report import GalleryEntry, gallery
@@ -137,7 +138,7 @@ class RenderJob:
     constants: ledger columns that are equal for all its rows; plan_for: the plan other costs would give; shard: which
     of several jobs on one input it is, such as 2-of-4; max_failures: see `Breaker`; grace_s: how long a stop waits for
     what is in flight; stall_s: see `Stall`; reroll: how often a flagged row is rendered again with another seed, at
-    most; measured: what its rows cost.
+    most; measured: what its rows cost; gpu_hour_price: of one GPU, for the report.
     """
 
     run: str
@@ -157,6 +158,7 @@ class RenderJob:
     stall_s: float = STALL_S
     reroll: int = 0
     measured: Measured = field(default_factory=Measured)
+    gpu_hour_price: float | None = None
 
     def pending(self) -> Worklist:
         """Return what the ledger lacks, or what failed in another run if failed rows are to be tried again."""
@@ -194,12 +196,14 @@ class RenderJob:
         writer = ledger.LedgerWriter(self.storage, self.run, self.flush_rows, self.flush_seconds)
         heartbeat = ledger.Heartbeat(self.storage, self.run, self.pending().num_rows, self.flush_seconds)
         heartbeat.write("running")
+        report = LiveReport(self.storage, self.gpu_hour_price)
 
         def take(batch: Batch | None) -> None:
             self._record(batch, writer)
             items = batch.items if batch else ()
             heartbeat.count(len(items), sum(item.row.error is not None for item in items))
             self.measured.take(batch)
+            report.tick()
             on_batch(batch)
 
         try:
@@ -225,6 +229,7 @@ class RenderJob:
             writer.flush()
             write_measured(self.storage, self.measured)
             heartbeat.write("interrupted" if stop.requested else "finished")
+            report.write()
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             with _logged("finished rows may be missing in the ledger, and will be rendered again"):
@@ -233,6 +238,8 @@ class RenderJob:
                 heartbeat.write(
                     "interrupted" if interrupted else "broken", None if interrupted else traceback.format_exc()
                 )
+            if not interrupted:
+                report.write()
             raise
 
     def _check_complete(self) -> None:

@@ -4,6 +4,7 @@ Transient faults of a store are retried here and nowhere above; what is left bec
 """
 
 import logging
+import mimetypes
 import os
 import secrets
 import shutil
@@ -255,20 +256,22 @@ class Storage:
             _replace_local(Path(target), data)
             return
         sent = data.stat().st_size if isinstance(data, Path) else len(data)
-        options = self._upload_options(sent)
+        options = self._upload_options(target, sent)
         if isinstance(data, Path):
             self._fs.put_file(str(data), target, **options)
         else:
             self._fs.pipe_file(target, data, **options)
         self._verify(target, sent)
 
-    def _upload_options(self, sent: int) -> dict[str, Any]:
+    def _upload_options(self, target: str, sent: int) -> dict[str, Any]:
         options: dict[str, Any] = {}
         if self._fs.async_impl:
             # fsspec's own limit: read time-outs of the drivers begin only when the last byte was taken
             options["timeout"] = self.retries.upload_timeout_s + sent / SLOWEST_UPLOAD
         if "s3" in _protocols(self._fs):
             options["chunksize"] = S3_PART_BYTES
+            if kind := mimetypes.guess_type(target, strict=False)[0]:
+                options["ContentType"] = kind  # browsers show a page, and play a video, that says it is one
         return options
 
     def _verify(self, target: str, sent: int) -> None:

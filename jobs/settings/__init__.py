@@ -3,7 +3,7 @@
 from jobs.settings.base import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, parse
 from jobs.settings.dataset import GenerateSettings, VBenchSettings
 from jobs.settings.model import FetchSettings, InspectSettings
-from jobs.settings.render import CompactSettings, DemoSettings, RenderSettings, StatusSettings
+from jobs.settings.render import CompactSettings, DemoSettings, RenderSettings, ReportSettings, StatusSettings
 from jobs.settings.serve import ServeSettings, webhook_secret
 from jobs.settings.training import EncodeSettings, PhaseSettings, TrainSettings, WorldSettings
 
@@ -19,6 +19,7 @@ __all__ = [
     "InspectSettings",
     "PhaseSettings",
     "RenderSettings",
+    "ReportSettings",
     "ServeSettings",
     "StatusSettings",
     "TrainSettings",

@@ -32,6 +32,7 @@ from pyramid_flow.fit import Memory
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Limit = Annotated[float, Field(ge=0, le=1)]
+Price = Annotated[float, Field(ge=0)] | None
 
 POOLS = ("encode", "sample", "publish")
 """What can be pinned and placed, by the first stage; decoding is where sampling is."""
@@ -51,6 +52,19 @@ class StatusSettings(JobSettings):
     model_config = SettingsConfigDict(cli_prog_name="pyramid-render status")
 
     output: CliPositionalArg[str] = Field(min_length=1, description="folder or URL that render writes to")
+
+
+class ReportSettings(JobSettings):
+    """Write report.html into an output: gallery with players, timeline, histograms, failures, throughput and cost.
+
+    A job writes it by itself, while it runs and at its end. Exit codes: 0 written, 2 there is no ledger, or it cannot
+    be read, or the report cannot be written.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render report")
+
+    output: CliPositionalArg[str] = Field(min_length=1, description="folder or URL that render writes to")
+    gpu_hour_price: Price = Field(None, description="price of an hour of one GPU, to show what the videos cost")
 
 
 class CompactSettings(JobSettings):
@@ -150,8 +164,8 @@ class RenderSettings(ClusterSettings):
         "(`rerolls` and `first_seed` in the ledger tell)",
     )
     calibrate: bool = Field(False, description="render two batches of each shape first, and plan by what they cost")
-    gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="price of an hour of one GPU, to print what the job is expected to cost"
+    gpu_hour_price: Price = Field(
+        None, description="price of an hour of one GPU, to say what the job is expected to cost, and has cost"
     )
     dry_run: bool = Field(False, description="print the plan, its expected speed and cost, and stop")
 

@@ -349,6 +349,16 @@ def test_no_secret_is_told(s3, storage, caplog, status, code):
     assert storage.url("a") in told
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+def test_objects_say_what_they_are(bucket, storage, tmp_path, as_file):
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
+    fs = s3fs.S3FileSystem(skip_instance_cache=True)
+    for name, kind in (("a.html", "text/html"), ("a.mp4", "video/mp4"), ("a.webp", "image/webp")):
+        storage.put(name, source if as_file else b"x")
+        assert fs.info(f"{bucket}/out/{name}")["ContentType"] == kind
+
+
 def test_no_credentials_at_all_is_said_at_once(s3, bucket, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
