@@ -34,6 +34,7 @@ class Progress:
         """Take a finished batch, or nothing."""
         rows = [item.row for item in batch.items] if batch else []
         self.done += len(rows)
+        self.total = max(self.total, self.done)  # rows that are flagged meanwhile may come once more
         self.failed += sum(row.error is not None for row in rows)
         self.bar.set_postfix(failed=self.failed, refresh=False)
         self.bar.update(len(rows))

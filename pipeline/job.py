@@ -173,7 +173,8 @@ class RenderJob:
         A reroll counts whatever became of it, so that no row is rendered for ever.
         """
         view = ledger.read(self.storage, ["id", "flags"])
-        tried = dict.fromkeys(view.filter(pc.greater(pc.list_value_length(view["flags"]), 0))["id"].to_pylist(), 0)
+        flagged = view.filter(pc.greater(pc.list_value_length(view["flags"]), 0))
+        tried = dict.fromkeys(flagged["id"].to_pylist(), 0)
         for table in ledger.read_parts(self.storage, ["id", "rerolls"], tried) if tried else ():
             for row in table.to_pylist():
                 tried[row["id"]] = max(tried[row["id"]], row.get("rerolls") or 0)
@@ -189,8 +190,8 @@ class RenderJob:
     def execute(self, on_batch: OnBatch, stop: StopRequest | None = None) -> None:
         """Render until nothing of the input is missing in the ledger, in at most 3 passes, or until asked to stop.
 
-        Then flagged rows are rerolled, in a pass for each time.
-        However it ends, what has finished is in the ledger afterwards. Raises TooManyFailures, and what Ray raises.
+        Then flagged rows are rerolled, in a pass for each time. However it ends, what has finished is in the ledger
+        afterwards. Raises TooManyFailures, and what Ray raises.
         """
         stop = stop or StopRequest()
         writer = ledger.LedgerWriter(self.storage, self.run, self.flush_rows, self.flush_seconds)
@@ -216,9 +217,9 @@ class RenderJob:
             if not stop.requested:
                 self._check_complete()
             for number in range(1, self.reroll + 1):
-                flagged = self.rerolls([number])
                 if stop.requested:
                     break
+                flagged = self.rerolls([number])
                 if flagged.num_rows:
                     heartbeat.total = heartbeat.done + flagged.num_rows
                     self._render(flagged, replace(self.rules, reroll=number), writer, take, stop)
@@ -316,10 +317,12 @@ class RenderJob:
     def _outdated(self) -> list[Echo]:
         """Return the duplicates in the ledger whose original was rerolled since."""
         duplicates = [echo for echo in self.worklist.echoes if echo.duplicate_of]
+        if not duplicates:
+            return []
         ids = {row_id for echo in duplicates for row_id in (echo.id, echo.claimed)}
         view = ledger.read(self.storage, ["id", "rerolls"], ids)
         rerolls = dict(zip(view["id"].to_pylist(), view["rerolls"].fill_null(0).to_pylist(), strict=True))
-        return [echo for echo in duplicates if rerolls.get(echo.id, rerolls[echo.claimed]) < rerolls[echo.claimed]]
+        return [echo for echo in duplicates if echo.id in rerolls and rerolls[echo.id] < rerolls[echo.claimed]]
 
     def _gallery_entry(self, row: dict[str, Any]) -> GalleryEntry:
         length = "still" if row["num_frames"] == 1 else f"{row['num_frames']} frames"
@@ -373,8 +376,8 @@ def _echoed(item: Item, echo: Echo, originals: Mapping[str, dict[str, Any]]) -> 
         return Item(row.updated(error=RowError(stage="read", type="RequestError", message=str(echo.conflict))))
     original = originals[echo.duplicate_of]
     if original["status"] == "failed":
-        fields = {name: original[f"error_{name}"] for name in ("stage", "type", "message")}
-        return Item(row.updated(error=RowError(**fields)))
+        reason = {name: original[f"error_{name}"] for name in ("stage", "type", "message")}
+        return Item(row.updated(error=RowError(**reason)))
     copied = (*COPIED, "dtype", "device", "node", "prompt_truncated", "started_at", "finished_at")
     request = item.request.model_copy(update={"seed": original["seed"]})
     return Item(row.updated(request=request, **{name: original[name] for name in copied}))

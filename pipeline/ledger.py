@@ -35,9 +35,9 @@ COMPACTED = f"{PARTS}/part-x-"
 """Compacted parts begin so and sort after all others: a listing that misses a part that was deleted meanwhile has not
 passed its replacement yet."""
 KEYS = ("id", "status", "run")
-"""The columns that decide which rows the view holds, with `REROLLS`."""
+"""The columns that decide which rows the view holds, together with `REROLLS`."""
 REROLLS = "rerolls"
-"""Parts of earlier versions lack it: none of their rows was rerolled."""
+"""Parts of earlier versions lack this column: none of their rows was rerolled."""
 THREADS = 8
 RUNS = "runs"
 JOB_FILE = "job.json"
@@ -94,8 +94,7 @@ def read(
 ) -> pa.Table:
     """Return the ledger: per id the succeeded row if there is one, else the latest; by run, then as they appear.
 
-    Of several that succeeded it is the one of the most rerolls, else the latest.
-
+    Of several that succeeded it is the one of the most rerolls, and of those the latest.
     columns: those that are wanted, None = all; one that no row has is null. ids: rows that are wanted, None = all.
     Raises LedgerError if a part is damaged.
     """
