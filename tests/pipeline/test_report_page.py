@@ -155,7 +155,7 @@ def test_a_video_plays_with_its_settings_beside_it(page):
     expect(page.locator(".tile")).to_have_count(2)
     until(page, "document.querySelector('.poster')?.naturalWidth == 256")
     page.locator(".tile").last.press("Enter")
-    until(page, "document.querySelector('video').currentTime > 0.1")
+    until(page, "document.querySelector('video')?.currentTime > 0.1")
     player = page.get_by_role("dialog")
     expect(player.get_by_text(HOSTILE, exact=True)).to_be_visible()
     expect(player.locator("pre")).to_contain_text(f'"seed": {SEED}')
@@ -176,7 +176,7 @@ def test_a_video_plays_with_its_settings_beside_it(page):
 
 def test_a_still_is_shown_and_a_lost_file_is_said(page):
     page.locator("[data-id=still]").click()
-    until(page, "document.querySelector('img.screen').naturalWidth == 64")
+    until(page, "document.querySelector('img.screen')?.naturalWidth == 64")
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).not_to_be_visible()
     page.locator("[data-id=fox-30]").click()
