@@ -324,7 +324,6 @@ def main() -> None:
     print(*(f"{name:<24} {row}" for name, row in reaches.items()), sep="\n")
     jobs = [job(row, prompts, scale, assumed) for row in windows for prompts in arguments.prompts]
     print("", *map(_line, [list(jobs[0]), *(row.values() for row in jobs)]), sep="\n")
-    draw(windows, PICTURE)
     figures = {
         "assumptions": asdict(assumed),
         "workloads": [asdict(row) for row in WORKLOADS],
@@ -336,6 +335,7 @@ def main() -> None:
         "jobs": jobs,
     }
     path = write_result("cluster_simulation", figures, sys.argv[1:])
+    draw(windows, PICTURE)
     print(f"wrote {path.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}")
 
 

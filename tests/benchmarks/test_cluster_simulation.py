@@ -65,7 +65,7 @@ def test_too_few_encoders_are_the_limit():
 
 def test_interruptions_cost_gpu_time(scale):
     often = replace(QUIET, nodes=replace(QUIET.nodes, spot_per_h=1.0))
-    found = [steady(Workload(LARGE, 4), 32, LIGHT, FREE, assumed, batches=2000) for assumed in (QUIET, often)]
+    found = [steady(Workload(LARGE, 4), 32, LIGHT, FREE, assumed, batches=1000) for assumed in (QUIET, often)]
     assert found[0].lost_rows == 0 < found[1].lost_rows
     assert found[1].utilisation < found[0].utilisation - 0.05
 
