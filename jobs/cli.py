@@ -11,6 +11,7 @@ COMMANDS = {
     "report": ("jobs.report", "write report.html: gallery, timeline, failures, costs"),
     "compact": ("jobs.compact", "merge the parts of an output's ledger, list files that no row names"),
     "dataset": ("jobs.dataset", "make prompts from a recipe and render them, a suite for VBench, tables to train on"),
+    "export": ("jobs.export", "make a dataset of an output: WebDataset or Parquet, with a card"),
     "serve": ("jobs.serve", "answer the Videos API: videos by HTTP"),
     "fetch": ("jobs.fetch", "download a published checkpoint"),
     "inspect": ("jobs.describe", "say what a checkpoint is and how much memory it needs"),

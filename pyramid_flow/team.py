@@ -64,8 +64,8 @@ class Team:
             self._connections.append(own)
             self._children.append(child)
         self._await_children()
-        self.parallel: Parallel = join(ways, 0, _device(device_type, 0), meeting)
         threading.Thread(target=self._watch, name="sampler's children", daemon=True).start()
+        self.parallel: Parallel = join(ways, 0, _device(device_type, 0), meeting)
 
     def generate(
         self,

@@ -1,7 +1,7 @@
 """Settings of the jobs, one module per kind of job; nothing else reads the environment."""
 
 from jobs.settings.base import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, parse
-from jobs.settings.dataset import GenerateSettings, VBenchSettings
+from jobs.settings.dataset import ExportSettings, GenerateSettings, VBenchSettings
 from jobs.settings.model import FetchSettings, InspectSettings
 from jobs.settings.render import CompactSettings, DemoSettings, RenderSettings, ReportSettings, StatusSettings
 from jobs.settings.serve import ServeSettings, webhook_secret
@@ -14,6 +14,7 @@ __all__ = [
     "CompactSettings",
     "DemoSettings",
     "EncodeSettings",
+    "ExportSettings",
     "FetchSettings",
     "GenerateSettings",
     "InspectSettings",

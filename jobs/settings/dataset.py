@@ -1,5 +1,6 @@
-"""Settings of the jobs that make a table of prompts and render it."""
+"""Settings of the jobs that make a table of prompts and render it, and of those that make datasets of outputs."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,8 +8,9 @@ import yaml
 from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg, CliSuppress, SettingsConfigDict
 
-from jobs.settings.base import STORED_MODEL
+from jobs.settings.base import STORED_MODEL, JobSettings
 from jobs.settings.render import RenderSettings
+from pipeline.export import Kind
 from pipeline.prompts import check_field
 from pipeline.request import MAX_COPIES
 
@@ -88,3 +90,59 @@ def _assigned(given: list[str]) -> dict[str, Any]:
         return {name: yaml.safe_load(text) for name, _, text in pairs}
     except yaml.YAMLError as error:
         raise ValueError(f"a value cannot be read: {' '.join(str(error).split())}") from error
+
+
+class ExportSettings(JobSettings):
+    """Make a dataset of an output: shards of WebDataset or Parquet, and a card.
+
+    Parquet loads with `datasets.load_dataset(DATASET)`. Rows that failed, stills, and rows equal to others are left
+    out; so are videos nearly equal to an earlier one. The same command goes on where it stopped; another export into
+    the same DATASET is refused.
+
+    Exit codes: 0 done, 1 the store failed (run it again), 2 the export is wrong, 130 interrupted.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render export")
+
+    output: CliPositionalArg[str] = Field(min_length=1, description="folder or URL that render writes to")
+    dataset: CliPositionalArg[str] = Field(min_length=1, description="folder or URL for the dataset")
+    to: Kind = Field("parquet", description="webdataset: tar files of mp4 and json; parquet: one row per video")
+    where: list[str] = Field(
+        [],
+        description="condition on a column of the ledger, such as 'motion>0.01' or 'flags!=jump'; may be repeated",
+    )
+    unflagged: bool = Field(False, description="leave out rows with any flag")
+    split: list[str] = Field(
+        [], description="NAME=SHARE of the prompts; may be repeated (default: train=1); no prompt is in two of them"
+    )
+    split_column: str | None = Field(None, description="take each row's split from this column instead")
+    near: Annotated[int, Field(ge=0, le=16)] | None = Field(
+        2,
+        description="leave out videos whose perceptual hash differs by so few of 64 bits from another's; or none",
+    )
+    shard_mb: Annotated[float, Field(gt=0)] = Field(256, description="megabytes of video in a shard, at most")
+    license: str = Field("other", pattern=r"^[\w.-]+$", description="what the card says, such as cc-by-4.0")
+
+    @field_validator("near", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return None if value == "none" else value
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """Share of each split, by name; None if none is named."""
+        return dict(_share(text) for text in self.split) or None
+
+    @field_validator("split")
+    @classmethod
+    def _shares_of_names(cls, value: list[str]) -> list[str]:
+        for text in value:
+            _share(text)
+        return value
+
+
+def _share(text: str) -> tuple[str, float]:
+    name, _, share = text.partition("=")
+    if not re.fullmatch(r"\w+", name, re.ASCII) or not re.fullmatch(r"\d*\.?\d+", share) or not float(share):
+        raise ValueError(f"{text!r} is not NAME=SHARE, such as train=0.9")
+    return name, float(share)
