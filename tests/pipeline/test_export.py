@@ -195,12 +195,12 @@ def test_datasets_loads_it(output, target, tmp_path):
 
 
 def test_webdataset_reads_it(output, target, tmp_path):
-    from webdataset.tariterators import group_by_keys, tar_file_iterator  # of WebDataset, which leaves files open
+    from webdataset.tariterators import group_by_keys, tar_file_expander  # of WebDataset, which leaves files open
 
     options = replace(PARQUET, kind="webdataset")
     list(export(output, target, select(output, options), options))
     with (tmp_path / "dataset" / "train-000000.tar").open("rb") as shard:
-        found = list(group_by_keys(tar_file_iterator(shard)))
+        found = list(group_by_keys(tar_file_expander([{"url": shard.name, "stream": shard}])))
     assert len(found) == WHOLE
     for sample in found:
         record = json.loads(sample["json"])
