@@ -6,7 +6,7 @@ The page is `templates/report.html`; what it shows is embedded as JSON, column b
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ import pyarrow.compute as pc
 
 from pipeline import ledger
 from pipeline.compact import SILENCE
+from pipeline.quality import Figures
+from pipeline.request import ResolvedRequest
+from pipeline.rows import LEDGER_SCHEMA
 from pipeline.stages import STAGES, Publish
 from pipeline.storage import Storage
 
@@ -28,28 +31,11 @@ REFRESH_S = 30.0
 COST_FACTOR = 100
 """Writing the report while a job runs takes at most one part in so many of the job's time."""
 
-SETTINGS = (
-    "prompt",
-    "negative_prompt",
-    "image_uri",
-    "image_fit",
-    "image_format",
-    "height",
-    "width",
-    "num_frames",
-    "fps",
-    "num_inference_steps",
-    "video_num_inference_steps",
-    "guidance_scale",
-    "video_guidance_scale",
-    "guidance_decay",
-    "min_guidance_scale",
-    "quality",
-    "skip_last_step",
-    "guided_share",
-    "seed",
+SETTINGS = tuple(
+    name for name in LEDGER_SCHEMA.names if name in ResolvedRequest.model_fields and name not in ("id", "image_sha256")
 )
 """Ledger columns that are fields of a request."""
+FIGURES = tuple(field.name for field in fields(Figures))
 OUTCOME = (
     "id",
     "status",
@@ -72,6 +58,7 @@ OUTCOME = (
     "run",
     "started_at",
     "finished_at",
+    "rerolls",
 )
 COUNTED = ("id", "status", "device", "run", "seconds", "started_at", "finished_at")
 """Columns that the totals need."""
@@ -129,7 +116,7 @@ def contents(storage: Storage, gpu_hour_price: float | None = None) -> dict[str,
     now = datetime.now(UTC)
     counted = ledger.read(storage, COUNTED)
     latest = counted["id"].slice(len(counted) - MAX_ROWS).combine_chunks() if len(counted) > MAX_ROWS else None
-    rows = ledger.read(storage, [*SETTINGS, *OUTCOME, "seconds", FLAGS], latest)
+    rows = ledger.read(storage, [*SETTINGS, *OUTCOME, *FIGURES, "first_seed", "seconds", FLAGS], latest)
     return {
         "name": storage.root.rpartition("/")[2],
         "written_at": _milliseconds(now),
@@ -139,6 +126,7 @@ def contents(storage: Storage, gpu_hour_price: float | None = None) -> dict[str,
         "hidden": max(0, len(counted) - len(rows)),
         "stages": STAGES,
         "settings": SETTINGS,
+        "figures": FIGURES,
         "columns": {name: packed(column) for name, column in _columns(rows).items()},
     }
 
@@ -156,7 +144,9 @@ def packed(values: list[Any]) -> dict[str, Any]:
 def _columns(rows: pa.Table) -> dict[str, list[Any]]:
     columns = {name: _plain(rows[name]) for name in (*SETTINGS, *OUTCOME)}
     columns["position"] = [position and position.rpartition("/")[2] for position in columns["position"]]
-    columns["seed"] = rows["seed"].cast(pa.string()).to_pylist()  # JavaScript's numbers have 53 bits
+    for name in ("seed", "first_seed"):
+        columns[name] = rows[name].cast(pa.string()).to_pylist()  # JavaScript's numbers have 53 bits
+    columns |= {name: [_rounded(value) for value in _plain(rows[name])] for name in FIGURES}
     seconds = {stage: _seconds(rows, stage).to_pylist() for stage in STAGES}
     columns |= {stage: [_rounded(value) for value in values] for stage, values in seconds.items()}
     return columns | {FLAGS: _flags(rows[FLAGS])}
@@ -183,8 +173,8 @@ def _seconds(rows: pa.Table, stage: str) -> pa.ChunkedArray:
     return pc.map_lookup(rows["seconds"], pa.scalar(stage), "first")
 
 
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else float(f"{seconds:.4g}")
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _milliseconds(at: datetime) -> int:

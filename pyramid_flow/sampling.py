@@ -103,8 +103,7 @@ def generate_latents(
                 frame = frame + delta * velocity(frame, number, timestep, is_guided)
                 if on_step is None:
                     continue
-                done = tuple(pyramid[-1] for pyramid in finished)
-                indices = tuple(rows.tolist())
+                done, indices = tuple(pyramid[-1] for pyramid in finished), tuple(rows.tolist())
                 info = StepInfo(unit, params.num_units, level.index, number, len(steps), frame, indices, done)
                 stay = _staying(on_step(info), batch)[rows]
                 if not stay.any():

@@ -8,11 +8,15 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipeline.plan import Resources
 from tests.requirements import lacking
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.hookimpl(trylast=True)  # after tests were deselected
@@ -45,6 +49,17 @@ def cluster() -> Iterator[Resources]:
 
     with runner.session(None, Resources(cpus=4, gpus=2)) as resources:
         yield resources
+
+
+@pytest.fixture(scope="module")  # while it runs, so does an event loop in this thread
+def browser() -> Iterator["Browser"]:
+    """Run Debian's chromium."""
+    from playwright.sync_api import sync_playwright  # here, so that sessions without a browser do not load it
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,27 +2,26 @@
 
 import io
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 from PIL import Image, ImageChops, ImageStat
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from yarl import URL
 
 import jobs
 from pipeline.serving.keys import hashed
 from pipeline.serving.ui import COOKIE
 from tests.jobs.services import Running, service
+from tests.viewports import DESK, PHONE
 
 pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 KEY, PROMPT = "pr-secret", "a large red circle moves quickly up on a dark background"
 OWNER = {"Authorization": f"Bearer {KEY}"}
 PICTURE = Path(jobs.__file__).parent / "sample" / "first_frame.png"
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 WAIT_MS, MADE_MS = 15_000, 60_000
 
 expect.set_options(timeout=WAIT_MS)
@@ -32,14 +31,6 @@ expect.set_options(timeout=WAIT_MS)
 def running(tmp_path_factory) -> Iterator[Running]:
     with service(tmp_path_factory.mktemp("service"), "--api-keys", f"me:{hashed(KEY)}") as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[DESK, PHONE], ids=["desk", "phone"])

@@ -3,11 +3,10 @@
 import pytest
 
 from jobs import report
-from pipeline.batching import read_rows
 from pipeline.html_report import REPORT
 from pipeline.storage import Storage
 from tests.pipeline.ledgers import recorded_rows, written
-from tests.pipeline.simulated import simulated_job
+from tests.pipeline.simulated import AsRead, simulated_job
 from tests.pipeline.tables import write_table
 
 ROW = {"id": "a", "prompt": "a fox", "device": "NVIDIA H200", "seconds": [("sample", 3600.0)]}
@@ -48,16 +47,7 @@ def test_a_damaged_ledger_exits_2(storage, capsys):
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    class Dataset:
-        """Delivers the rows as they were read."""
-
-        def __init__(self, worklist, _plan, rules, _limits):
-            self.batches = [batch for _, batch in read_rows(worklist.parts[0], rules, [0, 1])]
-
-        def __iter__(self):
-            return iter(self.batches)
-
-    monkeypatch.setattr("pipeline.job.runner.Rendering", Dataset)
+    monkeypatch.setattr("pipeline.job.runner.Rendering", AsRead)
     table = write_table(tmp_path / "in.parquet", [{"prompt": "a fox", "height": 64}, {"prompt": "a hen", "height": 65}])
     return simulated_job(table, tmp_path / "job")
 

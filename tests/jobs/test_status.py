@@ -3,10 +3,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from jobs import status
-from pipeline.batching import read_rows
 from pipeline.ledger import Heartbeat
 from pipeline.storage import Storage
-from tests.pipeline.simulated import simulated_job
+from tests.pipeline.simulated import AsRead, simulated_job
 from tests.pipeline.tables import write_table
 
 STARTED = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
@@ -36,16 +35,7 @@ def test_an_ended_run_says_how_it_ended():
 
 
 def test_the_ledger_and_its_failures_are_told(tmp_path, capsys, monkeypatch):
-    class Dataset:
-        """Delivers the rows as they were read."""
-
-        def __init__(self, worklist, _plan, rules, _limits):
-            self.batches = [batch for _, batch in read_rows(worklist.parts[0], rules, [0, 1])]
-
-        def __iter__(self):
-            return iter(self.batches)
-
-    monkeypatch.setattr("pipeline.job.runner.Rendering", Dataset)
+    monkeypatch.setattr("pipeline.job.runner.Rendering", AsRead)
     table = write_table(tmp_path / "in.parquet", [{"prompt": "a", "height": 64}, {"prompt": "b", "height": 65}])
     simulated_job(table, tmp_path / "out").execute(lambda batch: None)
     assert status.main([str(tmp_path / "out")]) == 0

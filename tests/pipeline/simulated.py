@@ -3,20 +3,21 @@
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from pipeline.batching import read_rows
 from pipeline.inputs import list_parts
 from pipeline.job import RenderJob
 from pipeline.ledger import claim, new_run_id
 from pipeline.plan import Plan, Pool, StageSpec
-from pipeline.rows import Item
+from pipeline.rows import Batch, Item
 from pipeline.runner import Limits
 from pipeline.stages import Stage
 from pipeline.storage import Storage
-from pipeline.worklist import RowRules, scan
+from pipeline.worklist import RowRules, Worklist, scan
 from pyramid_flow import Preset
 
 
@@ -85,3 +86,13 @@ def simulated_job(table: Path, output: Path, *, batch_size: int = 4, seconds: fl
         retry_failed=False,
         **{"limits": Limits(), **job},
     )
+
+
+class AsRead:
+    """In place of `runner.Rendering`: delivers the rows of the first part as they were read, without any stage."""
+
+    def __init__(self, worklist: Worklist, plan: Plan, rules: RowRules, limits: Limits) -> None:
+        self.batches = [batch for _, batch in read_rows(worklist.parts[0], rules, [0, 1])]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)

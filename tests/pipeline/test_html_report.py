@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from pipeline import html_report
 from pipeline.faults import StorageError
 from pipeline.html_report import COST_FACTOR, REFRESH_S, REPORT, LiveReport, contents, packed, page, write_report
 from pipeline.ledger import claim
+from pipeline.quality import Figures
 from pipeline.storage import Storage
 from tests.pipeline.ledgers import recorded, recorded_rows, written
 
@@ -99,6 +101,16 @@ def test_seeds_keep_their_bits_and_what_is_not_finite_is_left_out(storage):
     written(storage, recorded_rows(row("a", seed=2**63 - 1, guidance_scale=float("nan"))))
     shown = embedded(page(contents(storage)))
     assert (values(shown, "seed"), values(shown, "guidance_scale")) == ([str(2**63 - 1)], [None])
+
+
+def test_figures_and_rerolls_are_those_of_the_ledger(storage):
+    figures = {"brightness": 0.25, "motion": 0.012345}
+    written(storage, recorded_rows(row("a", rerolls=2, first_seed=2**63 - 2, **figures), row("b")))
+    shown = embedded(page(contents(storage)))
+    assert {name: values(shown, name)[0] for name in figures} == {"brightness": 0.25, "motion": 0.01235}
+    assert shown["figures"] == [field.name for field in fields(Figures)]
+    assert values(shown, "first_seed") == [str(2**63 - 2), None]
+    assert values(shown, "rerolls") == [2, None]
 
 
 def test_totals_count_what_failed_rows_took(storage):

@@ -1,6 +1,5 @@
 """The report in a browser, from disk: filters, pages, player, hostile prompts, a job that runs."""
 
-import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from yarl import URL
 
 from pipeline.html_report import REPORT, write_report
@@ -16,10 +15,10 @@ from pipeline.still import encode_still
 from pipeline.storage import Storage
 from pipeline.video import ThumbnailStrip, VideoWriter
 from tests.pipeline.ledgers import recorded, recorded_rows, written
+from tests.viewports import DESK, PHONE
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 BEGAN = datetime(2026, 1, 1, 12, tzinfo=UTC)
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"><b>bold</b>"
 SEED = 2**63 - 1
@@ -60,7 +59,16 @@ def output(tmp_path_factory) -> Storage:
     records = [rendered(f"fox-{number}", number) for number in range(NUM_FOXES)]
     still = {"uri": "images/still.png", "media_type": "image/png", "num_frames": 1, "thumbnail_uri": None}
     records += [
-        rendered("hostile #1", 60, prompt=HOSTILE, seed=SEED, num_inference_steps="[10, 5]"),
+        rendered(
+            "hostile #1",
+            60,
+            prompt=HOSTILE,
+            seed=SEED,
+            num_inference_steps="[10, 5]",
+            motion=0.5,
+            rerolls=1,
+            first_seed=7,
+        ),
         rendered("still", 61, **still),
         failure("bad-1", "read", "height 65 is not a multiple of 64"),
         failure("bad-2", "sample", HOSTILE),
@@ -71,14 +79,6 @@ def output(tmp_path_factory) -> Storage:
     ]
     written(storage, recorded_rows(*records, flags=pa.array(flags, pa.list_(pa.string()))))
     return storage
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[DESK, PHONE], ids=["desk", "phone"])
@@ -159,6 +159,8 @@ def test_a_video_plays_with_its_settings_beside_it(page):
     player = page.get_by_role("dialog")
     expect(player.get_by_text(HOSTILE, exact=True)).to_be_visible()
     expect(player.locator("pre")).to_contain_text(f'"seed": {SEED}')
+    expect(player.locator("dl")).to_contain_text("motion 0.5")
+    expect(player.locator("dl")).to_contain_text("1 x, at first with seed 7")
     expect(player.locator("pre")).to_contain_text('"num_inference_steps": [10,5]')
     player.get_by_role("button", name="Copy").click()
     expect(
