@@ -66,7 +66,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows to export, with the columns `split`, and how many others were left out, by reason."""
+    """The rows to export, with the column `dataset_split`, and how many others were left out, by reason."""
 
     rows: pa.Table
     left_out: Counter[str]

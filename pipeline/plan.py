@@ -96,6 +96,11 @@ class Pool:
         return "+".join(spec.name for spec in self.stages)
 
     @property
+    def place(self) -> str:
+        """What its workers' nodes must be labelled, as text; empty if they may be any."""
+        return ", ".join(f"{key}={value}" for key, value in self.labels.items())
+
+    @property
     def batches_at_once(self) -> int:
         """How many batches a worker holds: with overlap one per stage, and one that is ready for the first to end."""
         return len(self.stages) + 1 if self.overlap else 1
@@ -171,8 +176,8 @@ class Plan:
         """Return the plan as a small table."""
         width = max(len(pool.name) for pool in self.pools)
         lines = [f"{'stage':<{width}} {'workers':>7} {'CPUs each':>10} {'GPUs each':>10}"]
-        lines += [f"{p.name:<{width}} {p.workers:>7} {p.cpus:>10.2f} {p.gpus:>10.2f}" for p in self.pools]
-        return "\n".join(lines)
+        lines += [f"{p.name:<{width}} {p.workers:>7} {p.cpus:>10.2f} {p.gpus:>10.2f}  {p.place}" for p in self.pools]
+        return "\n".join(line.rstrip() for line in lines)
 
     @property
     def num_gpus(self) -> int:
@@ -321,8 +326,7 @@ def _check_fit(pools: tuple[Pool, ...], resources: Resources) -> None:
     _check_room(pools, resources, "")
     for labels in {tuple(sorted(pool.labels.items())) for pool in pools if pool.labels}:
         own = tuple(pool for pool in pools if pool.labels == dict(labels))
-        where = " with " + " and ".join(f"{key}={value}" for key, value in labels)
-        _check_room(own, resources.at(dict(labels)), where)
+        _check_room(own, resources.at(dict(labels)), f" with {own[0].place}")
 
 
 def _check_room(pools: tuple[Pool, ...], resources: Resources, where: str) -> None:

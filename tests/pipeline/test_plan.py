@@ -275,6 +275,7 @@ def test_stages_are_planned_for_the_nodes_they_may_run_on():
     plan = planned("cuda", resources, places={"sample": {"kind": "small"}})
     assert sizes(plan)["sample+decode"] == 2
     assert pools(plan)["sample+decode"].labels == {"kind": "small"}
+    assert [line.endswith("  kind=small") for line in plan.describe().splitlines()[1:]] == [False, True, False]
 
 
 def test_places_that_do_not_exist_or_are_too_small_are_said():
