@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -72,20 +73,28 @@ _TEMPLATE = Path(__file__).parent / "templates" / REPORT
 class LiveReport:
     """The report of a job that runs: written again every 30 s, or less often where that would cost the job 1 %.
 
-    Whatever goes wrong with it is logged, and never ends the job.
+    A thread writes it, so that the job never waits for a store that fails. Whatever goes wrong with it is logged, and
+    never ends the job.
     """
 
     storage: Storage
     gpu_hour_price: float | None = None
     _due: float = field(default_factory=lambda: time.monotonic() + REFRESH_S)
+    _writing: Thread | None = None
 
     def tick(self) -> None:
-        """Write the report if it is due."""
-        if time.monotonic() >= self._due:
-            self.write()
+        """Begin to write the report, if it is due."""
+        if time.monotonic() >= self._due and not (self._writing and self._writing.is_alive()):
+            self._writing = Thread(target=self._write, name="report", daemon=True)  # the job's end is not held up
+            self._writing.start()
 
     def write(self) -> None:
-        """Write the report now."""
+        """Write the report now, and wait for it."""
+        if self._writing:
+            self._writing.join()
+        self._write()
+
+    def _write(self) -> None:
         began = time.monotonic()
         try:
             write_report(self.storage, self.gpu_hour_price)

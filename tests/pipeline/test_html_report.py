@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from threading import Event
 
 import pyarrow as pa
 import pytest
@@ -206,6 +207,8 @@ def test_it_is_written_again_when_due_and_seldom_if_that_takes_long(storage, mon
         nonlocal now
         while now < until:
             live.tick()
+            if live._writing:
+                live._writing.join()
             now += 1
 
     ticks(95)
@@ -216,6 +219,23 @@ def test_it_is_written_again_when_due_and_seldom_if_that_takes_long(storage, mon
     ticks(750)
     pauses = [after - before for before, after in pairwise(calls)]
     assert REFRESH_S < COST_FACTOR * took <= min(pauses)
+
+
+def test_a_job_does_not_wait_for_it_until_its_end(storage, monkeypatch):
+    may_end, calls = Event(), []
+
+    def write(*_):
+        calls.append(len(calls))
+        assert may_end.wait(10)
+
+    monkeypatch.setattr(html_report, "write_report", write)
+    live = LiveReport(storage, _due=0.0)
+    for _ in range(3):
+        live.tick()
+    assert calls == [0]
+    may_end.set()
+    live.write()
+    assert calls == [0, 1]
 
 
 def test_what_goes_wrong_is_logged_and_ends_nothing(storage, monkeypatch, caplog):
