@@ -5,6 +5,7 @@ import pytest
 from jobs import report
 from pipeline.html_report import REPORT
 from pipeline.storage import Storage
+from tests.jobs.head import until
 from tests.pipeline.ledgers import recorded_rows, written
 from tests.pipeline.simulated import AsRead, simulated_job
 from tests.pipeline.tables import write_table
@@ -63,7 +64,12 @@ def test_a_job_writes_it_while_it_runs(job, monkeypatch):
     monkeypatch.setattr("pipeline.html_report.REFRESH_S", -1)
     monkeypatch.setattr("pipeline.html_report.COST_FACTOR", -1)
     pages = []
-    job.execute(lambda batch: pages.append(job.storage.get(REPORT).decode()))
+
+    def look(_batch):
+        until(lambda: job.storage.exists(REPORT), 30)
+        pages.append(job.storage.get(REPORT).decode())
+
+    job.execute(look)
     assert f'"running":[{{"run":"{job.run}","done":0,"total":2}}]' in pages[0]
 
 

@@ -59,7 +59,7 @@ def test_no_video_is_lost_whoever_is_killed(tmp_path):
 
 def test_the_readmes_requests_work_as_they_stand(tmp_path):
     readme = (ROOT / "README.md").read_text()
-    [shell] = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
+    [shell] = re.findall(r"```sh\n(curl.*?)```", readme, re.DOTALL)
     [script] = re.findall(r"```python\n(from openai.*?)```", readme, re.DOTALL)
     with service(tmp_path) as running:
         here = [text.replace("http://127.0.0.1:8000", running.url) for text in (shell, script)]
