@@ -20,9 +20,8 @@ if TYPE_CHECKING:  # pytest wants to be the first to import a plugin
     from tests.pipeline.s3_server import S3Server
 
 TICK_S = 0.1
-FAULT_S = 0.5
 MOST_PENDING = 3
-"""So few requests in a row can fail that no file is given up."""
+"""So few requests in a row can fail that no file is given up, as the next fault waits for another file."""
 
 FAULTS = (
     ((503, "SlowDown"), "PUT", "/videos/"),
@@ -62,7 +61,7 @@ class Monkey:
     faults: int
     rng: Random
     struck: list[Struck] = field(default_factory=list)
-    _fault_at: float = 0.0
+    _files_before: int = -1
 
     def live(self, blows: Sequence[Blow], timeout_s: float) -> int:
         """Run a driver until it ends, by itself or by one of the blows; returns its exit code."""
@@ -92,10 +91,11 @@ class Monkey:
 
     def _tick(self, deadline: float) -> None:
         assert time.time() < deadline, f"the driver is stuck; blows so far: {self.struck}"
-        now = time.time()
-        if self.store and self.faults and now - self._fault_at > FAULT_S and self.store.pending() < MOST_PENDING:
-            self.store.fail(*self.rng.choice(FAULTS), times=self.rng.randint(1, 3))
-            self._fault_at, self.faults = now, self.faults - 1
+        if self.store and self.faults and self.store.pending() < MOST_PENDING:
+            files = len({request for request in self.store.requests if request[:4] == "PUT " and "/videos/" in request})
+            if files > self._files_before:
+                self.store.fail(*self.rng.choice(FAULTS), times=self.rng.randint(1, 3))
+                self._files_before, self.faults = files, self.faults - 1
         time.sleep(TICK_S)
 
     def _strike(self, blow: Blow, driver: subprocess.Popen[bytes], since: float) -> bool:

@@ -55,6 +55,7 @@ SMALL = Scenario(
     targets=("worker",),
     faults=30,
     max_attempts=2,
+    sample_s=(1.0, 2.0),  # so that rows are left when a driver that waited for the store is to die
     flush_rows=4,
     flush_seconds=1.0,
 )
