@@ -125,7 +125,7 @@ def sampling_flops(
     if units:
         flops[0] = _prompt_flops(transformer, text_tokens) * (1 + params.guided)
     for unit, level in product(units, schedule.levels):
-        shapes = _clip_shapes(params, unit, level.index, len(schedule.levels))
+        shapes = clip_shapes(params, unit, level.index, len(schedule.levels))
         num_cached = cached_frames(unit, level.index) if level.index in cached else 0
         rows = sum(1 + step.guided for step in params.steps(unit, level))
         layout = prefix_layout(shapes, text_tokens, num_cached)
@@ -171,7 +171,7 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
     return [each for each in module.modules() if isinstance(each, nn.Linear)]
 
 
-def _clip_shapes(params: SamplingParams, unit: int, level: int, num_levels: int) -> list[tuple[int, int, int]]:
+def clip_shapes(params: SamplingParams, unit: int, level: int, num_levels: int) -> list[tuple[int, int, int]]:
     """Return the clips of a unit at a level, the current frame last, as `position_ids` takes them."""
     *_, height, width = params.latent_shape(1, 1)
     held = [*(history_level(unit - frame, level) for frame in range(unit)), level]

@@ -131,8 +131,6 @@ class TransformerTask(Task):
         """Noise the latents, and ask the transformer for the velocity."""
         rows = encoded(table, self.num_units)
         device = self.model.device
-        # every worker has the same lengths, since they are keyed by no sample of anyone's batch
-        common = KeyedDraws(self.seed, step, [-1 - column for column in range(len(self.objective.levels))])
         losses = transformer_losses(
             self.transformer,
             self.schedule,
@@ -140,11 +138,19 @@ class TransformerTask(Task):
             rows.text,
             rows.empty,
             [sample + step for sample in samples],  # so that every stream of rows trains every level
-            self.objective.unit_lengths(self.num_units, common),
+            self.lengths(step),
             KeyedDraws(self.seed, step, samples),
             self.objective,
         )
         return Loss(losses.total, {f"level{level}": value for level, value in losses.by_level().items()})
+
+    def lengths(self, step: int) -> list[int]:
+        """Return how many latent frames the samples of each entry of the objective's levels have in a step.
+
+        They are the same for every worker, since they are keyed by no sample of anyone's batch.
+        """
+        common = KeyedDraws(self.seed, step, [-1 - column for column in range(len(self.objective.levels))])
+        return self.objective.unit_lengths(self.num_units, common)
 
     @torch.no_grad()
     def examples(self, table: pa.Table) -> Frames:

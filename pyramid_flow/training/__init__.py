@@ -13,6 +13,7 @@ from pyramid_flow.training.step import (
     initialise_transformer,
     optimizer_step,
     transformer_losses,
+    velocity,
 )
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "spatial_pyramid_sample",
     "temporal_pyramid_sample",
     "transformer_losses",
+    "velocity",
     "velocity_loss",
 ]
