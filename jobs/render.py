@@ -6,10 +6,11 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipeline.html_report import REPORT
 from pipeline.inputs import check_apart, folder_of, full_url, list_parts
 from pipeline.job import RenderJob, StopRequest
 from pipeline.plan import Job, Plan, PlanError, Resources, make_plan
+from pipeline.provenance import Signing, SigningError
 from pipeline.storage import Storage
 from pipeline.weights import is_stored, open_checkpoint
 from pipeline.worklist import RowRules, scan
@@ -91,7 +93,14 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     check_apart(settings.input, storage.uri)
     device = _device(settings, resources)
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    facts = {
+        "model": checkpoint.name,
+        "model_fingerprint": checkpoint.fingerprint,
+        "software_version": version("pyramid-render"),
+    }
     target = _target(settings, checkpoint, storage, device, dtype)
+    if settings.c2pa_certificate:
+        target = replace(target, signing=_signing(settings.c2pa_certificate, facts))
     make_plan(target, resources)  # a plan that cannot fit is said before the input is read
     rules = RowRules(checkpoint.preset, settings.allow_untrained)
     worklist = scan(parts, rules)
@@ -117,11 +126,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         rules=rules,
         plan=plan_for(costs),
         plan_for=plan_for,
-        constants={
-            "model": checkpoint.name,
-            "model_fingerprint": checkpoint.fingerprint,
-            "software_version": version("pyramid-render"),
-        },
+        constants=facts,
         retry_failed=settings.retry_failed,
         shard=settings.shard and settings.shard.replace("/", "-of-"),
         flush_rows=settings.ledger_rows,
@@ -158,7 +163,18 @@ def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, 
         gpus_per_clip=settings.gpus_per_clip,
         places=settings.places,
         thresholds=settings.thresholds,
+        fingerprint=checkpoint.fingerprint,
     )
+
+
+def _signing(path: str, facts: Mapping[str, str]) -> Signing:
+    """Return what files are signed with, which is tried; raises SigningError."""
+    try:
+        signing = Signing(Path(path).read_text(encoding="utf-8"), facts)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SigningError(f"c2pa_certificate cannot be read: {error}") from error
+    signing.check()
+    return signing
 
 
 def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: ExitStack) -> int:

@@ -6,6 +6,7 @@ from math import ceil, floor, inf
 from typing import Any, Literal
 
 from pipeline.costs import Costs
+from pipeline.provenance import Signing
 from pipeline.quality import STANDARD, Thresholds
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample, Stage
 from pyramid_flow.errors import PyramidFlowError
@@ -123,7 +124,8 @@ class Job:
     two; encoder_threads: pinned threads of ffmpeg; tile: side of a VAE tile in pixels; memory: mode of the parts;
     cache_gib: of a sampler's history cache, None = half of the memory that is free; gpus_per_clip: GPUs of one node
     that share every batch of a sampler (without GPUs: processes); places: labels of the nodes of the pools that
-    encode, sample and publish; thresholds: of the flags of what is decoded; costs: None = unknown.
+    encode, sample and publish; thresholds: of the flags of what is decoded; fingerprint: the checkpoint's; signing: of
+    what is published; costs: None = unknown.
     """
 
     model_path: str
@@ -146,6 +148,8 @@ class Job:
     gpus_per_clip: int = 1
     places: Mapping[str, Labels] = field(default_factory=dict)
     thresholds: Thresholds = STANDARD
+    fingerprint: str = ""
+    signing: Signing | None = None
     costs: Costs | None = None
 
     @property
@@ -310,13 +314,14 @@ def _stages(job: Job, resources: Resources, workers: int, *, together: bool) -> 
         together=together,
         cache_gib=job.cache_gib,
         gpus_per_clip=job.gpus_per_clip,
+        fingerprint=job.fingerprint,
     )
     frames = {"window": job.decode_window, "tile": job.tile, "encoder_threads": max(1, int(cpus))}
     stages = (
         StageSpec(Encode, {"model": model, "image_root": job.image_root, "image_hosts": job.image_hosts}),
         StageSpec(Sample, {"model": model}),
         StageSpec(Decode, {"model": model, "thresholds": job.thresholds} | frames),
-        StageSpec(Publish, {"output": job.output}),
+        StageSpec(Publish, {"output": job.output, "signing": job.signing}),
     )
     return float(cpus), {spec.name: spec for spec in stages}
 

@@ -27,6 +27,7 @@ from jobs.settings.base import (
     labels_by_stage,
 )
 from pipeline.plan import Layout
+from pipeline.provenance import KEY
 from pipeline.quality import STANDARD, Thresholds
 from pyramid_flow.fit import Memory
 
@@ -157,6 +158,11 @@ class RenderSettings(ClusterSettings):
     )
     jump_above: Limit = Field(
         STANDARD.jump_above, description="flag `jump`: the greatest change from one frame to the next is above this"
+    )
+    c2pa_certificate: str | None = Field(
+        None,
+        description="PEM file of a certificate and its issuers: sign a C2PA manifest into every file (extra `c2pa`); "
+        f"the private key comes from {KEY} in the environment, on every node",
     )
     reroll: Annotated[int, Field(ge=0)] = Field(
         0,

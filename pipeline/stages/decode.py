@@ -44,7 +44,8 @@ class Decode(Stage):
         checkpoint = model.open()
         self.window, self.tile, self.encoder_threads, self.thresholds = window, tile, encoder_threads, thresholds
         self.statistics = checkpoint.preset.statistics
-        self.model_name = checkpoint.name
+        told = {"model_fingerprint": model.fingerprint} if model.fingerprint else {}
+        self.facts = {"model": checkpoint.name} | told
         self.placement = model.placement(checkpoint, (VAE,))
         self.vae = self.placement.place(checkpoint.load_vae(model.torch_dtype, "cpu"))
         self._activations = lru_cache(COUNTED_SHAPES)(partial(_activations, checkpoint, model.torch_dtype, window))
@@ -65,7 +66,9 @@ class Decode(Stage):
 
     def tags(self, request: ResolvedRequest) -> dict[str, str]:
         """Return the container tags of a video or a still."""
-        return {"prompt": request.prompt, "seed": str(request.seed), "model": self.model_name, "render_id": request.id}
+        own = {"prompt": request.prompt, "seed": str(request.seed), "render_id": request.id}
+        settings = request.model_dump_json(exclude={"id", "prompt", "seed"}, exclude_none=True)
+        return own | self.facts | {"settings": settings}
 
     def _decoded(self, item: Item, tile: int | None) -> Item:
         try:

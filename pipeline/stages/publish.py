@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from pipeline.provenance import Signing
 from pipeline.rows import Item, as_bytes
 from pipeline.stages.decode import FILE, THUMBNAIL
 from pipeline.stages.stage import Stage
@@ -13,13 +14,13 @@ from pipeline.storage import Storage
 class Publish(Stage):
     """Writes videos/<first 2 of id>/<id>-<8 of sha256>.mp4 and its thumbnail strip, and drops the tensors.
 
-    Stills are written to images/ instead, with the ending of their format.
+    Stills are written to images/ instead, with the ending of their format. signing: of all of them, None = of none.
     """
 
     name = "publish"
 
-    def __init__(self, output: str, node: str) -> None:
-        self.storage, self.node = Storage(output), node
+    def __init__(self, output: str, node: str, signing: Signing | None = None) -> None:
+        self.storage, self.node, self.signing = Storage(output), node, signing
 
     def process(self, items: Sequence[Item]) -> list[Item]:
         """Publish the rows one after another; each file is written whole or not at all."""
@@ -27,9 +28,12 @@ class Publish(Stage):
 
     def _published(self, item: Item) -> Item:
         data, thumbnail = as_bytes(item.tensors[FILE]), as_bytes(item.tensors[THUMBNAIL])
+        media_type = item.request.media_type
+        if self.signing:
+            request = item.request.model_dump(mode="json", exclude_none=True)
+            data = self.signing.signed(data, media_type, item.row.id, request)
         sha256 = hashlib.sha256(data).hexdigest()
         name = f"{item.row.id[:2]}/{item.row.id}-{sha256[:8]}"
-        media_type = item.request.media_type
         kind, _, ending = media_type.partition("/")
         uri = f"{kind}s/{name}.{ending}"
         self.storage.put(f"thumbnails/{name}.webp", thumbnail)

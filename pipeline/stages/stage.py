@@ -27,7 +27,7 @@ class ModelConfig:
     path: folder, name or URL; threads: CPU threads of the worker's tensor operations; lora: adapters, as
     `Checkpoint.open` takes them; memory: see `PyramidFlowPipeline.from_pretrained`; together: whether one process loads
     all stages; cache_gib: of the sampler's history cache, None = half of the memory that is free; gpus_per_clip:
-    devices that share every batch of a sampler.
+    devices that share every batch of a sampler; fingerprint: the checkpoint's, to be told in files, empty = it is not.
     """
 
     path: str
@@ -40,6 +40,7 @@ class ModelConfig:
     together: bool = False
     cache_gib: float | None = None
     gpus_per_clip: int = 1
+    fingerprint: str = ""
 
     def open(self) -> Checkpoint:
         """Open the checkpoint and limit this process to its threads."""

@@ -23,8 +23,10 @@ from pipeline import ledger
 from pipeline.compact import find_orphans
 from pipeline.job import StopRequest
 from pipeline.plan import Resources
+from pipeline.provenance import KEY, REQUEST
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
+from tests.pipeline.certificates import identity, manifest_of
 from tests.pipeline.mp4 import probe
 from tests.pipeline.tables import write_table
 from tests.pyramid_flow.goldens import save_adapter
@@ -219,6 +221,25 @@ def test_workers_of_two_processes_render_what_one_does(cluster, tmp_path):
     assert {row["status"] for row in together} == {"succeeded"}
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_files_are_signed_by_workers_of_an_own_cluster(tmp_path):
+    source = write_table(tmp_path / "in.parquet", [{"id": "fox", "prompt": "a fox", **SMALL}])
+    own, chain = identity(), tmp_path / "chain.pem"
+    chain.write_text(own.certificates)
+    command = [sys.executable, "-m", "jobs.render", *flags(source, tmp_path / "out", "--c2pa-certificate", str(chain))]
+    subprocess.run(command, env=os.environ | {KEY: own.key}, check=True)
+    [row] = ledger.read(Storage(str(tmp_path / "out"))).to_pylist()
+    video = (tmp_path / "out" / row["uri"]).read_bytes()
+    assert (hashlib.sha256(video).hexdigest(), len(video)) == (row["sha256"], row["bytes"])
+    manifest, objections = manifest_of(video, "video/mp4")
+    assert objections == {"signingCredential.untrusted"}
+    [told] = [each["data"] for each in manifest["assertions"] if each["label"] == REQUEST]
+    for name in ("id", "prompt", "seed", "guidance_scale", "model", "model_fingerprint", "software_version"):
+        assert told[name] == row[name]
+    assert own.key.splitlines()[1] not in (tmp_path / "out" / "job.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -231,6 +252,8 @@ def test_workers_of_two_processes_render_what_one_does(cluster, tmp_path):
         ({"lora": "no/such/adapter"}, "has no file adapter_config.json"),
         ({"lora": "style=much"}, "is not PATH or PATH=WEIGHT"),
         ({"gpus-per-clip": "5"}, "cannot share 6 attention heads; possible are 1, 2, 3, 4, 6, 12"),
+        ({"c2pa-certificate": "no/such/chain.pem"}, "c2pa_certificate cannot be read"),
+        ({"c2pa-certificate": __file__}, "the private key must be in PYRAMID_RENDER_C2PA_KEY"),
     ],
 )
 def test_a_wrong_job_exits_2_with_one_line(change, message, tmp_path, caplog):

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -71,6 +72,7 @@ def test_a_batch_becomes_videos_with_metadata(model, preset, encode, sample, tmp
         assert (info.width, info.height, info.frames, info.fps) == (64, 64, 17, 24)
         tags = read_tags(path)
         assert (tags["prompt"], tags["seed"], tags["render_id"]) == (prompt, str(one.request.seed), row.id)
+        assert json.loads(tags["settings"])["num_frames"] == 17
         thumbnail = (tmp_path / str(row.thumbnail_uri)).read_bytes()
         assert Image.open(io.BytesIO(thumbnail)).size == (4 * 64, 64)
         assert set(row.seconds) == {"encode", "sample", "decode", "publish"}
@@ -94,7 +96,10 @@ def test_one_frame_becomes_a_picture_with_its_tags(model, preset, encode, sample
     difference = np.abs(np.asarray(image.convert("RGB")).astype(int) - frame)
     assert difference.max() <= 1 if expected == "png" else difference.mean() < 4
     if expected == "png":
-        assert image.text == {"prompt": "a red ball", "seed": "5", "model": "toy", "render_id": row.id}
+        tags = dict(image.text)
+        settings = json.loads(tags.pop("settings"))
+        assert tags == {"prompt": "a red ball", "seed": "5", "model": "toy", "render_id": row.id}
+        assert settings["guidance_scale"] == done.request.guidance_scale
     thumbnail = (tmp_path / str(row.thumbnail_uri)).read_bytes()
     assert Image.open(io.BytesIO(thumbnail)).size == (64, 64)
     assert not (tmp_path / "videos").exists()
