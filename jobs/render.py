@@ -23,6 +23,7 @@ from jobs.summary import SUMMARY_COLUMNS, num_failed, plan_text, summary_text
 from pipeline import ledger, runner
 from pipeline.costs import Costs, expected_costs, flops_estimate, read_measured
 from pipeline.html_report import REPORT
+from pipeline.image_text import check_model
 from pipeline.inputs import check_apart, folder_of, full_url, list_parts
 from pipeline.job import RenderJob, StopRequest
 from pipeline.plan import Job, Plan, PlanError, Resources, make_plan
@@ -99,6 +100,8 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         "software_version": version("pyramid-render"),
     }
     target = _target(settings, checkpoint, storage, device, dtype)
+    if settings.image_text_model:
+        check_model(settings.image_text_model)
     if settings.c2pa_certificate:
         target = replace(target, signing=_signing(settings.c2pa_certificate, facts))
     make_plan(target, resources)  # a plan that cannot fit is said before the input is read
@@ -163,6 +166,7 @@ def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, 
         gpus_per_clip=settings.gpus_per_clip,
         places=settings.places,
         thresholds=settings.thresholds,
+        image_text=settings.image_text_model,
         fingerprint=checkpoint.fingerprint,
     )
 

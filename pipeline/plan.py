@@ -124,8 +124,9 @@ class Job:
     two; encoder_threads: pinned threads of ffmpeg; tile: side of a VAE tile in pixels; memory: mode of the parts;
     cache_gib: of a sampler's history cache, None = half of the memory that is free; gpus_per_clip: GPUs of one node
     that share every batch of a sampler (without GPUs: processes); places: labels of the nodes of the pools that
-    encode, sample and publish; thresholds: of the flags of what is decoded; fingerprint: the checkpoint's; signing: of
-    what is published; costs: None = unknown.
+    encode, sample and publish; thresholds: of the flags of what is decoded; image_text: folder of a CLIP
+    model, for two figures more of it; fingerprint: the checkpoint's; signing: of what is published; costs: None =
+    unknown.
     """
 
     model_path: str
@@ -148,6 +149,7 @@ class Job:
     gpus_per_clip: int = 1
     places: Mapping[str, Labels] = field(default_factory=dict)
     thresholds: Thresholds = STANDARD
+    image_text: str | None = None
     fingerprint: str = ""
     signing: Signing | None = None
     costs: Costs | None = None
@@ -320,7 +322,7 @@ def _stages(job: Job, resources: Resources, workers: int, *, together: bool) -> 
     stages = (
         StageSpec(Encode, {"model": model, "image_root": job.image_root, "image_hosts": job.image_hosts}),
         StageSpec(Sample, {"model": model}),
-        StageSpec(Decode, {"model": model, "thresholds": job.thresholds} | frames),
+        StageSpec(Decode, {"model": model, "thresholds": job.thresholds, "image_text": job.image_text} | frames),
         StageSpec(Publish, {"output": job.output, "signing": job.signing}),
     )
     return float(cpus), {spec.name: spec for spec in stages}

@@ -36,8 +36,8 @@ class Figures:
     Laplacian (4 neighbours) in the frames' own size, in levels of 0 to 255 squared, averaged likewise; motion,
     max_motion: mean absolute difference of consecutive frames, averaged over the pairs, and the greatest;
     motion_direction: where what is seen moves to, in degrees, 0 = to the right, 90 = up, None if nothing moves or
-    movements cancel out; drift: mean absolute difference of the first and the last frame. The last four are None for a
-    still.
+    movements cancel out; drift: mean absolute difference of the first and the last frame. These four are None for a
+    still. text_similarity, aesthetics: see `ImageTextModel.scores`, None without such a model.
     """
 
     brightness: float
@@ -47,6 +47,8 @@ class Figures:
     max_motion: float | None = None
     motion_direction: float | None = None
     drift: float | None = None
+    text_similarity: float | None = None
+    aesthetics: float | None = None
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class RenderRow(BaseModel):
     max_motion: float | None = None
     motion_direction: float | None = None
     drift: float | None = None
+    text_similarity: float | None = None
+    aesthetics: float | None = None
     flags: list[str] | None = None
     dtype: str | None = None
     device: str | None = None
@@ -277,6 +279,8 @@ LEDGER_SCHEMA = pa.schema(
         ("max_motion", pa.float32()),
         ("motion_direction", pa.float32()),
         ("drift", pa.float32()),
+        ("text_similarity", pa.float32()),
+        ("aesthetics", pa.float32()),
         ("flags", pa.list_(pa.string())),
         ("dtype", pa.string()),
         ("device", pa.string()),

@@ -132,7 +132,7 @@ class VideoWriter:
         """
         if self._process is None:
             raise VideoError(f"{self.path}: the writer is not open; use it in a with block")
-        _check_frames(frames, self.height, self.width)
+        check_frames(frames, self.height, self.width)
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(np.ascontiguousarray(frames).data)
@@ -204,7 +204,7 @@ class ThumbnailStrip:
         for field, value in (("num_frames", num_frames), ("count", count)):
             if value < 1:
                 raise InvalidValueError(field, value, "is below 1")
-        self._wanted = frozenset(np.linspace(0, num_frames - 1, count).round().astype(int).tolist())
+        self._wanted = evenly_spaced(num_frames, count)
         self.num_seen = 0
         self._thumbnails: list[Image.Image] = []
 
@@ -215,7 +215,7 @@ class ThumbnailStrip:
             ShapeError: The chunk has another shape.
             InvalidValueError: The chunk is not uint8.
         """
-        _check_frames(frames)
+        check_frames(frames)
         self._thumbnails += [_thumbnail(frame) for i, frame in enumerate(frames, self.num_seen) if i in self._wanted]
         self.num_seen += len(frames)
 
@@ -230,6 +230,11 @@ class ThumbnailStrip:
         buffer = io.BytesIO()
         _side_by_side(self._thumbnails).save(buffer, "WEBP", quality=82, method=4)
         return buffer.getvalue()
+
+
+def evenly_spaced(num_frames: int, count: int) -> frozenset[int]:
+    """Return the numbers of at most so many frames, first and last among them."""
+    return frozenset(np.linspace(0, num_frames - 1, count).round().astype(int).tolist())
 
 
 def _thumbnail(frame: Frames) -> Image.Image:
@@ -259,7 +264,7 @@ def _check_settings(width: int, height: int, fps: float, threads: int, crf: int)
         raise InvalidValueError("crf", crf, "is outside 0..51")
 
 
-def _check_frames(frames: Frames, height: int | None = None, width: int | None = None) -> None:
+def check_frames(frames: Frames, height: int | None = None, width: int | None = None) -> None:
     expected = (height or frames.shape[1], width or frames.shape[2], 3) if frames.ndim == 4 else ()
     if frames.ndim != 4 or frames.shape[1:] != expected:
         raise ShapeError("frames", f"[n, {height or 'height'}, {width or 'width'}, 3]", frames.shape)

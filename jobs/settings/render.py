@@ -159,6 +159,10 @@ class RenderSettings(ClusterSettings):
     jump_above: Limit = Field(
         STANDARD.jump_above, description="flag `jump`: the greatest change from one frame to the next is above this"
     )
+    image_text_model: str | None = Field(
+        None,
+        description="folder of a CLIP model, on every node: the ledger gets text_similarity and aesthetics",
+    )
     c2pa_certificate: str | None = Field(
         None,
         description="PEM file of a certificate and its issuers: sign a C2PA manifest into every file (extra `c2pa`); "

@@ -3,13 +3,15 @@
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pipeline.image_text import ImageTextModel, PickedFrames
 from pipeline.quality import STANDARD, QualityMeter, Thresholds
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Item, as_tensor
@@ -28,18 +30,32 @@ FILE, THUMBNAIL = "file", "thumbnail"
 COUNTED_SHAPES = 256
 
 
+class Watcher(Protocol):
+    """Sees the frames of a video while they stream by."""
+
+    def add(self, frames: Frames) -> None:
+        """Take the next chunk: uint8 RGB, [n, height, width, 3]."""
+
+
 class Decode(Stage):
     """Replaces a row's `latents` by the files `file` (mp4, or png or webp of a still) and `thumbnail` (webp), as uint8.
 
     window: latents per chunk; tile: side of a VAE tile in pixels, None = no tiling, auto = none on a CPU, else the
     largest that fits into the memory that is free; encoder_threads: of ffmpeg; thresholds: of the flags, which the row
-    gets with the figures of its frames. Frames never leave the worker, and its memory is that of a chunk.
+    gets with the figures of its frames; image_text: folder of a CLIP model, for two figures more. Frames never leave
+    the worker, and its memory is that of a chunk.
     """
 
     name = "decode"
 
     def __init__(
-        self, model: ModelConfig, window: int, tile: Tile, encoder_threads: int, thresholds: Thresholds = STANDARD
+        self,
+        model: ModelConfig,
+        window: int,
+        tile: Tile,
+        encoder_threads: int,
+        thresholds: Thresholds = STANDARD,
+        image_text: str | None = None,
     ) -> None:
         checkpoint = model.open()
         self.window, self.tile, self.encoder_threads, self.thresholds = window, tile, encoder_threads, thresholds
@@ -48,6 +64,8 @@ class Decode(Stage):
         self.facts = {"model": checkpoint.name} | told
         self.placement = model.placement(checkpoint, (VAE,))
         self.vae = self.placement.place(checkpoint.load_vae(model.torch_dtype, "cpu"))
+        device = self.placement.device
+        self.image_text = ImageTextModel(image_text, device, model.torch_dtype) if image_text else None
         self._activations = lru_cache(COUNTED_SHAPES)(partial(_activations, checkpoint, model.torch_dtype, window))
 
     def process(self, items: Sequence[Item]) -> list[Item]:
@@ -84,7 +102,9 @@ class Decode(Stage):
     def _decoded_with(self, item: Item, tile: int | None) -> Item:
         request = item.request
         strip, meter = ThumbnailStrip(request.num_frames), QualityMeter()
-        chunks = self._chunks(item.tensors["latents"], tile, strip, meter)
+        picked = PickedFrames(request.num_frames)
+        watchers: list[Watcher] = [strip, meter, *([picked] if self.image_text else [])]
+        chunks = self._chunks(item.tensors["latents"], tile, watchers)
         if request.image_format:
             [[frame]] = chunks
             file = encode_still(frame, request.image_format, self.tags(request))
@@ -92,17 +112,17 @@ class Decode(Stage):
             file = self._video(request, chunks)
         tensors = {FILE: as_tensor(file), THUMBNAIL: as_tensor(strip.webp())}
         figures = meter.figures()
+        if self.image_text:
+            figures = replace(figures, **self.image_text.scores(request.prompt, picked.frames))
         quality = {**asdict(figures), "flags": self.thresholds.flags(figures)}
         return item.with_tensors(tensors, frames=strip.num_seen, tiling=tile, **quality)
 
-    def _chunks(
-        self, latents: Tensor, tile: int | None, strip: ThumbnailStrip, meter: QualityMeter
-    ) -> Iterator[Frames]:
-        """Yield the decoded frames chunk by chunk, once strip and meter have seen them."""
+    def _chunks(self, latents: Tensor, tile: int | None, watchers: Sequence[Watcher]) -> Iterator[Frames]:
+        """Yield the decoded frames chunk by chunk, once all that watch have seen them."""
         for chunk in decode_frames(self.vae, latents, self.statistics, window=self.window, tile=tile):
             frames = chunk[0].numpy()
-            strip.add(frames)
-            meter.add(frames)
+            for watcher in watchers:
+                watcher.add(frames)
             yield frames
 
     def _video(self, request: ResolvedRequest, chunks: Iterable[Frames]) -> bytes:

@@ -56,7 +56,7 @@ def output(tmp_path_factory) -> Storage:
             video.write(frames)
         storage.put(f"thumbnails/{name}.webp", strip.webp())
     storage.put("images/still.png", encode_still(frames[8], "png", {}))
-    records = [rendered(f"fox-{number}", number) for number in range(NUM_FOXES)]
+    records = [rendered(f"fox-{number}", number, motion=0.1 if number == 7 else None) for number in range(NUM_FOXES)]
     still = {"uri": "images/still.png", "media_type": "image/png", "num_frames": 1, "thumbnail_uri": None}
     records += [
         rendered(
@@ -118,6 +118,16 @@ def test_videos_come_in_pages(page):
     page.get_by_label("Order").select_option("fastest first")
     expect(page.locator(".tile").first).to_have_attribute("data-id", "fox-0")
     expect(page.get_by_role("button", name="Previous page").first).to_be_disabled()
+
+
+def test_what_is_measured_orders_the_videos_that_have_it(page):
+    order = page.get_by_label("Order")
+    order.select_option("most motion")
+    expect(page.locator(".tile").first).to_have_attribute("data-id", "hostile #1")
+    order.select_option("least motion")
+    expect(page.locator(".tile")).to_have_count(2)
+    assert ids(page) == ["fox-7", "hostile #1"]
+    assert not any("contrast" in name for name in order.locator("option").all_inner_texts())
 
 
 def test_filters_narrow_what_is_shown_and_stay_after_a_reload(page):

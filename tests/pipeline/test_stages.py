@@ -17,6 +17,7 @@ from pipeline.stages import stage as stage_module
 from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
 from pyramid_flow.placement import Placement, free_bytes, process_bytes
 from pyramid_flow.team import TeamError
+from tests.pipeline.clip import small_clip
 from tests.pipeline.mp4 import probe, read_frames, read_tags
 from tests.pipeline.tables import batch, item, rows
 
@@ -78,6 +79,16 @@ def test_a_batch_becomes_videos_with_metadata(model, preset, encode, sample, tmp
         assert set(row.seconds) == {"encode", "sample", "decode", "publish"}
         assert row.batch_size == 2
         assert row.started_at < row.finished_at
+
+
+def test_an_image_text_model_adds_its_figures(model, preset, encode, sample, tmp_path):
+    made = encode(batch(*(item(preset, prompt=prompt, **SHAPE) for prompt in ("a red ball", "blue background"))))
+    told = Decode(model, window=1, tile=None, encoder_threads=1, image_text=small_clip(tmp_path))(sample(made))
+    for row in rows(told):
+        assert row.error is None
+        assert -1 < row.text_similarity < 1
+        assert 0 < row.aesthetics < 1
+    assert len({row.text_similarity for row in rows(told)}) == 2
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "png"), ("png", "png"), ("webp", "webp")])
