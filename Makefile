@@ -19,7 +19,7 @@ demo: .venv/.installed ## render a few small videos on this machine into outputs
 serve: .venv/.installed ## answer the Videos API on this machine with the bundled model
 	$(BIN)/pyramid-render serve
 
-test: .venv/.test-installed ## the default tests, about 18 minutes on 2 cores
+test: .venv/.test-installed ## the default tests, about 20 minutes on 2 cores
 	$(BIN)/python -m pytest
 
 test-all: .venv/.test-installed ## every test, the slow ones too
