@@ -2,13 +2,16 @@
 
 pyramid: pyramid flow matching, as published: three levels, and a history that grows coarser with age. full: ordinary
 flow matching, which is the same code with one level: a frame is denoised at full size, and remembers all of history at
-full size. Both begin with the same weights and see the same clips in the same order, in batches of the same size, under
-the recipe of the bundled model (jobs/toy/transformer.yaml), and sample with the same number of evaluations per frame.
+full size. Both begin with the same weights and see the same clips in the same order, in batches of the same size and of
+clips as long, under the recipe of the bundled model (jobs/toy/transformer.yaml), and sample with the same number of
+evaluations per frame. The recipe's warm-up and running mean, which are counted in steps, are those of the pyramid; the
+other one, whose steps are fewer and larger, has them as long a share of its own.
 Work is counted by `torch.utils.flop_counter`, forward and backward, so that a busy machine changes nothing.
 
 Shown at shares of the work: the judge's scores of videos of held-out prompts, and the held-out loss, as the share of
 the velocity's mean square that is left. The two have velocities of their own, so a loss tells how each of them learns;
-the scores tell which makes better videos.
+the scores tell which makes better videos. It is one run of each, with a recipe that was found for the pyramid, and 64
+videos tell a score to 6 points (standard error).
 
 What is done is kept in --folder, and the same command goes on from there.
 """
@@ -43,7 +46,7 @@ from pipeline import runner
 from pipeline.plan import Resources
 from pipeline.storage import Storage
 from pipeline.training.clips import encoded, pixels_of
-from pipeline.training.optimizer import parameter_groups
+from pipeline.training.optimizer import OptimizerSettings, parameter_groups
 from pipeline.training.record import check_record
 from pipeline.training.state import Training, restore, save
 from pipeline.training.tasks import TransformerTask
@@ -86,18 +89,23 @@ class Run:
     flops: of every step; points: by step, what was found there. What is kept lies in a folder per step.
     """
 
-    def __init__(self, name: str, job: TrainJob, folder: Path, teraflop: float) -> None:
-        """Begin with weights and data that depend on the job's seed alone, or where the run stopped."""
+    def __init__(self, name: str, job: TrainJob, folder: Path, teraflop: float, recipe_steps: int | None) -> None:
+        """Begin with weights and data that depend on the job's seed alone, or where the run stopped.
+
+        recipe_steps: of a training for which the job's settings are meant, None = this one.
+        """
         self.name, self.folder = name, folder / name
         torch.manual_seed(job.seed)
         task = job.make_task()
         assert isinstance(task, TransformerTask)
         task.schedule = METHODS[name]
         if len(task.schedule.levels) == 1:
-            task.objective = replace(task.objective, levels=(0,), level_weights=(1.0,))
-        self.task, settings = task, job.optimizer
+            levels = (0,) * len(task.objective.levels)  # so that clips of as many lengths come in a step
+            task.objective = replace(task.objective, levels=levels, level_weights=(1.0,))
+        self.task = task
         self.flops = list(step_flops(task, job, teraflop * 1e12))
-        self.job = replace(job, phases=(replace(job.phases[0], steps=len(self.flops)),))
+        settings = scaled(job.optimizer, len(self.flops) / (recipe_steps or len(self.flops)))
+        self.job = replace(job, phases=(replace(job.phases[0], steps=len(self.flops)),), optimizer=settings)
         assert settings.ema_decay
         ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
         optimizer = AdamW(parameter_groups(task.model, settings), lr=settings.lr, betas=settings.betas, fused=True)
@@ -115,7 +123,9 @@ class Run:
         before, now = self._kept(), self.folder / f"{self.training.step:06d}"
         now.mkdir(parents=True, exist_ok=True)
         save(self.training, now)
-        (now / POINTS).write_text(json.dumps(self.points))
+        written = now / f"{POINTS}.part"
+        written.write_text(json.dumps(self.points))
+        written.rename(now / POINTS)
         for path in before:
             if path != now:
                 shutil.rmtree(path)
@@ -137,6 +147,13 @@ class Run:
             if step in stops or step % KEEP_STEPS == 0:
                 self.keep()
         bar.close()
+
+
+def scaled(settings: OptimizerSettings, share: float) -> OptimizerSettings:
+    """Return settings for a training of so many times as many steps: what is counted in steps lasts as long a share."""
+    assert settings.ema_decay
+    decay = 1 - (1 - settings.ema_decay) / share
+    return replace(settings, warmup_steps=round(settings.warmup_steps * share), ema_decay=decay)
 
 
 def step_flops(task: TransformerTask, job: TrainJob, budget: float) -> Iterator[int]:
@@ -267,11 +284,14 @@ def parse_arguments() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teraflop", type=float, default=100.0, help="work of each training (%(default)s)")
     parser.add_argument("--clips", type=int, default=3000, help="clips to train on (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=48, help="samples of a step (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=48, help="samples of a step, 3n (%(default)s)")
     parser.add_argument("--prompts", type=int, default=64, help="videos that are judged each time (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise (%(default)s)")
     parser.add_argument("--folder", default="outputs/pyramid_vs_full", help="where it is kept (%(default)s)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.batch_size % 3:
+        parser.error("--batch-size is not a multiple of 3: all levels have as many samples")
+    return arguments
 
 
 def main() -> None:
@@ -284,9 +304,11 @@ def main() -> None:
     pipe = PyramidFlowPipeline.from_pretrained("toy", torch_dtype=torch.float32)
     preset, held = pipe.preset, heldout(pipe, arguments.prompts, 32)
     points: dict[str, list[dict[str, Any]]] = {}
+    recipe_steps: int | None = None
     with runner.session(None, Resources(2, 0)):
         for name in METHODS:
-            run = Run(name, job, folder, arguments.teraflop)
+            run = Run(name, job, folder, arguments.teraflop, recipe_steps)
+            recipe_steps = recipe_steps or len(run.flops)
             run.train(partial(measure, pipe=pipe, preset=preset, held=held))
             points[name] = list(run.points.values())
     draw(points, held, folder, preset)

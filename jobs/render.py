@@ -6,7 +6,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from pipeline.image_text import check_model
 from pipeline.inputs import check_apart, folder_of, full_url, list_parts
 from pipeline.job import RenderJob, StopRequest
 from pipeline.plan import Job, Plan, PlanError, Resources, make_plan
-from pipeline.provenance import Signing, SigningError
+from pipeline.provenance import Signing
 from pipeline.storage import Storage
 from pipeline.weights import is_stored, open_checkpoint
 from pipeline.worklist import RowRules, scan
@@ -103,7 +103,9 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     if settings.image_text_model:
         check_model(settings.image_text_model)
     if settings.c2pa_certificate:
-        target = replace(target, signing=_signing(settings.c2pa_certificate, facts))
+        signing = Signing.read(settings.c2pa_certificate, facts)
+        signing.check()
+        target = replace(target, signing=signing)
     make_plan(target, resources)  # a plan that cannot fit is said before the input is read
     rules = RowRules(checkpoint.preset, settings.allow_untrained)
     worklist = scan(parts, rules)
@@ -166,19 +168,9 @@ def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, 
         gpus_per_clip=settings.gpus_per_clip,
         places=settings.places,
         thresholds=settings.thresholds,
-        image_text=settings.image_text_model,
+        image_text=settings.image_text_model and str(Path(settings.image_text_model).absolute()),
         fingerprint=checkpoint.fingerprint,
     )
-
-
-def _signing(path: str, facts: Mapping[str, str]) -> Signing:
-    """Return what files are signed with, which is tried; raises SigningError."""
-    try:
-        signing = Signing(Path(path).read_text(encoding="utf-8"), facts)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SigningError(f"c2pa_certificate cannot be read: {error}") from error
-    signing.check()
-    return signing
 
 
 def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: ExitStack) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from pipeline.video import Frames, check_frames, evenly_spaced
 from pyramid_flow.errors import PyramidFlowError
@@ -45,7 +44,7 @@ class PickedFrames:
         """Take the next chunk: uint8 RGB, [n, height, width, 3]."""
         check_frames(frames)
         wanted = evenly_spaced(self.num_frames, NUM_FRAMES)
-        self.frames += [frame for number, frame in enumerate(frames, self._num_seen) if number in wanted]
+        self.frames += [frame.copy() for number, frame in enumerate(frames, self._num_seen) if number in wanted]
         self._num_seen += len(frames)
 
 
@@ -53,6 +52,8 @@ class ImageTextModel:
     """A CLIP model (arXiv 2103.00020) in the folder layout of transformers."""
 
     def __init__(self, path: str, device: torch.device | str, dtype: torch.dtype) -> None:
+        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel  # here: it warns of a lack of torchvision
+
         check_model(path)
         model = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=dtype)
         self.model = nn.Module.to(model, device).eval()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -24,6 +25,9 @@ GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 REQUEST = "pyramid-render.request"
 """Label of the assertion that holds the request."""
 
+PLAIN = {"builder": {"thumbnail": {"enabled": False}}}
+"""Settings of C2PA's library: its picture of a still would be larger than the still."""
+
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 
 
@@ -35,12 +39,23 @@ class SigningError(PyramidFlowError):
 class Signing:
     """What files are signed with.
 
-    certificates: PEM, that of who signs first, then its issuers; facts: what a manifest says beside the request, by
-    name: software_version, model, model_fingerprint.
+    certificates: PEM, that of who signs first, then its issuers, and nothing else; facts: what a manifest says beside
+    the request, by name: software_version, model, model_fingerprint.
     """
 
     certificates: str
     facts: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: str, facts: Mapping[str, str]) -> "Signing":
+        """Read a file of certificates; raises SigningError if it holds none, or a private key."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SigningError(f"c2pa_certificate cannot be read: {error}") from error
+        if "PRIVATE KEY" in text:  # all that stands in it would be published in every file
+            raise SigningError(f"{path} holds a private key: leave only certificates in it, the key belongs in {KEY}")
+        return cls(text, facts)
 
     def check(self) -> None:
         """Sign a picture of one pixel; raises SigningError if that cannot be done."""
@@ -55,15 +70,16 @@ class Signing:
 
         request: what was asked for, as JSON can hold it.
         """
-        from c2pa import Builder, C2paError, C2paSignerInfo, Signer
+        from c2pa import Builder, C2paError, C2paSignerInfo, Context, Signer
 
-        key = os.environ.get(KEY)
-        if not key:
-            raise SigningError(f"the private key must be in {KEY}, in the environment of every process that publishes")
-        info = C2paSignerInfo(self._algorithm(), self.certificates.encode(), key.encode(), None)
-        made = io.BytesIO()
+        info = C2paSignerInfo(self._algorithm(), self.certificates.encode(), _private_key(), None)
+        manifest, made = json.dumps(self._manifest(title, request)), io.BytesIO()
         try:
-            with Signer.from_info(info) as signer, Builder(json.dumps(self._manifest(title, request))) as builder:
+            with (
+                Signer.from_info(info) as signer,
+                Context.from_dict(PLAIN) as context,
+                Builder(manifest, context) as builder,
+            ):
                 builder.sign(signer, media_type, io.BytesIO(data), made)
         except C2paError as error:
             raise SigningError(f"a file cannot be signed: {error}") from error
@@ -71,12 +87,13 @@ class Signing:
 
     def _algorithm(self) -> str:
         """Return the C2PA name of the algorithm that goes with the certificate's key."""
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
         from cryptography.x509 import load_pem_x509_certificate
 
         try:
             key: PublicKeyTypes = load_pem_x509_certificate(self.certificates.encode()).public_key()
-        except ValueError as error:
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise SigningError(f"the certificate is not one in PEM: {error}") from error
         if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in CURVES:
             return CURVES[key.curve.name]
@@ -97,3 +114,14 @@ class Signing:
                 {"label": REQUEST, "data": {**self.facts, **request}},
             ],
         }
+
+
+def _private_key() -> bytes:
+    key = os.environ.get(KEY, "")
+    if not key:
+        raise SigningError(f"the private key must be in {KEY}, in the environment of every process that publishes")
+    if "BEGIN PRIVATE KEY" not in key:
+        raise SigningError(
+            f"{KEY} must hold an unencrypted key in PKCS#8, not a path or another format: openssl pkcs8 -topk8 -nocrypt"
+        )
+    return key.encode("utf-8", "replace")

@@ -200,6 +200,10 @@ class RenderRequest(BaseModel):
         return resolved
 
 
+UNTOLD = {"image_uri"}
+"""Fields of a request that files do not tell: a signed URL opens its bucket to whoever has it."""
+
+
 class ResolvedRequest(BaseModel):
     """A request with every value decided; the picture itself travels beside it.
 

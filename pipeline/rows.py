@@ -67,6 +67,7 @@ class RenderRow(BaseModel):
     media_type: str | None = None
     bytes: int | None = None
     sha256: str | None = None
+    signed: bool | None = None
     latents_sha256: str | None = None
     frames: int | None = None
     batch_size: int | None = None
@@ -267,6 +268,7 @@ LEDGER_SCHEMA = pa.schema(
         ("media_type", pa.string()),
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
+        ("signed", pa.bool_()),
         ("latents_sha256", pa.string()),
         ("frames", pa.int32()),
         ("batch_size", pa.int32()),

@@ -161,11 +161,14 @@ class RenderSettings(ClusterSettings):
     )
     image_text_model: str | None = Field(
         None,
+        min_length=1,
         description="folder of a CLIP model, on every node: the ledger gets text_similarity and aesthetics",
     )
     c2pa_certificate: str | None = Field(
         None,
-        description="PEM file of a certificate and its issuers: sign a C2PA manifest into every file (extra `c2pa`); "
+        min_length=1,
+        description="PEM file of a certificate and its issuers: sign a C2PA manifest into every video and still (extra "
+        "`c2pa`); "
         f"the private key comes from {KEY} in the environment, on every node",
     )
     reroll: Annotated[int, Field(ge=0)] = Field(

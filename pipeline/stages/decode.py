@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.image_text import ImageTextModel, PickedFrames
 from pipeline.quality import STANDARD, QualityMeter, Thresholds
-from pipeline.request import ResolvedRequest
+from pipeline.request import UNTOLD, ResolvedRequest
 from pipeline.rows import Item, as_tensor
 from pipeline.stages.stage import ModelConfig, Stage
 from pipeline.still import encode_still
@@ -43,7 +43,7 @@ class Decode(Stage):
     window: latents per chunk; tile: side of a VAE tile in pixels, None = no tiling, auto = none on a CPU, else the
     largest that fits into the memory that is free; encoder_threads: of ffmpeg; thresholds: of the flags, which the row
     gets with the figures of its frames; image_text: folder of a CLIP model, for two figures more. Frames never leave
-    the worker, and its memory is that of a chunk.
+    the worker, and its memory is that of a chunk, and of eight frames for such a model.
     """
 
     name = "decode"
@@ -84,9 +84,9 @@ class Decode(Stage):
 
     def tags(self, request: ResolvedRequest) -> dict[str, str]:
         """Return the container tags of a video or a still."""
-        own = {"prompt": request.prompt, "seed": str(request.seed), "render_id": request.id}
-        settings = request.model_dump_json(exclude={"id", "prompt", "seed"}, exclude_none=True)
-        return own | self.facts | {"settings": settings}
+        own = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": str(request.seed)}
+        settings = request.model_dump_json(exclude={"id", *own, *UNTOLD}, exclude_none=True)
+        return own | {"render_id": request.id, "settings": settings} | self.facts
 
     def _decoded(self, item: Item, tile: int | None) -> Item:
         try:
@@ -113,9 +113,18 @@ class Decode(Stage):
         tensors = {FILE: as_tensor(file), THUMBNAIL: as_tensor(strip.webp())}
         figures = meter.figures()
         if self.image_text:
-            figures = replace(figures, **self.image_text.scores(request.prompt, picked.frames))
+            figures = replace(figures, **self._scores(item, picked))
         quality = {**asdict(figures), "flags": self.thresholds.flags(figures)}
         return item.with_tensors(tensors, frames=strip.num_seen, tiling=tile, **quality)
+
+    def _scores(self, item: Item, picked: PickedFrames) -> dict[str, float]:
+        """Return the figures by the image-text model; none if it fails, since the video is done."""
+        assert self.image_text
+        try:
+            return self.image_text.scores(item.request.prompt, picked.frames)
+        except Exception as error:  # noqa: BLE001 - recorded
+            logger.warning("decode: row %s has no scores: %s: %s", item.row.id, type(error).__name__, error)
+            return {}
 
     def _chunks(self, latents: Tensor, tile: int | None, watchers: Sequence[Watcher]) -> Iterator[Frames]:
         """Yield the decoded frames chunk by chunk, once all that watch have seen them."""

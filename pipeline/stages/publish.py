@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from pipeline.provenance import Signing
+from pipeline.request import UNTOLD
 from pipeline.rows import Item, as_bytes
 from pipeline.stages.decode import FILE, THUMBNAIL
 from pipeline.stages.stage import Stage
@@ -21,6 +22,8 @@ class Publish(Stage):
 
     def __init__(self, output: str, node: str, signing: Signing | None = None) -> None:
         self.storage, self.node, self.signing = Storage(output), node, signing
+        if signing:
+            signing.check()  # a worker that cannot sign loses no row
 
     def process(self, items: Sequence[Item]) -> list[Item]:
         """Publish the rows one after another; each file is written whole or not at all."""
@@ -30,7 +33,7 @@ class Publish(Stage):
         data, thumbnail = as_bytes(item.tensors[FILE]), as_bytes(item.tensors[THUMBNAIL])
         media_type = item.request.media_type
         if self.signing:
-            request = item.request.model_dump(mode="json", exclude_none=True)
+            request = item.request.model_dump(mode="json", exclude_none=True, exclude=UNTOLD)
             data = self.signing.signed(data, media_type, item.row.id, request)
         sha256 = hashlib.sha256(data).hexdigest()
         name = f"{item.row.id[:2]}/{item.row.id}-{sha256[:8]}"
@@ -45,6 +48,7 @@ class Publish(Stage):
             media_type=media_type,
             bytes=len(data),
             sha256=sha256,
+            signed=self.signing is not None,
             node=self.node,
             finished_at=datetime.now(UTC),
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # pytest wants to be the first to import a plugin
 
 TICK_S = 0.1
 MOST_PENDING = 3
-"""So few requests in a row can fail that no file is given up, as the next fault waits for another file."""
+"""So few requests in a row can fail, and the next fault waits for another video: one publisher gives no file up."""
 
 FAULTS = (
     ((503, "SlowDown"), "PUT", "/videos/"),

@@ -5,11 +5,12 @@ import re
 import subprocess
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 
-from pipeline.video import _CONTAINER_TAGS, _SCALE, Frames, VideoError, _file_url, last_lines
+from pipeline.video import _CONTAINER_TAGS, _SCALE, Frames, VideoError, VideoWriter, _file_url, last_lines
 
 # anchored to the line start: a line inside a printed tag begins with blanks and a colon
 _STREAM_LINE = re.compile(
@@ -112,3 +113,11 @@ def _run_ffmpeg(path: str | os.PathLike[str], *arguments: str) -> subprocess.Com
     if result.returncode:
         raise VideoError(f"{path}: ffmpeg failed with status {result.returncode}: {last_lines(result.stderr)}")
     return result
+
+
+def black_video(folder: Path) -> bytes:
+    """Make an mp4 of 9 frames, 64x64, with a prompt among its tags; folder: where it may lie meanwhile."""
+    path = folder / "black.mp4"
+    with VideoWriter(path, width=64, height=64, fps=24, tags={"prompt": "a red ball"}) as writer:
+        writer.write(np.zeros((9, 64, 64, 3), np.uint8))
+    return path.read_bytes()

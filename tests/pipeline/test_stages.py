@@ -8,17 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.provenance import KEY, REQUEST, Signing, SigningError
 from pipeline.quality import Thresholds
-from pipeline.rows import Batch, Item, pack, unpack
+from pipeline.rows import Batch, Item, as_tensor, pack, unpack
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
 from pipeline.stages import decode as decode_module
 from pipeline.stages import sample as sample_module
 from pipeline.stages import stage as stage_module
+from pipeline.stages.decode import FILE, THUMBNAIL
+from pipeline.still import encode_still
 from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
 from pyramid_flow.placement import Placement, free_bytes, process_bytes
 from pyramid_flow.team import TeamError
+from tests.pipeline.certificates import identity, manifest_of
 from tests.pipeline.clip import small_clip
-from tests.pipeline.mp4 import probe, read_frames, read_tags
+from tests.pipeline.mp4 import black_video, probe, read_frames, read_tags
 from tests.pipeline.tables import batch, item, rows
 
 SHAPE = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 2, "video_num_inference_steps": 1}
@@ -91,6 +95,39 @@ def test_an_image_text_model_adds_its_figures(model, preset, encode, sample, tmp
     assert len({row.text_similarity for row in rows(told)}) == 2
 
 
+@pytest.mark.parametrize("image_format", [None, "png", "webp"])
+def test_what_is_published_is_signed_if_asked_for(preset, tmp_path, monkeypatch, image_format):
+    own = identity()
+    monkeypatch.setenv(KEY, own.key)
+    facts = {"model": "toy", "model_fingerprint": "0123", "software_version": "1.2"}
+    size = SHAPE | ({"num_frames": 1, "image_format": image_format} if image_format else {})
+    one = item(preset, prompt="a red ball", seed=5, image="https://host/a.png?secret=1", **size)
+    file = encode_still(np.zeros((64, 64, 3), np.uint8), image_format, {}) if image_format else black_video(tmp_path)
+    files = {FILE: as_tensor(file), THUMBNAIL: as_tensor(b"strip")}
+    publish = Publish(str(tmp_path / "out"), node="here", signing=Signing(own.certificates, facts))
+    [row] = rows(publish(batch(one.with_tensors(files))))
+    data = (tmp_path / "out" / row.uri).read_bytes()
+    assert (row.signed, row.bytes, row.sha256) == (True, len(data), hashlib.sha256(data).hexdigest())
+    manifest, _ = manifest_of(data, row.media_type)
+    [told] = [each["data"] for each in manifest["assertions"] if each["label"] == REQUEST]
+    assert (told["prompt"], told["seed"], told["model_fingerprint"]) == ("a red ball", 5, "0123")
+    assert b"secret" not in data
+
+
+def test_a_publisher_that_cannot_sign_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.delenv(KEY, raising=False)
+    with pytest.raises(SigningError, match="private key must be in"):
+        Publish(str(tmp_path), node="here", signing=Signing(identity().certificates, {"software_version": "1"}))
+
+
+def test_a_video_outlives_an_image_text_model_that_fails(model, preset, encode, sample, tmp_path, monkeypatch):
+    decode = Decode(model, window=1, tile=None, encoder_threads=1, image_text=small_clip(tmp_path))
+    monkeypatch.setattr(decode.image_text, "scores", lambda *given: 1 / 0)
+    [row] = rows(decode(sample(encode(batch(item(preset, prompt="a red ball", **SHAPE))))))
+    assert (row.error, row.text_similarity, row.frames) == (None, None, 17)
+    assert row.brightness > 0
+
+
 @pytest.mark.parametrize(("given", "expected"), [(None, "png"), ("png", "png"), ("webp", "webp")])
 def test_one_frame_becomes_a_picture_with_its_tags(model, preset, encode, sample, tmp_path, given, expected):
     one = item(preset, prompt="a red ball", seed=5, image_format=given, **SHAPE | {"num_frames": 1})
@@ -109,7 +146,8 @@ def test_one_frame_becomes_a_picture_with_its_tags(model, preset, encode, sample
     if expected == "png":
         tags = dict(image.text)
         settings = json.loads(tags.pop("settings"))
-        assert tags == {"prompt": "a red ball", "seed": "5", "model": "toy", "render_id": row.id}
+        assert tags == {"prompt": "a red ball", "negative_prompt": "", "seed": "5", "model": "toy", "render_id": row.id}
+        assert "image_uri" not in settings
         assert settings["guidance_scale"] == done.request.guidance_scale
     thumbnail = (tmp_path / str(row.thumbnail_uri)).read_bytes()
     assert Image.open(io.BytesIO(thumbnail)).size == (64, 64)
