@@ -111,10 +111,12 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     worklist = scan(parts, rules)
     if settings.shard:
         worklist = worklist.shard(*settings.shard_of)
-    if not settings.dry_run or settings.calibrate:
+    tile = None if settings.tile == "auto" and device == "cpu" else settings.tile
+    pixels = {"model_fingerprint": checkpoint.fingerprint, "dtype": dtype, "tile": tile}
+    if settings.dry_run and not settings.calibrate:
+        ledger.is_claimed(storage, pixels)
+    else:
         storage.probe()
-        tile = None if settings.tile == "auto" and device == "cpu" else settings.tile
-        pixels = {"model_fingerprint": checkpoint.fingerprint, "dtype": dtype, "tile": tile}
         ledger.claim(storage, _job_record(settings), pixels)
 
     def plan_for(costs: Costs | None) -> Plan:

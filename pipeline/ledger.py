@@ -222,10 +222,15 @@ def decoded(table: pa.Table) -> pa.Table:
 
 def claim(storage: Storage, record: Mapping[str, Any], pixel_settings: Mapping[str, Any]) -> None:
     """Write job.json, or check that the OUTPUT's own agrees in everything that changes pixels; raises LedgerError."""
+    if not is_claimed(storage, pixel_settings):
+        write_job_record(storage, {**record, "pixels": dict(pixel_settings)})
+
+
+def is_claimed(storage: Storage, pixel_settings: Mapping[str, Any]) -> bool:
+    """Return whether there is a job.json; raises LedgerError if it differs in what changes pixels."""
     claimed = job_record(storage)
     if claimed is None:
-        write_job_record(storage, {**record, "pixels": dict(pixel_settings)})
-        return
+        return False
     earlier = claimed["pixels"]
     for name in {**pixel_settings, **earlier}:
         before, now = earlier.get(name), pixel_settings.get(name)
@@ -234,6 +239,7 @@ def claim(storage: Storage, record: Mapping[str, Any], pixel_settings: Mapping[s
                 f"{storage.url(JOB_FILE)} was rendered with {name} {before!r}, this job has {now!r}: "
                 "use another --output"
             )
+    return True
 
 
 def job_record(storage: Storage) -> dict[str, Any] | None:

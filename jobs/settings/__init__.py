@@ -1,4 +1,4 @@
-"""Settings of the jobs, one module per kind of job; nothing else reads the environment."""
+"""Settings of the jobs, one module per kind of job; nothing else reads the environment, but for a signing key."""
 
 from jobs.settings.base import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, parse
 from jobs.settings.dataset import ExportSettings, GenerateSettings, VBenchSettings

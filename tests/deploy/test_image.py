@@ -44,7 +44,10 @@ def test_its_requirements_are_those_of_the_package(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert done.stdout.splitlines() == [*project["dependencies"], *extras["s3"], *extras["postgres"]]
+    assert done.stdout.splitlines() == [
+        *project["dependencies"],
+        *(name for extra in ("s3", "postgres", "train", "c2pa") for name in extras[extra]),
+    ]
 
 
 def test_it_runs_without_root_and_tells_its_home():

@@ -305,6 +305,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_says_that_the_output_belongs_to_another_job(tmp_path, caplog):
+    source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
+    pixels = {"model_fingerprint": "another", "dtype": "float32", "tile": None}
+    ledger.claim(Storage(str(tmp_path / "out")), {}, pixels)
+    assert render.main(flags(source, tmp_path / "out", "--dry-run")) == 2
+    assert "was rendered with model_fingerprint 'another'" in caplog.records[-1].message
+
+
 def test_an_empty_table_is_a_finished_job(tmp_path, capsys):
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in.parquet")
     assert render.main(flags(tmp_path / "in.parquet", tmp_path / "out")) == 0
