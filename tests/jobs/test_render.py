@@ -254,7 +254,7 @@ def test_files_are_signed_by_workers_of_an_own_cluster(tmp_path):
         ({"gpus-per-clip": "5"}, "cannot share 6 attention heads; possible are 1, 2, 3, 4, 6, 12"),
         ({"image-text-model": "no/such/clip"}, "has no config.json; a CLIP model has"),
         ({"c2pa-certificate": "no/such/chain.pem"}, "c2pa_certificate cannot be read"),
-        ({"c2pa-certificate": __file__}, "the private key must be in PYRAMID_RENDER_C2PA_KEY"),
+        ({"c2pa-certificate": __file__}, "the certificate is not one in PEM"),
     ],
 )
 def test_a_wrong_job_exits_2_with_one_line(change, message, tmp_path, caplog):
