@@ -48,7 +48,7 @@ class Signing:
 
     @classmethod
     def read(cls, path: str, facts: Mapping[str, str]) -> "Signing":
-        """Read a file of certificates; raises SigningError if it holds none, or a private key."""
+        """Read a file of certificates; raises SigningError if it cannot be read or holds a private key."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
