@@ -236,7 +236,7 @@ def most_tokens() -> dict[str, int]:
 
 def draw(points: Mapping[str, list[dict[str, Any]]], held: Heldout, folder: Path, preset: Preset) -> None:
     """Draw scores and losses against the work, and frames of the first prompts beside the true ones."""
-    figure = Figure(figsize=(14, 6.5), layout="constrained")
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
     curves, strips = figure.subfigures(1, 2, width_ratios=[1, 1.6])
     scored, lost = curves.subplots(2, 1, sharex=True)
     for name, found in points.items():
@@ -247,7 +247,7 @@ def draw(points: Mapping[str, list[dict[str, Any]]], held: Heldout, folder: Path
         scored.plot(work, [point["scores"]["all"] for point in found], "--", label=f"{name}: all of them", **style)
         lost.plot(work, [point["unexplained"] for point in found], label=name, **style)
     scored.set(title="the judge's scores, held-out prompts", ylim=(0, 1))
-    lost.set(title="velocity left unexplained, held-out clips", xlabel="TFLOP of training", yscale="log")
+    lost.set(title="velocity left unexplained, held-out clips", xlabel="TFLOP of training", xlim=(0, None), ylim=(0, 1))
     for axes in (scored, lost):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -311,10 +311,10 @@ def main() -> None:
             recipe_steps = recipe_steps or len(run.flops)
             run.train(partial(measure, pipe=pipe, preset=preset, held=held))
             points[name] = list(run.points.values())
-    draw(points, held, folder, preset)
     path = write_result(
         "pyramid_vs_full", {"settings": vars(arguments), "tokens": tokens, "points": points}, sys.argv[1:]
     )
+    draw(points, held, folder, preset)
     print(f"wrote {path.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}")
 
 
