@@ -2,7 +2,7 @@
 
 Decodes random latents with a random VAE of middle size, once per length, each in a fresh process, and compares the
 peak memory beyond that of the model and the latents. The chunks are dropped as they come, as a video writer would.
-The last row decodes the short video at once, to show that the measurement sees memory that does grow.
+The last row decodes the short video at once.
 
 On the CPU the figure is VmHWM (the peak of resident memory) less the resident memory before decoding. As large blocks
 are freed, glibc raises the size from which it maps them one by one, and keeps freed blocks below it in its heap, in
