@@ -1,6 +1,7 @@
 """An S3 server behind a proxy that fails on demand: a pytest plugin with the fixtures `s3` and `bucket`."""
 
 import http.client
+import logging
 import os
 import re
 import secrets
@@ -215,6 +216,7 @@ def _texts(tag: str, xml: str) -> list[str]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """Run the store and the proxy before it, once per session."""
+    logging.getLogger("werkzeug").propagate = False  # a request that was stalled ends in the middle of other tests
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     server = S3Server(moto.get_host_and_port())
