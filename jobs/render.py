@@ -6,7 +6,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -99,13 +99,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         "model_fingerprint": checkpoint.fingerprint,
         "software_version": version("pyramid-render"),
     }
-    target = _target(settings, checkpoint, storage, device, dtype)
-    if settings.image_text_model:
-        check_model(settings.image_text_model)
-    if settings.c2pa_certificate:
-        signing = Signing.read(settings.c2pa_certificate, facts)
-        signing.check()
-        target = replace(target, signing=signing)
+    target = _target(settings, checkpoint, storage, device, dtype, facts)
     make_plan(target, resources)  # a plan that cannot fit is said before the input is read
     rules = RowRules(checkpoint.preset, settings.allow_untrained)
     worklist = scan(parts, rules)
@@ -114,7 +108,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     tile = None if settings.tile == "auto" and device == "cpu" else settings.tile
     pixels = {"model_fingerprint": checkpoint.fingerprint, "dtype": dtype, "tile": tile}
     if settings.dry_run and not settings.calibrate:
-        ledger.is_claimed(storage, pixels)
+        ledger.check_claim(storage, pixels)
     else:
         storage.probe()
         ledger.claim(storage, _job_record(settings), pixels)
@@ -147,8 +141,20 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     )
 
 
-def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, device: str, dtype: str) -> Job:
-    """Return what is to be planned."""
+def _target(
+    settings: RenderSettings,
+    checkpoint: Checkpoint,
+    storage: Storage,
+    device: str,
+    dtype: str,
+    facts: Mapping[str, str],
+) -> Job:
+    """Return what is to be planned; raises ImageTextError and SigningError for what workers could not do."""
+    signing = Signing.read(settings.c2pa_certificate, facts) if settings.c2pa_certificate else None
+    if signing:
+        signing.check()
+    if settings.image_text_model:
+        check_model(settings.image_text_model)
     return Job(
         model_path=settings.model if is_stored(settings.model) else checkpoint.path,
         variant=checkpoint.transformer_folder.name,
@@ -172,6 +178,7 @@ def _target(settings: RenderSettings, checkpoint: Checkpoint, storage: Storage, 
         thresholds=settings.thresholds,
         image_text=settings.image_text_model and str(Path(settings.image_text_model).absolute()),
         fingerprint=checkpoint.fingerprint,
+        signing=signing,
     )
 
 

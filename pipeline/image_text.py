@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.video import Frames, check_frames, evenly_spaced
-from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.errors import NonFiniteError, PyramidFlowError
 
 NUM_FRAMES = 8
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json")
@@ -66,7 +66,7 @@ class ImageTextModel:
 
         text_similarity: cosine of the embeddings of frame and prompt, -1 to 1 (CLIPScore, arXiv 2104.08718, without its
         factor; a prompt is cut to the model's length). aesthetics: the probability that a frame is "Good photo."
-        rather than "Bad photo.", 0 to 1 (CLIP-IQA, arXiv 2207.12396).
+        rather than "Bad photo.", 0 to 1 (CLIP-IQA, arXiv 2207.12396). Raises NonFiniteError.
         """
         length = self.model.config.text_config.max_position_embeddings
         words = self.words([prompt, GOOD, BAD], padding=True, truncation=True, max_length=length, return_tensors="pt")
@@ -77,5 +77,7 @@ class ImageTextModel:
             pixel_values=pixels.to(self.model.device, self.model.dtype),
         )
         similarity = out.image_embeds.float() @ out.text_embeds.float().T
+        if not similarity.isfinite().all():
+            raise NonFiniteError("the scores of the image-text model are not finite")
         quality = (self.model.logit_scale.float().exp() * similarity[:, 1:]).softmax(dim=-1)
         return {"text_similarity": float(similarity[:, 0].mean()), "aesthetics": float(quality[:, 0].mean())}

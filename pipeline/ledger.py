@@ -222,11 +222,11 @@ def decoded(table: pa.Table) -> pa.Table:
 
 def claim(storage: Storage, record: Mapping[str, Any], pixel_settings: Mapping[str, Any]) -> None:
     """Write job.json, or check that the OUTPUT's own agrees in everything that changes pixels; raises LedgerError."""
-    if not is_claimed(storage, pixel_settings):
+    if not check_claim(storage, pixel_settings):
         write_job_record(storage, {**record, "pixels": dict(pixel_settings)})
 
 
-def is_claimed(storage: Storage, pixel_settings: Mapping[str, Any]) -> bool:
+def check_claim(storage: Storage, pixel_settings: Mapping[str, Any]) -> bool:
     """Return whether there is a job.json; raises LedgerError if it differs in what changes pixels."""
     claimed = job_record(storage)
     if claimed is None:

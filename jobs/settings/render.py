@@ -168,8 +168,7 @@ class RenderSettings(ClusterSettings):
         None,
         min_length=1,
         description="PEM file of a certificate and its issuers: sign a C2PA manifest into every video and still (extra "
-        "`c2pa`); "
-        f"the private key comes from {KEY} in the environment, on every node",
+        f"`c2pa`); the private key comes from {KEY} in the environment, on every node",
     )
     reroll: Annotated[int, Field(ge=0)] = Field(
         0,

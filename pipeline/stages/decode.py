@@ -122,6 +122,8 @@ class Decode(Stage):
         assert self.image_text
         try:
             return self.image_text.scores(item.request.prompt, picked.frames)
+        except torch.AcceleratorError:
+            raise  # the device is of no use any more
         except Exception as error:  # noqa: BLE001 - recorded
             logger.warning("decode: row %s has no scores: %s: %s", item.row.id, type(error).__name__, error)
             return {}

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from pipeline.image_text import BAD, FILES, GOOD, ImageTextError, ImageTextModel, PickedFrames, check_model
+from pyramid_flow.errors import NonFiniteError
 from tests.pipeline.clip import small_clip
 
 
@@ -47,6 +48,13 @@ def test_another_prompt_gets_another_similarity_and_the_same_aesthetics(clip, fr
     one, other = (model.scores(prompt, frames) for prompt in ("a red ball", "blue background"))
     assert abs(one["text_similarity"] - other["text_similarity"]) > 1e-4
     assert one["aesthetics"] == pytest.approx(other["aesthetics"], abs=1e-5)
+
+
+def test_scores_that_are_not_finite_are_none(clip, frames):
+    model = ImageTextModel(clip, "cpu", torch.float32)
+    torch.nn.init.constant_(model.model.visual_projection.weight, torch.nan)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        model.scores("a red ball", frames)
 
 
 def test_a_long_prompt_is_cut(clip, frames):
