@@ -122,9 +122,9 @@ def test_videos_come_in_pages(page):
 
 def test_what_is_measured_orders_the_videos_that_have_it(page):
     order = page.get_by_label("Order")
-    order.select_option("most motion")
+    order.select_option("highest motion")
     expect(page.locator(".tile").first).to_have_attribute("data-id", "hostile #1")
-    order.select_option("least motion")
+    order.select_option("lowest motion")
     expect(page.locator(".tile")).to_have_count(2)
     assert ids(page) == ["fox-7", "hostile #1"]
     assert not any("contrast" in name for name in order.locator("option").all_inner_texts())
