@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyramid_flow.history_cache import BlockCache
 from pyramid_flow.parallel import HeadExchange
+from pyramid_flow.placement import sent
 from pyramid_flow.tokens import PrefixLayout
 
 ROPE_BASE = 10000.0
@@ -19,21 +20,19 @@ SHORT = 128
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines of every token's angles, float32 [S, head_dim / 2]."""
+    """Cosines and sines of every token's angles, float32 [S, head_dim / 2, 2]."""
 
-    cos: Tensor
-    sin: Tensor
+    turns: Tensor
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate adjacent pairs of the last S' tokens' features in float32: x [B,H,S',head_dim], S' <= S."""
-        tokens = x.shape[-2]
-        cos, sin = self.cos[-tokens:], self.sin[-tokens:]
+        turns = self.turns[-x.shape[-2] :]
         pairs = x.float().unflatten(-1, (-1, 2))
         if torch.compiler.is_compiling():  # compilers fuse real arithmetic, and have no complex one
-            even, odd = pairs.unbind(-1)
+            (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
             turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
         else:  # one pass instead of seven
-            turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+            turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
         return turned.flatten(-2).to(x.dtype)
 
 
@@ -44,7 +43,7 @@ def rotary_table(ids: Tensor, axes_dims: Sequence[int], device: torch.device) ->
         frequencies = ROPE_BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles.append(ids[:, axis, None].double() * frequencies)
     table = torch.cat(angles, dim=-1)
-    return RotaryTable(table.cos().float().to(device), table.sin().float().to(device))
+    return RotaryTable(sent(torch.stack((table.cos(), table.sin()), dim=-1).float(), device))
 
 
 @dataclass(frozen=True)

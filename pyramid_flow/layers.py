@@ -21,29 +21,32 @@ def timestep_embedding(timestep: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x) (1 + scale) + shift, the LayerNorm without affine: x [B,S,D], shift and scale [B,1,D]."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), 1 + scale)
+def modulate(x: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
+    """LN(x) gain + shift, the LayerNorm without affine: x [B,S,D], shift and gain [B,1,D]."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), gain)
 
 
 Vectors = tuple[Tensor, ...]
-"""Shifts, scales and gates [B,1,D] of one stream of tokens."""
+"""Shifts, gains and gates [B,1,D] of one stream of tokens."""
 
 BlockConditioning = Tensor | tuple[Vectors, ...]
 """SiLU(c) [B,D] of timestep and pooled text, or what a block's `modulation` has made of it ahead."""
 
 
 class Modulation(nn.Module):
-    """Linear map from SiLU(conditioning) [B,D] to `chunks` vectors [B,1,D]."""
+    """Linear map from SiLU(conditioning) [B,D] to `chunks` vectors [B,1,D].
 
-    def __init__(self, dim: int, chunks: int) -> None:
+    scales: places of those that are scales s, which become gains 1 + s.
+    """
+
+    def __init__(self, dim: int, chunks: int, scales: tuple[int, ...]) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, chunks * dim)
-        self.chunks = chunks
+        self.chunks, self.scales = chunks, scales
 
     def forward(self, activated: Tensor) -> Vectors:
-        vectors: Tensor = self.linear(activated)[:, None]
-        return vectors.chunk(self.chunks, dim=-1)
+        vectors = self.linear(activated)[:, None].chunk(self.chunks, dim=-1)
+        return tuple(1 + vector if place in self.scales else vector for place, vector in enumerate(vectors))
 
 
 class RMSNorm(nn.Module):
@@ -181,8 +184,8 @@ class JointBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, eps: float, text_norm: str) -> None:
         super().__init__()
-        self.norm1 = Modulation(dim, 6)
-        self.norm1_context = Modulation(dim, 6)
+        self.norm1 = Modulation(dim, 6, scales=(1, 4))
+        self.norm1_context = Modulation(dim, 6, scales=(1, 4))
         self.attn = JointAttention(dim, num_heads, eps, text_norm)
         self.ff = FeedForward(dim)
         self.ff_context = FeedForward(dim)
@@ -196,14 +199,14 @@ class JointBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [B,S,D], y [B,L,D], None where its keys and values are cached -> x, y."""
         vectors = self.modulation(conditioning) if isinstance(conditioning, Tensor) else conditioning
-        (shift1, scale1, gate1, shift2, scale2, gate2), y_vectors = vectors
-        y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = y_vectors
+        (shift1, gain1, gate1, shift2, gain2, gate2), y_vectors = vectors
+        y_shift1, y_gain1, y_gate1, y_shift2, y_gain2, y_gate2 = y_vectors
 
-        y_tokens = None if y is None else modulate(y, y_shift1, y_scale1)
-        attn_x, attn_y = self.attn(modulate(x, shift1, scale1), y_tokens, context)
+        y_tokens = None if y is None else modulate(y, y_shift1, y_gain1)
+        attn_x, attn_y = self.attn(modulate(x, shift1, gain1), y_tokens, context)
         x = torch.addcmul(x, gate1, attn_x)
-        x = torch.addcmul(x, gate2, self.ff(modulate(x, shift2, scale2)))
+        x = torch.addcmul(x, gate2, self.ff(modulate(x, shift2, gain2)))
         if y is not None and attn_y is not None:
             y = torch.addcmul(y, y_gate1, attn_y)
-            y = torch.addcmul(y, y_gate2, self.ff_context(modulate(y, y_shift2, y_scale2)))
+            y = torch.addcmul(y, y_gate2, self.ff_context(modulate(y, y_shift2, y_gain2)))
         return x, y

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -168,8 +169,8 @@ def _vae_peak(
         if has_image:
             vae.encode_moments(torch.empty(1, 3, 1, params.height, params.width, device=META))
         latents = torch.empty(params.latent_shape(1, vae.config["decoder_in_channels"]), dtype=dtype, device=META)
-        chunks = temporal_chunks(latents[:, :, : 1 + 2 * window], window)
-        for pixels in vae.decode_stream(chunks, tile=tile):
+        chunks = [*temporal_chunks(latents, window)]
+        for pixels in islice(vae.decode_stream(chunks, tile=tile), 2):
             quantized(pixels)
     return peak.bytes
 

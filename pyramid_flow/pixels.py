@@ -150,7 +150,7 @@ def decode_frames(
     window: latents per chunk; tile: side of a spatial tile in pixels, None = no tiling. Memory is that of a chunk.
     """
     raw = statistics.denormalize(latents.float()).to(vae.device, vae.dtype)
-    downloads: Iterator[Download] = map(Download, vae.decode_stream(temporal_chunks(raw, window), tile=tile))
+    downloads: Iterator[Download] = map(Download, vae.decode_stream([*temporal_chunks(raw, window)], tile=tile))
     if vae.device.type != "cpu":  # whoever takes the frames does so while the device works on the next ones
         downloads = one_ahead(downloads)
     for download in downloads:

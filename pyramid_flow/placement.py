@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, get_args
 import psutil
 import torch
 from accelerate.hooks import attach_align_device_hook
-from torch import nn
+from torch import Tensor, nn
 
 from pyramid_flow.errors import InvalidValueError
 
@@ -72,6 +72,11 @@ def execution_device(module: nn.Module) -> torch.device:
     layer = next(each for each in module.modules() if any(True for _ in each.parameters(recurse=False)))
     hook = getattr(layer, "_hf_hook", None)
     return next(layer.parameters()).device if hook is None else torch.device(hook.execution_device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return what was made on the CPU on a device, without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def process_bytes(device: torch.device) -> int:

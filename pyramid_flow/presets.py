@@ -93,6 +93,8 @@ class Preset:
         if quality not in EFFORTS:
             raise InvalidValueError("quality", repr(quality), f"is not one of {', '.join(EFFORTS)}")
         factor = EFFORTS[quality].steps
+        if factor == 1:  # of most rows of a table
+            return self
         first, later = (
             tuple(max(1, round(factor * count)) for count in steps)
             for steps in (self.num_inference_steps, self.video_num_inference_steps)

@@ -12,7 +12,7 @@ from pyramid_flow.history_cache import CacheShape, HistoryCache, fitting_levels
 from pyramid_flow.noise import NoiseSource
 from pyramid_flow.parallel import ALONE, Parallel
 from pyramid_flow.params import SamplingParams
-from pyramid_flow.placement import free_bytes
+from pyramid_flow.placement import free_bytes, sent
 from pyramid_flow.pyramid import keep_rows, latent_pyramid, noise_pyramid, stack_frames
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEmbedding
@@ -85,18 +85,18 @@ def generate_latents(
     negative = _negative(text, negative, params)
     finished = _first_frames(image_latent, shape, num_levels, device)
     start_unit = len(finished)
-    start = noise_pyramid(noise.initial(shape), num_levels)[0].to(device)
+    start = sent(noise_pyramid(noise.initial(shape), num_levels)[0], device)
 
     planned = plan_cache(transformer, schedule, params, text, negative, cache, cache_bytes, cache_dtype, parallel)
     field = VelocityField(transformer, text, negative, planned, parallel)
     rows = torch.arange(batch)
     for unit in range(start_unit, params.num_units):
-        scale = params.scale(unit, batch)[rows].to(device)
-        frame = start[rows.to(device), :, unit - start_unit : unit - start_unit + 1]
+        scale = sent(params.scale(unit, batch)[rows], device)
+        frame = start[:, :, unit - start_unit : unit - start_unit + 1]
         for level in schedule.levels:
             if level.index:
                 fresh = noise.block((batch, *frame.shape[1:3], 2 * frame.shape[3], 2 * frame.shape[4]))
-                frame = level.enter(frame, fresh[rows].to(device))
+                frame = level.enter(frame, sent(fresh[rows], device))
             velocity = field.at(unit, level.index, finished, frame.shape, scale)
             steps = params.steps(unit, level)
             for number, (timestep, delta, is_guided) in enumerate(steps):
@@ -110,7 +110,8 @@ def generate_latents(
                     return frame.new_empty((0, *shape[1:]))
                 if not stay.all():
                     kept = stay.to(device)
-                    rows, frame, scale, finished = rows[stay], frame[kept], scale[kept], keep_rows(finished, kept)
+                    rows, frame, scale, start = rows[stay], frame[kept], scale[kept], start[kept]
+                    finished = keep_rows(finished, kept)
                     field.keep(stay)
                     velocity = field.at(unit, level.index, finished, frame.shape, scale)
         finished.append(latent_pyramid(frame, num_levels))

@@ -158,6 +158,7 @@ def _member(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # as in the parent
     device = _device(device_type, rank)
     transformer = Placement(device).place(checkpoint.load_transformer(dtype, "cpu"))
     connection.send(True)

@@ -94,7 +94,7 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
         self.axes_dims_rope = tuple(axes_dims_rope)
         self.context_embedder = nn.Linear(text_dim, dim)
         self.time_text_embed = ConditioningEmbedding(dim, pooled_dim)
-        self.norm_out = Modulation(dim, 2)
+        self.norm_out = Modulation(dim, 2, scales=(0,))
         self.proj_out = nn.Linear(dim, PATCH**2 * latent_channels)
 
     @property
@@ -196,8 +196,8 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
 
         image = torch.cat(streams[1:], dim=1)
         out = self._run_blocks(image, streams[0] if history.has_text else None, inputs)
-        scale, shift = conditioning.out or self.norm_out(conditioning.activated)
-        patches = self.proj_out(modulate(out, shift, scale))
+        gain, shift = conditioning.out or self.norm_out(conditioning.activated)
+        patches = self.proj_out(modulate(out, shift, gain))
         if group is not None:
             patches = group.gather(patches, current.shape[1])
         return unpatchify(patches, *latents.shape[-2:])

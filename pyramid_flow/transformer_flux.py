@@ -43,7 +43,7 @@ class SingleBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm = Modulation(dim, 3)
+        self.norm = Modulation(dim, 3, scales=(1,))
         self.attn = SingleAttention(dim, num_heads)
         self.proj_mlp = nn.Linear(dim, 4 * dim)
         self.proj_out = nn.Linear(5 * dim, dim)
@@ -55,8 +55,8 @@ class SingleBlock(nn.Module):
     def forward(self, z: Tensor, conditioning: BlockConditioning, context: AttentionContext) -> Tensor:
         """z [B,S,D] -> the last of its tokens, those that ask [B,Q,D]."""
         vectors = self.modulation(conditioning) if isinstance(conditioning, Tensor) else conditioning
-        [(shift, scale, gate)] = vectors
-        tokens = modulate(z, shift, scale)
+        [(shift, gain, gate)] = vectors
+        tokens = modulate(z, shift, gain)
         asking = context.asking(tokens)
         mlp = F.gelu(self.proj_mlp(asking), approximate="tanh")
         features = torch.cat([self.attn(asking, tokens, context), mlp], dim=-1)

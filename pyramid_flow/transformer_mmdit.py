@@ -87,8 +87,8 @@ class LastJointBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm1 = Modulation(dim, 6)
-        self.norm1_context = Modulation(dim, 2)
+        self.norm1 = Modulation(dim, 6, scales=(1, 4))
+        self.norm1_context = Modulation(dim, 2, scales=(0,))
         self.attn = LastJointAttention(dim, num_heads, RMS_EPS, TEXT_NORM)
         self.ff = FeedForward(dim)
 
@@ -101,12 +101,12 @@ class LastJointBlock(nn.Module):
     ) -> tuple[Tensor, None]:
         """x [B,S,D], y [B,L,D], None where its keys and values are cached -> those of x that ask, [B,Q,D]."""
         vectors = self.modulation(conditioning) if isinstance(conditioning, Tensor) else conditioning
-        (shift1, scale1, gate1, shift2, scale2, gate2), (y_scale, y_shift) = vectors  # text's in this order here
+        (shift1, gain1, gate1, shift2, gain2, gate2), (y_gain, y_shift) = vectors  # text's in this order here
 
-        tokens = modulate(x, shift1, scale1)
-        y = None if y is None else modulate(y, y_shift, y_scale)
+        tokens = modulate(x, shift1, gain1)
+        y = None if y is None else modulate(y, y_shift, y_gain)
         x = torch.addcmul(context.asking(x), gate1, self.attn(context.asking(tokens), tokens, y, context))
-        x = torch.addcmul(x, gate2, self.ff(modulate(x, shift2, scale2)))
+        x = torch.addcmul(x, gate2, self.ff(modulate(x, shift2, gain2)))
         return x, None
 
 

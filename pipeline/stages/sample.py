@@ -65,19 +65,23 @@ class Sample(Stage):
         In halves, if so more levels have a history cache: that saves more work than a larger batch. A row that is too
         large is sampled without one.
         """
+        with self.placement.working(self.transformer):  # memory is counted where it computes
+            return self._fitting(items)
+
+    def _fitting(self, items: Sequence[Item]) -> list[Item]:
         budget, half = self.model.cache_bytes, len(items) // 2
         if half and len(self._cached_levels(items, budget)) < len(self._cached_levels(items[:1], budget)):
-            return [*self.process(items[:half]), *self.process(items[half:])]
+            return [*self._fitting(items[:half]), *self._fitting(items[half:])]
         try:
-            return self._process(items, budget)
+            return self._sampled_together(items, budget)
         except torch.OutOfMemoryError:
             if len(items) > 1 or budget == 0:
                 raise  # its rows are tried alone
         logger.warning("sample: row %s does not fit into memory, trying without a history cache", items[0].row.id)
         release_memory()
-        return self._process(items, 0)
+        return self._sampled_together(items, 0)
 
-    def _process(self, items: Sequence[Item], cache_bytes: float | None) -> list[Item]:
+    def _sampled_together(self, items: Sequence[Item], cache_bytes: float | None) -> list[Item]:
         params = sampling_params([item.request for item in items])
         noise = SeededNoise([item.request.seed for item in items], self.schedule.gamma)
         first = None
@@ -86,18 +90,17 @@ class Sample(Stage):
             first = image_latent(posterior, noise.posterior(posterior.mean.shape), self.statistics)
         watch = self.watch(items) if self.watch else None
         generate = self.team.generate if self.team else generate_latents
-        with self.placement.working(self.transformer):
-            cached = self._cached_levels(items, cache_bytes)
-            latents = generate(
-                self.transformer,
-                self.schedule,
-                *_embeddings(items),
-                params,
-                noise,
-                image_latent=first,
-                cache=cached,
-                on_step=watch,
-            ).cpu()
+        cached = self._cached_levels(items, cache_bytes)
+        latents = generate(
+            self.transformer,
+            self.schedule,
+            *_embeddings(items),
+            params,
+            noise,
+            image_latent=first,
+            cache=cached,
+            on_step=watch,
+        ).cpu()
         release_memory()  # which the cache took; others may share the device
         how = {"batch_size": len(items), "cached_levels": sorted(cached)}
         made = iter(latents.split(1))

@@ -43,8 +43,9 @@ class ModelConfig:
     fingerprint: str = ""
 
     def open(self) -> Checkpoint:
-        """Open the checkpoint and limit this process to its threads."""
+        """Open the checkpoint, limit this process to its threads, and have float32 computed in float32."""
         torch.set_num_threads(self.threads)
+        torch.backends.cudnn.allow_tf32 = False  # which convolutions would round their inputs to
         return open_checkpoint(self.path, self.variant, self.lora)
 
     def placement(self, checkpoint: Checkpoint, parts: Collection[str]) -> Placement:

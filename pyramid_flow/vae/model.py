@@ -1,6 +1,6 @@
 """The causal video VAE: frames to latents and back, whole, in temporal chunks or in spatial tiles."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -183,11 +183,13 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def decode_stream(self, chunks: Iterable[Tensor], *, tile: int | None = None) -> Iterator[Tensor]:
         """Decode consecutive chunks of one video's latents, each as soon as it comes; see `decode_chunk`.
 
-        Memory is that of a chunk, whatever the length of the video. Raises as `decode_chunk` does.
+        Memory is that of a chunk, whatever the length of the video; after the last one of a list nothing is kept.
+        Raises as `decode_chunk` does.
         """
+        last = len(chunks) if isinstance(chunks, Sized) else None
         state = None
-        for latents in chunks:
-            frames, state = self._next_chunk(latents, state, tile)
+        for number, latents in enumerate(chunks, start=1):
+            frames, state = self._next_chunk(latents, state, tile, keep=number != last)
             yield frames
 
     def decode_chunk(
@@ -203,12 +205,14 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         kept = state and replace(state, features=tuple(dict(features) for features in state.features))
         return self._next_chunk(latents, kept, tile)
 
-    def _next_chunk(self, latents: Tensor, state: VAEState | None, tile: int | None) -> tuple[Tensor, VAEState]:
+    def _next_chunk(
+        self, latents: Tensor, state: VAEState | None, tile: int | None, *, keep: bool = True
+    ) -> tuple[Tensor, VAEState]:
         """Do what `decode_chunk` does, and let go of what the state holds as soon as it has been used."""
         self._check_latents(latents)
         sides = _decoder_sides(tile)
         _check_state(state, latents, sides)
-        return _run_chunk(self._decoder_network, self._cast(latents), state, sides)
+        return _run_chunk(self._decoder_network, self._cast(latents), state, sides, keep=keep)
 
     def _encoder_network(self, pixels: Tensor, cache: FeatureCache) -> Tensor:
         moments: Tensor = self.quant_conv(self.encoder(pixels, cache), cache)
