@@ -103,8 +103,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return answer
 
 
-_creating = CapacityLimiter(2)
-"""Requests that are read at once: a picture takes hundreds of MB while it is decoded, and a URL some time."""
+_with_picture = CapacityLimiter(8)
+"""Requests with a picture that are read at once: a slow host takes a minute, which others do not wait."""
 
 _health = APIRouter()
 _videos = APIRouter(prefix="/v1", responses=errors(400, 401, 403))
@@ -145,24 +145,31 @@ async def models(service: Served, _owner: Owner) -> ModelList:
 @_videos.post("/videos", responses=POLLED | NEW)
 async def create(request: Request, response: Response, service: Served, owner: Owner) -> Video:
     """Ask for a video."""
+    job, _ = await _created(request, service, owner)
+    return await run_in_threadpool(_shown, service, job, response)
+
+
+async def _created(request: Request, service: Service, owner: str) -> tuple[Job, bool]:
+    """Return the job that a request asks for, and whether it is new."""
     fields, upload = await body_fields(request)
     content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
     ask = Asked(owner, content, request.headers)
-    job = await run_in_threadpool(_known, service, ask)
-    if job is None:
-        read = partial(new_video, fields, upload, service.preset, service.model, service.images)
-        job = await to_thread.run_sync(_added, service, ask, read, limiter=_creating)
-    return await run_in_threadpool(_shown, service, job, response)
+    known = await run_in_threadpool(_known, service, ask)
+    if known is not None:
+        return known, False
+    read = partial(new_video, fields, upload, service.preset, service.model, service.images)
+    limiter = _with_picture if upload is not None or "image_reference" in fields else None
+    return await to_thread.run_sync(_added, service, ask, read, limiter=limiter)
 
 
 @_videos.post("/videos/sync", response_class=FileResponse, responses=file(*MEDIA_TYPES) | NEW | errors(500))
 async def create_and_wait(request: Request, service: Served, owner: Owner) -> Response:
-    """Ask for a video and wait for its file; a client that goes away cancels it."""
-    creating = asyncio.ensure_future(create(request, Response(), service, owner))
+    """Ask for a video and wait for its file; a client that goes away cancels it, unless it was asked for before."""
+    creating = asyncio.ensure_future(_created(request, service, owner))
     try:
-        shown = await asyncio.shield(creating)
+        asked, _ = await asyncio.shield(creating)
         while not await request.is_disconnected():
-            job = found(await run_in_threadpool(service.store.get, shown.id, owner), shown.id)
+            job = found(await run_in_threadpool(service.store.get, asked.id, owner), asked.id)
             if job.status == Status.COMPLETED:
                 return await run_in_threadpool(content, job, service)
             if job.has_ended:
@@ -170,9 +177,9 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
                 raise APIError(UNMADE.get(code, 500), code, job.error_message or f"the video was {job.status}")
             await asyncio.sleep(EVENT_POLL_S)
     except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
-        service.store.cancel((await creating).id, owner)
+        _given_up(service, *(await creating))
         raise
-    await run_in_threadpool(service.store.cancel, shown.id, owner)
+    await run_in_threadpool(_given_up, service, *(await creating))
     raise APIError(499, "client_closed_request", "the client has gone")
 
 
@@ -230,7 +237,7 @@ def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], 
         return remixed(job, body.prompt, service.storage.get(job.image) if job.image else None)
 
     ask = Asked(job.owner, hash_of({"remix": job.id, "prompt": body.prompt}), headers, remixed_from=job.id)
-    return _shown(service, _known(service, ask) or _added(service, ask, read), response)
+    return _shown(service, _known(service, ask) or _added(service, ask, read)[0], response)
 
 
 @_videos.post("/videos/{video_id}/links", responses=errors(404))
@@ -352,8 +359,17 @@ def _known(service: Service, ask: Asked) -> Job | None:
     return ask.checked(known)
 
 
-def _added(service: Service, ask: Asked, read: Callable[[], NewVideo]) -> Job:
-    """Read what is asked for and let it wait, its picture stored first, unless the same was added meanwhile."""
+def _given_up(service: Service, job: Job, is_new: bool) -> None:
+    """Cancel the job of a client that has gone, which may send the same request again."""
+    if is_new:
+        service.store.cancel(job.id, job.owner, forget=True)
+
+
+def _added(service: Service, ask: Asked, read: Callable[[], NewVideo]) -> tuple[Job, bool]:
+    """Read what is asked for and let it wait, its picture stored first, unless the same was added meanwhile.
+
+    Returns the job, and whether it is new.
+    """
     video = read()
     job = video.job(
         service.preset,
@@ -376,7 +392,7 @@ def _added(service: Service, ask: Asked, read: Callable[[], NewVideo]) -> Job:
         logger.info("created", extra={"video": job.id})
     else:
         remove_files(service.storage, job)
-    return ask.checked(added)
+    return ask.checked(added), added is job
 
 
 def _video(service: Service, job: Job) -> Video:

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import secrets
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import nan
@@ -14,6 +15,7 @@ from pipeline.faults import StorageError
 from pipeline.fetch import ImageError, is_web
 from pipeline.images import NO_IMAGES, ImageRoot
 from pipeline.request import MAX_NUM_FRAMES, MAX_SEED, RenderRequest, RequestError
+from pipeline.rows import plain_text
 from pipeline.serving.schemas import APIError
 from pipeline.serving.tables import ID_PREFIX, PRIORITIES, Job
 from pyramid_flow import InvalidValueError, Preset
@@ -28,6 +30,9 @@ OWN_FIELDS = frozenset({"model", "seconds", "size", "input_reference", "image_re
 DATA_URL = "data:image/"
 MAX_PROMPT = 10_000
 """Characters; encoders read some hundred."""
+
+_decoding = threading.BoundedSemaphore(2)
+"""A picture takes hundreds of MB while it is decoded."""
 
 
 class Remix(BaseModel):
@@ -82,7 +87,7 @@ def new_video(
     """
     known = {name.removesuffix("[]"): value for name, value in fields.items() if value is not None}
     for name in known.keys() - REQUEST_FIELDS - OWN_FIELDS:
-        raise APIError(400, "unknown_parameter", f"there is no field {name!r}", name)
+        raise APIError(400, "unknown_parameter", f"there is no field {name!r}", plain_text(name))
     if known.get("model", model) != model:
         raise APIError(404, "model_not_found", f"there is no model {known['model']!r}, there is {model!r}", "model")
     priority = PRIORITIES.get(str(known.get("priority", "interactive")))
@@ -151,7 +156,8 @@ def _image(fields: Mapping[str, Any], upload: bytes | None, images: ImageRoot) -
         return {}
     data = upload if upload is not None else _referenced(reference, images)
     try:
-        open_image(data)
+        with _decoding:
+            open_image(data)
     except InvalidValueError as error:
         raise invalid(str(error), "input_reference" if upload is not None else "image_reference") from error
     return {"image": data}

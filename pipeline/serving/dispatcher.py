@@ -18,7 +18,7 @@ from pipeline.logs import log_fields
 from pipeline.metrics import ServiceMetrics
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Batch, Item, RenderRow, as_tensor
-from pipeline.serving.files import remove_files
+from pipeline.serving.files import remove_attempt, remove_files
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Job, Status
 from pipeline.serving.webhooks import Webhook, WebhookError
@@ -185,12 +185,17 @@ class Dispatcher:
                 self._lose(job, alone=True, reason=f"{row.error.stage} failed ({row.error.type})")
 
     def _complete(self, job: Job, result: dict[str, Any]) -> None:
-        """Write down what was made; if someone else has the job by now, or nobody wants it, its files go."""
+        """Write down what was made; if nobody wants the job, its files go, and if someone else has it, this claim's."""
         if self.store.complete(job.claim, result):
             self._ended(job, Status.COMPLETED)
+            return
+        now = self.store.get(job.id)
+        if now is None or now.status == Status.CANCELLED:
+            gone = now or job
+            gone.result, gone.image, gone.fence = result, None, gone.fence + 1  # other claims may have left files, too
+            remove_files(self.storage, gone)
         else:
-            job.result, job.image = result, None
-            remove_files(self.storage, job)
+            remove_attempt(self.storage, job.claim, result)
 
     async def _announce(self, webhook: Webhook) -> None:
         """Tell the ends of jobs one after another; what the receiver does not take is told again for a day."""

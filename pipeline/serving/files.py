@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tempfile
+from collections.abc import Mapping
 from email.utils import formatdate
 from pathlib import PurePath
 from typing import Any
@@ -43,6 +44,14 @@ def fragments_folder(job_id: str) -> str:
 def fragment_path(claim: Claim, index: int) -> str:
     """Return where a fragment of a claimed job lies."""
     return f"{fragments_folder(claim.id)}/{claim.fence}/{index}.m4s"
+
+
+def remove_attempt(storage: Storage, claim: Claim, result: Mapping[str, Any]) -> None:
+    """Remove what one claim of a job has made, and nothing of what another one has."""
+    fragments = storage.list(f"{fragments_folder(claim.id)}/{claim.fence}")
+    for path in (result["uri"], result["thumbnail_uri"], *fragments):
+        if path:
+            storage.delete(path)
 
 
 def remove_files(storage: Storage, job: Job) -> None:

@@ -221,13 +221,17 @@ class Store:
         """Let a claimed job wait again, as if it had not been claimed; False if it is lost."""
         return self._write(claim, **_QUEUED, attempts=Job.attempts - 1)
 
-    def cancel(self, job_id: str, owner: str) -> Job | None:
-        """End a job of an owner that has not ended; returns it as it is then, or None if there is none."""
+    def cancel(self, job_id: str, owner: str, *, forget: bool = False) -> Job | None:
+        """End a job of an owner that has not ended; returns it as it is then, or None if there is none.
+
+        forget: the same request, sent again, is a new one.
+        """
+        unknown: dict[str, Any] = {"replay": None, "content": ""} if forget else {}
         with self.writer.begin() as session:
             session.execute(
                 update(Job)
                 .where(Job.id == job_id, Job.owner == owner, _GOES_ON)
-                .values(**self._end(Status.CANCELLED), fence=Job.fence + 1, fragments=0)
+                .values(**self._end(Status.CANCELLED), **unknown, fence=Job.fence + 1, fragments=0)
             )
         return self.get(job_id, owner)
 

@@ -19,6 +19,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from pipeline.fragments import padded
+from pipeline.images import ImageRoot
 from pipeline.logs import with_fields
 from pipeline.serving import access, fields
 from pipeline.serving.api import create_app
@@ -315,6 +316,60 @@ def test_a_sync_client_that_goes_away_cancels_its_video(running):
     while running.service.store.counts()["cancelled"] != 1:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_sync_request_that_is_sent_again_makes_another_video(running):
+    ask = {"json": {"prompt": "a fox"}, "headers": {"Idempotency-Key": "1"}}
+    with pytest.raises(httpx.ReadTimeout):
+        running.http().post("/v1/videos/sync", **ask, timeout=0.5)
+    deadline = time.monotonic() + 10
+    while running.service.store.counts()["cancelled"] != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = threading.Timer(0.5, running.work)
+    worker.start()
+    answer = running.http().post("/v1/videos/sync", **ask)
+    worker.join()
+    assert (answer.status_code, answer.content) == (200, VIDEO)
+
+
+def test_a_sync_client_that_goes_away_leaves_a_video_that_was_asked_for_before(running):
+    http, ask = running.http(), {"json": {"prompt": "a fox"}, "headers": {"Idempotency-Key": "1"}}
+    video = http.post("/v1/videos", **ask).json()
+    with pytest.raises(httpx.ReadTimeout):
+        running.http().post("/v1/videos/sync", **ask, timeout=0.5)
+    time.sleep(2)  # in which the interface sees that the client has gone
+    assert http.get(f"/v1/videos/{video['id']}").json()["status"] == "queued"
+
+
+def test_a_slow_host_of_pictures_holds_up_no_other_request(tmp_path):
+    answered = threading.Event()
+
+    class SlowImages(ImageRoot):
+        def read(self, uri: str) -> bytes:
+            answered.wait()
+            return picture()
+
+    body = {"prompt": "a fox", "image_reference": "https://slow.example/a.png"}
+    with run(replace(service_in(tmp_path), images=SlowImages("nowhere"))) as running:
+        waiting = [
+            threading.Thread(target=running.http().post, args=("/v1/videos",), kwargs={"json": body}) for _ in range(10)
+        ]
+        for thread in waiting:
+            thread.start()
+        try:
+            time.sleep(0.5)
+            assert running.http().post("/v1/videos", json={"prompt": "a wolf"}, timeout=5).status_code == 200
+        finally:
+            answered.set()
+            for thread in waiting:
+                thread.join()
+        assert running.service.store.counts()["queued"] == 11
+
+
+def test_half_a_character_as_a_fields_name_is_a_400(running):
+    answer = running.http().post("/v1/videos", content=b'{"\\ud800": 1}', headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_parameter")
 
 
 def test_forms_hold_objects_and_large_data_urls(running):

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from pipeline.faults import StorageError
-from pipeline.serving.files import remove_files
+from pipeline.serving.files import fragment_path, remove_files
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Status
 from tests.pipeline.mp4 import probe
@@ -133,6 +133,32 @@ def test_files_of_a_lost_attempt_go_with_the_video(farm, forget):
         farm.store.clock = lambda: now + 2000
         farm.run(lambda: farm.job(video_id) is None)
     assert farm.storage.list("videos") == farm.storage.list("thumbnails") == []
+
+
+@pytest.mark.parametrize("fate", ["completed", "cancelled", "deleted"])
+def test_who_has_lost_a_claim_removes_what_is_his_own_and_all_only_if_nobody_wants_it(farm, fate):
+    def made(job):
+        stem = f"{job.claim.row_id}-12345678"
+        result = {"uri": f"videos/{stem[:2]}/{stem}.mp4", "thumbnail_uri": f"thumbnails/{stem[:2]}/{stem}.webp"}
+        for path in (*result.values(), fragment_path(job.claim, 0)):
+            farm.storage.put(path, b"x")
+        return result
+
+    farm.store.follow(farm.ask("contested"), "me")
+    [lost] = farm.store.claim(1, 60)
+    result = made(lost)
+    farm.store.lose(lost.claim, alone=True, max_deaths=3)
+    [winner] = farm.store.claim(1, 60)
+    won = made(winner)
+    if fate == "completed":
+        assert farm.store.complete(winner.claim, won)
+    else:
+        farm.store.cancel(winner.id, "me")
+    if fate == "deleted":
+        farm.store.delete(winner.id, "me")
+    farm.dispatcher._complete(lost, result)
+    left = [*won.values(), fragment_path(winner.claim, 0)] if fate == "completed" else []
+    assert sorted(farm.storage.list()) == sorted(left)
 
 
 def test_a_still_is_made_and_lost_attempts_at_it_leave_no_file(farm):
