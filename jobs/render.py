@@ -3,7 +3,6 @@
 import logging
 import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,14 +10,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pyarrow as pa
 import torch
 
 from jobs.progress import Progress
-from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, RenderSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, RenderSettings, parse
+from jobs.signals import Signals
 from jobs.summary import SUMMARY_COLUMNS, num_failed, plan_text, summary_text
 from pipeline import ledger, runner
 from pipeline.costs import Costs, expected_costs, flops_estimate, read_measured
@@ -40,26 +39,6 @@ EXIT_SOME_FAILED = 3
 logger = logging.getLogger("pyramid-render")
 
 
-class Signals:
-    """Takes SIGINT and SIGTERM: the first asks the job to stop, a second one stops it at once."""
-
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop = stop
-        self.exit_code = EXIT_INTERRUPTED
-
-    def install(self) -> None:
-        """Take the signals from now on; after ray.init, which replaces handlers."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.take)
-
-    def take(self, number: int, _frame: FrameType | None) -> None:
-        """Handle a signal; raises KeyboardInterrupt at the second."""
-        self.exit_code = 128 + number
-        if self.stop.requested:
-            raise KeyboardInterrupt
-        self.stop.requested = True
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that flags describe; returns the exit code."""
     return render(parse(RenderSettings, sys.argv[1:] if argv is None else argv))
@@ -68,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def render(settings: RenderSettings) -> int:
     """Run the job; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    signals = Signals()
     with ExitStack() as stack:
         try:
             resources = _resources(settings, stack)
+            signals.install()
             job = prepare(settings, resources)
             if settings.dry_run and not settings.calibrate:
                 print(plan_text(job, settings.gpu_hour_price))
@@ -80,8 +61,8 @@ def render(settings: RenderSettings) -> int:
             return EXIT_WRONG_JOB
         except KeyboardInterrupt:
             logger.error("interrupted: nothing was rendered")
-            return EXIT_INTERRUPTED
-        return _run(job, settings, resources, stack)
+            return signals.exit_code
+        return _run(job, settings, resources, stack, signals)
 
 
 def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
@@ -182,15 +163,15 @@ def _target(
     )
 
 
-def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: ExitStack) -> int:
+def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: ExitStack, signals: Signals) -> int:
     started = time.monotonic()
     stop = StopRequest()
-    signals = Signals(stop)
     try:
         total = job.num_due
         if total and settings.own_cluster:
             stack.enter_context(runner.session(None, resources))
-        signals.install()
+            signals.install()
+        signals.on_signal = stop.ask
         if settings.calibrate and total:
             job = calibrated(job, stop)
         if settings.dry_run and not stop.requested:

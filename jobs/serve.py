@@ -4,7 +4,6 @@ import base64
 import binascii
 import ipaddress
 import logging
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ from ray.serve import Application
 from sqlalchemy.engine import make_url
 from yarl import URL
 
-from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, ServeSettings, parse, webhook_secret
+from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, ServeSettings, parse, webhook_secret
+from jobs.signals import Signals
 from pipeline import runner
-from pipeline.inputs import full_url
-from pipeline.plan import Resources
+from pipeline.plan import PlanError, Resources
 from pipeline.serving.api import PAGE_PREFIX
 from pipeline.serving.app import PageConfig, ServiceConfig, build, build_page
 from pipeline.serving.keys import Keys, hashed, new_key
@@ -60,14 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     own = settings.own_cluster
     resources = Resources(1 + config.threads, torch.cuda.device_count())
+    signals = Signals()
     try:
         with runner.session(None if own else settings.address, resources if own else None):
-            return _serve(settings, config)
-    except ServeError as error:
+            signals.install()
+            return _serve(settings, config, signals)
+    except (ServeError, PlanError) as error:
         logger.error("pyramid-render serve: %s", error)
         return EXIT_WRONG_JOB
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return signals.exit_code
     except Exception as error:  # noqa: BLE001 - the replicas' logs have the traceback
         logger.error("the service broke: %s: %s", type(error).__name__, error)
         return EXIT_BROKEN
@@ -81,9 +82,10 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
     device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()) else "cpu"
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
     _check_webhook(settings.webhook_url)
-    output = full_url(settings.output)
+    storage = Storage(settings.output)
+    output = storage.uri
     database = settings.database or _database_in(output)
-    Storage(output).probe()
+    storage.probe()
     Store(database).close()
     sampler = settings.sample_gpus if settings.gpus_per_clip == 1 else settings.gpus_per_clip
     shares = {"encode": settings.encode_gpus, "sample": sampler, "decode": settings.decode_gpus}
@@ -153,7 +155,11 @@ def _database_in(output: str) -> str:
 def _check_webhook(url: str | None) -> None:
     if url is None:
         return
-    if URL(url).scheme not in ("http", "https") or not URL(url).host:
+    try:
+        asked = URL(url)
+    except ValueError as error:
+        raise ServeError(f"webhook_url {url!r} is no URL: {error}") from error
+    if asked.scheme not in ("http", "https") or not asked.host:
         raise ServeError(f"webhook_url {url!r} is no http(s) URL")
     try:
         key = base64.b64decode((webhook_secret() or "").removeprefix("whsec_"), validate=True)
@@ -201,21 +207,11 @@ def _entry(name: str, import_path: str, route_prefix: str, config: BaseModel) ->
     return {"name": name, "import_path": import_path, "route_prefix": route_prefix, "args": args}
 
 
-def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
+def _serve(settings: ServeSettings, config: ServiceConfig, signals: Signals) -> int:
     needed = sum(count * config.gpus.get(name, 0) for name, count in config.replicas.items())
     if settings.own_cluster and needed > torch.cuda.device_count():
         raise ServeError(f"the replicas need {needed:g} GPUs, and there are {torch.cuda.device_count()}")
-    running, stop = threading.Event(), threading.Event()
-    codes: list[int] = []
-
-    def take(number: int, _frame: object) -> None:
-        codes.append(128 + number)
-        if not running.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, take)
+    stop = threading.Event()
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
         shown = page_config(settings, config)
@@ -224,7 +220,7 @@ def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
             serve.RunTarget(build_page(shown), PAGE, PAGE_PREFIX),
         )
         serve.run_many(both)
-        running.set()
+        signals.on_signal = stop.set
         logger.info("%s serves at %s/v1/videos, its page is %s/page/", config.model, shown.api_url, shown.api_url)
         stop.wait()
         logger.info("stopping: what is being made waits for the next start")
@@ -234,7 +230,7 @@ def _serve(settings: ServeSettings, config: ServiceConfig) -> int:
         else:
             for name in (PAGE, APPLICATION):
                 serve.delete(name)
-    return codes[0]
+    return signals.exit_code
 
 
 def _is_local(url: str) -> bool:

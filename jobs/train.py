@@ -17,10 +17,11 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, PhaseSettings, TrainSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, PhaseSettings, TrainSettings, parse
+from jobs.signals import Signals
 from pipeline import runner
-from pipeline.inputs import full_url, list_parts, read_blocks
-from pipeline.plan import Resources
+from pipeline.inputs import list_parts, read_blocks
+from pipeline.plan import PlanError, Resources
 from pipeline.storage import Storage
 from pipeline.training.clips import clips, encoded, pixels_of
 from pipeline.training.optimizer import OptimizerSettings
@@ -63,22 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = settings.own_cluster
     cpus = ceil(settings.workers * settings.cpus_per_worker) + 1  # one for what reads and controls
     resources = Resources(cpus, settings.workers if settings.use_gpu else 0)
+    signals = Signals()
     try:
         with (
             runner.session(None if own else settings.address, resources if own else None) as offered,
             SummaryWriter(f"{job.storage}/tensorboard/{job.name}") as board,
         ):
+            signals.install()
             _check_gpus(job, offered, own=own)
             trained = fit(job, partial(_show, board)).checkpoint
             assert trained is not None, "the last step keeps a checkpoint"
             with trained.as_directory() as folder:
                 write_model(settings, checkpoint, job, trained_weights(Path(folder)))
-    except TrainingError as error:
+    except (TrainingError, PlanError) as error:
         logger.error("jobs.train: %s", error)
         return EXIT_WRONG_JOB
     except KeyboardInterrupt:
         logger.error("interrupted: run the same command again to go on from the last checkpoint")
-        return EXIT_INTERRUPTED
+        return signals.exit_code
     except Exception as error:  # noqa: BLE001 - whatever it was, the workers' logs have the traceback
         logger.error("the training broke: %s: %s; run it again to resume", type(error).__name__, error)
         return EXIT_BROKEN
@@ -101,9 +104,10 @@ def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
     checkpoint = Checkpoint.open(settings.model, settings.variant)
     checkpoint.check()
     streams = settings.streams or settings.workers
+    storage = Storage(settings.output)
     job = TrainJob(
         name=settings.task,
-        storage=full_url(settings.output).removeprefix("file://"),
+        storage=storage.uri.removeprefix("file://"),
         make_task=_source(settings, checkpoint),
         phases=tuple(_phase(phase) for phase in settings.phases),
         optimizer=OptimizerSettings(
@@ -134,7 +138,6 @@ def prepare(settings: TrainSettings) -> tuple[Checkpoint, TrainJob]:
     lora = _lora(settings)
     if lora:
         check_lora(checkpoint.empty_transformer(), lora)
-    storage = Storage(settings.output)
     storage.probe()
     values = {
         "model_fingerprint": checkpoint.fingerprint,

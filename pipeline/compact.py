@@ -207,12 +207,17 @@ class _Plan:
 
 
 def _planned(parts: Sequence[_Part]) -> _Plan:
-    """Decide which rows are kept. Full parts of which all rows are kept stay, and so do those without a like."""
+    """Decide which rows are kept: those of the view, and those that count rerolls.
+
+    Full parts of which all rows are kept stay, and so do those without a like.
+    """
     plan = _Plan([], [])
     if not parts:
         return plan
     groups: list[_Group] = []
-    rows = ledger.chosen(pa.concat_tables([part.keys for part in parts], promote_options="permissive"))
+    keys = pa.concat_tables([part.keys for part in parts], promote_options="permissive")
+    viewed = ledger.chosen(keys)
+    rows = np.union1d(viewed, ledger.most_rerolled(keys, viewed))
     for part, mask in zip(parts, ledger.masks(rows, [len(part.keys) for part in parts]), strict=True):
         if not mask.any():
             plan.useless.append(part.name)

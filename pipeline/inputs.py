@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from pyarrow import csv, json
 
+from pipeline.faults import redacted
 from pipeline.request import RenderRequest
 from pyramid_flow.errors import PyramidFlowError
 
@@ -59,8 +60,11 @@ def list_parts(urls: Sequence[str]) -> list[InputPart]:
 
 
 def full_url(url: str) -> str:
-    """Return a path or URL in full, as a worker in another folder understands it."""
-    fs, path = url_to_fs(url)
+    """Return a path or URL in full, as a worker in another folder understands it; raises InputError for none."""
+    try:
+        fs, path = url_to_fs(url)
+    except (ImportError, ValueError, OSError) as error:
+        raise InputError(redacted(f"cannot use {url}: {error}")) from error
     return str(fs.unstrip_protocol(path))
 
 

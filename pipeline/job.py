@@ -56,6 +56,12 @@ class StopRequest:
 
     requested: bool = False
 
+    def ask(self) -> None:
+        """Ask the job to stop; raises KeyboardInterrupt the second time, which stops it at once."""
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
 
 @dataclass
 class Stopping:
@@ -195,7 +201,7 @@ class RenderJob:
         """
         stop = stop or StopRequest()
         writer = ledger.LedgerWriter(self.storage, self.run, self.flush_rows, self.flush_seconds)
-        heartbeat = ledger.Heartbeat(self.storage, self.run, self.pending().num_rows, self.flush_seconds)
+        heartbeat = ledger.Heartbeat(self.storage, self.run, self.pending().num_rows)
         heartbeat.write("running")
         report = LiveReport(self.storage, self.gpu_hour_price)
 
@@ -356,6 +362,7 @@ COPIED = (
     "tiling",
     "rerolls",
     "flags",
+    "signed",
     *(figure.name for figure in fields(Figures)),
 )
 """What a duplicate's ledger row takes from the row it repeats, beside its fate."""

@@ -205,6 +205,21 @@ def chosen(keys: pa.Table) -> NDArray[np.int64]:
     return in_order
 
 
+def most_rerolled(keys: pa.Table, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return which rows tell of more rerolls than those of the view do, failed ones, one per id; rows: of `chosen`."""
+    if REROLLS not in keys.column_names:
+        return rows[:0]
+    rerolls = pc.fill_null(keys[REROLLS], 0).to_numpy().astype(np.int64)
+    ids = keys["id"].dictionary_encode().combine_chunks()
+    owner = ids.indices.to_numpy()
+    best = np.zeros(len(ids.dictionary), np.int64)
+    np.maximum.at(best, owner, rerolls * len(keys) + np.arange(len(keys)))
+    told = best % len(keys)
+    more = rerolls[told[owner[rows]]] > rerolls[rows]
+    found: NDArray[np.int64] = np.sort(told[owner[rows]][more])
+    return found
+
+
 def masks(rows: NDArray[np.int64], lengths: Sequence[int]) -> list[NDArray[np.bool_]]:
     """Return for each of some tables which of its rows are meant; rows: indices into all tables, one after another."""
     mask = np.zeros(sum(lengths), np.bool_)

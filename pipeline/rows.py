@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import TensorSpec, serialize
 from safetensors.torch import load
 from torch import Tensor
@@ -87,7 +87,7 @@ class RenderRow(BaseModel):
     device: str | None = None
     node: str | None = None
     prompt_truncated: bool | None = None
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = Field(default_factory=dict)  # a plain default would be copied for each row
     started_at: datetime | None = None
     finished_at: datetime | None = None
 

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -57,6 +58,10 @@ SLOWEST_UPLOAD = 2**18
 
 EXTRAS = {"s3": "s3", "s3a": "s3"}
 """Extra of this package that brings the driver of a kind of URL."""
+
+
+class DamagedError(ConnectionError):
+    """What lies in an object store is not as long as what was sent."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,12 @@ class Storage:
             StorageError: The path is refused, or writing failed.
         """
         target = self._absolute(path)
-        self._persist(f"write {self.url(path)}", partial(self._put, target, data))
+        try:
+            self._persist(f"write {self.url(path)}", partial(self._put, target, data))
+        except StorageError as error:
+            if isinstance(error.__cause__, DamagedError):
+                self._discard(target)
+            raise
 
     def get(self, path: str) -> bytes:
         """Returns a file's content.
@@ -276,10 +286,17 @@ class Storage:
 
     def _verify(self, target: str, sent: int) -> None:
         self._fs.invalidate_cache()
-        arrived = self._fs.info(target)["size"]
+        try:
+            arrived = self._fs.info(target)["size"]
+        except FileNotFoundError as error:  # it was written, so a store that has lost it is no fault of the job's
+            raise DamagedError(f"0 of {sent} bytes arrived") from error
         if arrived != sent:
-            self._fs.rm_file(target)  # no file is better than a damaged one
-            raise ConnectionError(f"{arrived} of {sent} bytes arrived")
+            raise DamagedError(f"{arrived} of {sent} bytes arrived")
+
+    def _discard(self, target: str) -> None:
+        """Remove what is damaged, if that can be done: no file is better."""
+        with suppress(Exception):
+            self._fs.rm_file(target)
 
     def _exists(self, target: str) -> bool:
         # not fs.exists(): for many stores it takes any failure for "no"

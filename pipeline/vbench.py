@@ -2,9 +2,9 @@
 
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -94,12 +94,11 @@ def place(storage: Storage, path: str, target: Path) -> None:
         return
     if target.exists() and target.stat().st_size == storage.size(path):
         return
-    partial = target.parent.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")  # VBench takes all files for videos
-    try:
+    # in a folder of its own, since VBench takes all files for videos, and on the same file system
+    with TemporaryDirectory(dir=target.parent, prefix=TEMPORARY_PREFIX) as folder:
+        partial = Path(folder, target.name)
         storage.download(path, partial)
         partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _linked(source: Path, target: Path) -> bool:

@@ -329,18 +329,6 @@ def test_an_interrupt_while_the_input_is_read_is_no_traceback(tmp_path, monkeypa
     assert "nothing was rendered" in caplog.text
 
 
-def test_the_first_signal_asks_and_the_second_insists():
-    stop = StopRequest()
-    signals = render.Signals(stop)
-    assert not stop.requested
-    signals.take(signal.SIGINT, None)
-    assert stop.requested
-    assert signals.exit_code == 130
-    with pytest.raises(KeyboardInterrupt):
-        signals.take(signal.SIGTERM, None)
-    assert signals.exit_code == 143
-
-
 def test_an_output_inside_the_input_folder_exits_2(tmp_path, caplog):
     write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
     assert render.main(flags(tmp_path, tmp_path / "out")) == 2

@@ -19,6 +19,8 @@ from pipeline.serving.keys import hashed
         (["--database", "mysql://a/b"], "sqlite:///FILE or postgresql://"),
         (["--webhook-url", "ftp://example.com"], "no http(s) URL"),
         (["--webhook-url", "https://example.com/hook"], "PYRAMID_RENDER_WEBHOOK_SECRET"),
+        (["--webhook-url", "http://[::1"], "is no URL"),
+        (["--output", "nothing://bucket/out"], "cannot use nothing://bucket/out"),
         (["--output", "s3://bucket/out"], "say where the --database is"),
         (["--port", "99999"], "less than or equal to 65535"),
         (["--memory", "some"], "'auto', 'full', 'offload' or 'sequential'"),

@@ -110,6 +110,24 @@ def test_a_single_part_is_left_as_it_is(storage):
     assert parts(storage) == names
 
 
+def test_rerolls_that_failed_are_not_forgotten(storage):
+    def rerolled(table: pa.Table, *numbers: int | None) -> pa.Table:
+        column = table.column_names.index("rerolls")
+        return table.set_column(column, "rerolls", pa.array(numbers, table.schema.field(column).type))
+
+    run_of(storage, "1", rows("a", "b", "c"))
+    run_of(storage, "2", rerolled(rows("a", "b", failed=True), 1, 1), rerolled(rows("c"), 1))
+    run_of(storage, "3", rerolled(rows("a", failed=True), 2))
+    view = read(storage)
+    compact(storage)
+    assert read(storage).equals(view)
+    [part] = parts(storage)
+    kept = pq.read_table(pa.BufferReader(storage.get(part)), columns=["id", "status", "rerolls"]).to_pylist()
+    told = sorted((row["id"], row["status"], row["rerolls"]) for row in kept if row["rerolls"])
+    assert told == [("a", "failed", 2), ("b", "failed", 1), ("c", "succeeded", 1)]
+    assert len(kept) == 5
+
+
 def test_a_part_of_which_the_view_holds_nothing_is_just_deleted(storage):
     run_of(storage, "1", rows("a", failed=True))
     run_of(storage, "2", rows("a"))

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import count
 from time import monotonic
 
@@ -6,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import job as job_module
+from pipeline import ledger
 from pipeline.batching import read_batches, read_rows
 from pipeline.compact import compact
 from pipeline.job import SHARE_FROM_ROWS, Breaker, RowsMissing, Stalled, Stopping, StopRequest
@@ -235,6 +237,19 @@ def test_duplicates_follow_a_rerolled_row(tmp_path, rendered):
     simulated_job(table, tmp_path / "out", reroll=1).execute(lambda batch: None)
     assert len(list((tmp_path / "out" / "metadata").iterdir())) == before
     assert rendered == [("a", 0), ("a", 1)]
+
+
+def test_signs_of_life_do_not_wait_for_the_ledger(tmp_path, rendered, monkeypatch):
+    made, real = [], ledger.Heartbeat
+
+    def heartbeat(*arguments, **options):
+        made.append(real(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(ledger, "Heartbeat", heartbeat)
+    table = write_table(tmp_path / "in.parquet", [{"id": "a", "prompt": "1", **SHAPE}])
+    replace(simulated_job(table, tmp_path / "out"), flush_seconds=900.0).execute(lambda batch: None)
+    assert [each.seconds for each in made] == [ledger.FLUSH_SECONDS]
 
 
 def test_a_stop_ends_rerolls_too(tmp_path, rendered):

@@ -500,6 +500,35 @@ def test_what_arrives_damaged_is_sent_again_or_removed(memory, monkeypatch):
     assert memory.list() == []
 
 
+def test_two_writers_of_one_name_do_no_harm_to_each_other(memory, monkeypatch):
+    real = MemoryFileSystem.pipe_file
+    others = [b"of another writer"]
+
+    def overtaken(self, path, value, **options):
+        real(self, path, value, **options)
+        if others:
+            real(self, path, others.pop(), **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", overtaken)
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", lambda *_: pytest.fail("a file of the other's was removed"))
+    memory.put("a", b"xyz")
+    assert memory.get("a") == b"xyz"
+
+
+def test_what_a_store_has_lost_at_once_is_sent_again(memory, monkeypatch):
+    real = MemoryFileSystem.pipe_file
+    losses = [True, False]
+
+    def loses(self, path, value, **options):
+        real(self, path, value, **options)
+        if losses.pop(0):
+            self.rm_file(path)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", loses)
+    memory.put("a", b"xyz")
+    assert memory.get("a") == b"xyz"
+
+
 def test_a_store_that_cannot_be_asked_does_not_answer_no(memory, monkeypatch):
     failing(monkeypatch, PermissionError("Forbidden"), 100, "info")
     with pytest.raises(StorageError, match=r"cannot look for .*Forbidden"):

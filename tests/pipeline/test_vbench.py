@@ -108,6 +108,18 @@ def test_another_video_of_that_name_is_replaced_and_kept_where_it_came_from(fold
     assert output.get("videos/ab/ab.mp4") == b"a video"
 
 
+def test_a_video_in_a_store_is_copied_within_the_folder(folder, monkeypatch):
+    storage = Storage("memory://vbench")
+    storage.put("videos/ab/ab.mp4", b"a video")
+    seen = []
+    monkeypatch.setattr(Storage, "download", lambda self, path, target: seen.append(target) or target.write_bytes(b"x"))
+    monkeypatch.chdir(folder)
+    vbench.place(storage, "videos/ab/ab.mp4", Path("a fox-0.mp4"))
+    assert Path("a fox-0.mp4").read_bytes() == b"x"
+    assert folder in seen[0].absolute().parents
+    assert [file.name for file in folder.iterdir()] == ["a fox-0.mp4"]
+
+
 def test_a_video_in_a_store_is_copied(folder):
     storage = Storage("memory://vbench")
     storage.put("videos/ab/ab.mp4", b"a video")
