@@ -309,7 +309,7 @@ def card(selection: Selection, options: Options) -> str:
     lines += ["", "| split | videos | megabytes |", "|---|---|---|"]
     for split, count in sorted(counts.items()):
         size = pc.sum(rows.filter(pc.equal(rows["dataset_split"], split))["bytes"]).as_py()
-        lines.append(f"| {split} | {count} | {size / 1e6:.1f} |")
+        lines.append(f"| {split} | {count} | {size / 1e6:,.2f} |")
     pictures = len(rows) - rows["thumbnail_uri"].null_count
     lines += ["", *(f"![sample](samples/{number}.webp)" for number in range(min(SAMPLES, pictures)))]
     if selection.left_out:
