@@ -210,6 +210,8 @@ def session(address: str | None, resources: Resources | None = None) -> Iterator
         ray.init(address=address or "local", **options)
     except ConnectionError as error:
         raise PlanError(f"there is no Ray cluster at {address}: {error}") from error
+    except SystemExit as error:  # with its number, Ray's answer to SIGTERM meanwhile
+        raise SystemExit(128 + int(error.code or 0)) from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised; the session's log files have all
     try:
         nodes = tuple(_node(info) for info in ray.nodes() if info["Alive"])

@@ -1,8 +1,12 @@
+import signal
+import sys
 from dataclasses import replace
 
 import pytest
+import ray
 
 from pipeline.plan import ENCODER_SHARE, SAMPLER_SHARE, Plan, Pool
+from pipeline.runner import session
 from tests.pipeline.simulated import simulated_job
 from tests.pipeline.tables import write_table
 
@@ -25,3 +29,10 @@ def test_pools_take_whole_gpus_or_shares_of_them(cluster, tmp_path, fused):
         ]
     replace(job, plan=Plan(tuple(pools), batch_size=1)).execute(lambda batch: None)
     assert job.view()["status"].to_pylist() == ["succeeded"] * 6
+
+
+def test_sigterm_while_ray_starts_ends_the_command_with_143(monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda **_: sys.exit(signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended, session(None):
+        pytest.fail("there is no session")
+    assert ended.value.code == 143
