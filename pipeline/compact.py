@@ -216,8 +216,7 @@ def _planned(parts: Sequence[_Part]) -> _Plan:
         return plan
     groups: list[_Group] = []
     keys = pa.concat_tables([part.keys for part in parts], promote_options="permissive")
-    viewed = ledger.chosen(keys)
-    rows = np.union1d(viewed, ledger.most_rerolled(keys, viewed))
+    rows = np.union1d(ledger.chosen(keys), ledger.last_rerolls(keys))
     for part, mask in zip(parts, ledger.masks(rows, [len(part.keys) for part in parts]), strict=True):
         if not mask.any():
             plan.useless.append(part.name)

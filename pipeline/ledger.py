@@ -196,28 +196,31 @@ def chosen(keys: pa.Table) -> NDArray[np.int64]:
     runs = pa.array(sorted(pc.unique(run).to_pylist()), pa.string())
     age = pc.index_in(run, value_set=runs).to_numpy().astype(np.int64)
     succeeded = pc.equal(keys["status"], "succeeded").to_numpy()
-    rerolls = pc.fill_null(keys[REROLLS], 0).to_numpy() if REROLLS in keys.column_names else 0
-    rank = (succeeded * (1 + rerolls) * len(runs) + age) * num_rows + np.arange(num_rows)
-    ids = keys["id"].dictionary_encode().combine_chunks()
-    best = np.zeros(len(ids.dictionary), np.int64)
-    np.maximum.at(best, ids.indices.to_numpy(), rank)
-    in_order: NDArray[np.int64] = np.sort(best % (len(runs) * num_rows)) % num_rows
+    rank = (succeeded * (1 + _rerolls(keys)) * len(runs) + age) * num_rows + np.arange(num_rows)
+    in_order: NDArray[np.int64] = np.sort(_greatest(keys["id"], rank) % (len(runs) * num_rows)) % num_rows
     return in_order
 
 
-def most_rerolled(keys: pa.Table, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return which rows tell of more rerolls than those of the view do, failed ones, one per id; rows: of `chosen`."""
+def last_rerolls(keys: pa.Table) -> NDArray[np.int64]:
+    """Return which rows are the last reroll of their id, as indices in any order; the view lacks those that failed."""
+    rerolls = _rerolls(keys)
+    rows = _greatest(keys["id"], rerolls * len(keys) + np.arange(len(keys))) % len(keys)
+    return rows[rerolls[rows] > 0]
+
+
+def _rerolls(keys: pa.Table) -> NDArray[np.int64]:
     if REROLLS not in keys.column_names:
-        return rows[:0]
-    rerolls = pc.fill_null(keys[REROLLS], 0).to_numpy().astype(np.int64)
-    ids = keys["id"].dictionary_encode().combine_chunks()
-    owner = ids.indices.to_numpy()
-    best = np.zeros(len(ids.dictionary), np.int64)
-    np.maximum.at(best, owner, rerolls * len(keys) + np.arange(len(keys)))
-    told = best % len(keys)
-    more = rerolls[told[owner[rows]]] > rerolls[rows]
-    found: NDArray[np.int64] = np.sort(told[owner[rows]][more])
-    return found
+        return np.zeros(len(keys), np.int64)
+    rerolls: NDArray[np.int64] = pc.fill_null(keys[REROLLS], 0).to_numpy().astype(np.int64)
+    return rerolls
+
+
+def _greatest(ids: pa.ChunkedArray, rank: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the greatest rank of each id."""
+    encoded = ids.dictionary_encode().combine_chunks()
+    greatest = np.zeros(len(encoded.dictionary), np.int64)
+    np.maximum.at(greatest, encoded.indices.to_numpy(), rank)
+    return greatest
 
 
 def masks(rows: NDArray[np.int64], lengths: Sequence[int]) -> list[NDArray[np.bool_]]:

@@ -1,6 +1,8 @@
 """Layers shared by both transformers: modulation, feed-forward, conditioning embedding and the joint block."""
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +31,28 @@ def modulate(x: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
 Vectors = tuple[Tensor, ...]
 """Shifts, gains and gates [B,1,D] of one stream of tokens."""
 
+Kind = Literal["shift", "scale", "gate"]
+SHIFT_SCALE_GATE: tuple[Kind, ...] = ("shift", "scale", "gate")
+"""What a checkpoint stores for an attention or a feed-forward branch, in this order."""
+
 BlockConditioning = Tensor | tuple[Vectors, ...]
 """SiLU(c) [B,D] of timestep and pooled text, or what a block's `modulation` has made of it ahead."""
 
 
 class Modulation(nn.Module):
-    """Linear map from SiLU(conditioning) [B,D] to `chunks` vectors [B,1,D].
+    """Linear map from SiLU(conditioning) [B,D] to vectors [B,1,D], in the order of `kinds`.
 
-    scales: places of those that are scales s, which become gains 1 + s.
+    The checkpoint's scale s becomes the gain 1 + s, so that it is added once however often the vectors are used.
     """
 
-    def __init__(self, dim: int, chunks: int, scales: tuple[int, ...]) -> None:
+    def __init__(self, dim: int, kinds: Sequence[Kind]) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, chunks * dim)
-        self.chunks, self.scales = chunks, scales
+        self.linear = nn.Linear(dim, len(kinds) * dim)
+        self.kinds = kinds
 
     def forward(self, activated: Tensor) -> Vectors:
-        vectors = self.linear(activated)[:, None].chunk(self.chunks, dim=-1)
-        return tuple(1 + vector if place in self.scales else vector for place, vector in enumerate(vectors))
+        vectors = self.linear(activated)[:, None].chunk(len(self.kinds), dim=-1)
+        return tuple(1 + each if kind == "scale" else each for kind, each in zip(self.kinds, vectors, strict=True))
 
 
 class RMSNorm(nn.Module):
@@ -184,8 +190,8 @@ class JointBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, eps: float, text_norm: str) -> None:
         super().__init__()
-        self.norm1 = Modulation(dim, 6, scales=(1, 4))
-        self.norm1_context = Modulation(dim, 6, scales=(1, 4))
+        self.norm1 = Modulation(dim, 2 * SHIFT_SCALE_GATE)
+        self.norm1_context = Modulation(dim, 2 * SHIFT_SCALE_GATE)
         self.attn = JointAttention(dim, num_heads, eps, text_norm)
         self.ff = FeedForward(dim)
         self.ff_context = FeedForward(dim)

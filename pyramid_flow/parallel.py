@@ -168,7 +168,10 @@ def _in_order(parts: Sequence[Tensor], shares: Sequence[Streams], dim: int) -> T
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process' place among those that sample together. The default is a process that samples alone."""
+    """This process' place among those that sample together. The default is a process that samples alone.
+
+    They are called alike: with the same cached levels, and with the same answers of `on_step`.
+    """
 
     ways: Ways = Ways()
     branches: dist.ProcessGroup | None = None

@@ -58,6 +58,12 @@ class Placement:
             release_memory()
 
 
+def set_up_process(threads: int) -> None:
+    """Let this process compute with so many CPU threads, and in float32 where float32 is asked for."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # to which convolutions would round their inputs
+
+
 def check_device(device: torch.device | str | int) -> torch.device:
     """Return a device that tensors can be brought to; raises InvalidValueError for one that is not there."""
     try:

@@ -11,14 +11,14 @@ from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.history_cache import CacheShape, HistoryCache, fitting_levels
 from pyramid_flow.noise import NoiseSource
 from pyramid_flow.parallel import ALONE, Parallel
-from pyramid_flow.params import SamplingParams
+from pyramid_flow.params import SamplingParams, Step
 from pyramid_flow.placement import free_bytes, sent
 from pyramid_flow.pyramid import keep_rows, latent_pyramid, noise_pyramid, stack_frames
-from pyramid_flow.schedule import PyramidSchedule
+from pyramid_flow.schedule import Level, PyramidSchedule
 from pyramid_flow.text import TextEmbedding
 from pyramid_flow.tokens import PATCH
 from pyramid_flow.transformer import PyramidTransformer
-from pyramid_flow.velocity import VelocityField
+from pyramid_flow.velocity import Velocity, VelocityField
 
 CACHE_SHARE, CPU_CACHE_SHARE = 0.5, 0.1
 """Of free memory: what the history cache may take where no budget is given.
@@ -51,6 +51,53 @@ class StepInfo:
 OnStep = Callable[[StepInfo], Tensor | None]
 
 
+class _Videos:
+    """The videos that still run, in lockstep, and what has been made of them.
+
+    rows: their indices in the batch as it was given; frame: the current one, at its level; finished: the
+    `latent_pyramid` of each frame before it.
+    """
+
+    def __init__(self, field: VelocityField, start: Tensor, finished: list[tuple[Tensor, ...]]) -> None:
+        """start: of each frame that is to be made, at the lowest level, [B,C,T,h,w]; finished: the frames given."""
+        self.rows, self.finished = torch.arange(len(start)), finished
+        self._field, self._batch = field, len(start)
+        self._starts: list[Tensor] = list(start.split(1, dim=2))
+        self._velocity: tuple[tuple[int, int], Velocity] | None = None
+
+    @property
+    def seen(self) -> tuple[Tensor, tuple[int, ...], tuple[Tensor, ...]]:
+        """What `on_step` is told of them: latents, rows and finished frames."""
+        return self.frame, tuple(self.rows.tolist()), tuple(pyramid[-1] for pyramid in self.finished)
+
+    def begin(self, scale: Tensor) -> None:
+        """Begin the next frame; scale: its guidance [B',1,1,1,1]."""
+        self.frame, self._scale = self._starts.pop(0), scale
+
+    def enter(self, level: Level, noise: NoiseSource) -> None:
+        """Bring the current frame to the next level; noise is drawn for all rows, those that have left, too."""
+        _, channels, frames, height, width = self.frame.shape
+        fresh = noise.block((self._batch, channels, frames, 2 * height, 2 * width))
+        self.frame = level.enter(self.frame, sent(fresh[self.rows], self.frame.device))
+
+    def advance(self, unit: int, level: int, number: int, step: Step) -> None:
+        """Take a step of a unit at a level."""
+        if self._velocity is None or self._velocity[0] != (unit, level):
+            self._velocity = (unit, level), self._field.at(unit, level, self.finished, self.frame.shape, self._scale)
+        self.frame = self.frame + step.delta * self._velocity[1](self.frame, number, step.timestep, step.guided)
+
+    def keep(self, stay: Tensor) -> None:
+        """Keep only the rows for which a bool mask [B'] on the CPU is true."""
+        if stay.all():
+            return
+        kept = stay.to(self.frame.device)
+        self.rows, self.frame, self._scale = self.rows[stay], self.frame[kept], self._scale[kept]
+        self._starts = [start[kept] for start in self._starts]
+        self.finished = keep_rows(self.finished, kept)
+        self._field.keep(stay)
+        self._velocity = None
+
+
 @torch.no_grad()
 def generate_latents(
     transformer: PyramidTransformer,
@@ -70,12 +117,9 @@ def generate_latents(
     """Generate a latent video frame by frame, and each frame level by level.
 
     text, negative: one row per video (`negative` may have one row for all); image_latent: normalised [B,C,1,h,w], the
-    finished first frame of image-to-video. cache: levels with a history cache, which saves work and changes nothing
-    beyond rounding; cache_bytes: budget of "auto", None = half of the device's free memory (a tenth on a CPU);
-    cache_dtype: of what is stored, None = the transformer's, in which it is exact. on_step may return a bool mask [B]
-    over the rows as given: rows that are False leave at once, for good, and when none is left the sampler stops.
-    parallel: this process' place among those that are called alike (with the same levels, and the same answers of
-    on_step) and share the work, see `Team`.
+    finished first frame of image-to-video. cache, cache_bytes, cache_dtype: see `plan_cache`. on_step may return a bool
+    mask [B] over the rows as given: rows that are False leave at once, for good, and when none is left the sampler
+    stops. parallel: this process' place among those that are called alike and share the work, see `Team`.
     Returns normalised float32 latents [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device.
     Raises InvalidValueError and ShapeError.
     """
@@ -84,38 +128,26 @@ def generate_latents(
     shape = params.latent_shape(batch, transformer.latent_channels)
     negative = _negative(text, negative, params)
     finished = _first_frames(image_latent, shape, num_levels, device)
-    start_unit = len(finished)
-    start = sent(noise_pyramid(noise.initial(shape), num_levels)[0], device)
-
     planned = plan_cache(transformer, schedule, params, text, negative, cache, cache_bytes, cache_dtype, parallel)
-    field = VelocityField(transformer, text, negative, planned, parallel)
-    rows = torch.arange(batch)
-    for unit in range(start_unit, params.num_units):
-        scale = sent(params.scale(unit, batch)[rows], device)
-        frame = start[:, :, unit - start_unit : unit - start_unit + 1]
+    start = sent(noise_pyramid(noise.initial(shape), num_levels)[0], device)
+    videos = _Videos(VelocityField(transformer, text, negative, planned, parallel), start, finished)
+    for unit in range(len(finished), params.num_units):
+        videos.begin(sent(params.scale(unit, batch)[videos.rows], device))
         for level in schedule.levels:
             if level.index:
-                fresh = noise.block((batch, *frame.shape[1:3], 2 * frame.shape[3], 2 * frame.shape[4]))
-                frame = level.enter(frame, sent(fresh[rows], device))
-            velocity = field.at(unit, level.index, finished, frame.shape, scale)
+                videos.enter(level, noise)
             steps = params.steps(unit, level)
-            for number, (timestep, delta, is_guided) in enumerate(steps):
-                frame = frame + delta * velocity(frame, number, timestep, is_guided)
+            for number, step in enumerate(steps):
+                videos.advance(unit, level.index, number, step)
                 if on_step is None:
                     continue
-                done, indices = tuple(pyramid[-1] for pyramid in finished), tuple(rows.tolist())
-                info = StepInfo(unit, params.num_units, level.index, number, len(steps), frame, indices, done)
-                stay = _staying(on_step(info), batch)[rows]
+                info = StepInfo(unit, params.num_units, level.index, number, len(steps), *videos.seen)
+                stay = _staying(on_step(info), batch)[videos.rows]
                 if not stay.any():
-                    return frame.new_empty((0, *shape[1:]))
-                if not stay.all():
-                    kept = stay.to(device)
-                    rows, frame, scale, start = rows[stay], frame[kept], scale[kept], start[kept]
-                    finished = keep_rows(finished, kept)
-                    field.keep(stay)
-                    velocity = field.at(unit, level.index, finished, frame.shape, scale)
-        finished.append(latent_pyramid(frame, num_levels))
-    return stack_frames(finished)
+                    return videos.frame.new_empty((0, *shape[1:]))
+                videos.keep(stay)
+        videos.finished.append(latent_pyramid(videos.frame, num_levels))
+    return stack_frames(videos.finished)
 
 
 def plan_cache(
@@ -129,7 +161,12 @@ def plan_cache(
     dtype: torch.dtype | None = None,
     parallel: Parallel = ALONE,
 ) -> HistoryCache:
-    """Return the empty history cache of a batch, of this process' share; see `generate_latents`."""
+    """Return the empty history cache of a batch, of this process' share; see `generate_latents`.
+
+    cache: levels that have one, which saves work and changes nothing beyond rounding; cache_bytes: budget of "auto",
+    None = half of the device's free memory (a tenth on a CPU); dtype: of what is stored, None = the transformer's, in
+    which it is exact. Raises InvalidValueError.
+    """
     num_levels, prompts = len(schedule.levels), [text] if negative is None else [text, negative]
     scale = 2 ** (num_levels - 1) * PATCH
     _, _, num_units, height, width = params.latent_shape(len(text), transformer.latent_channels)

@@ -21,7 +21,7 @@ from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.noise import NoiseSource
 from pyramid_flow.parallel import Parallel, Ways, join, split_ways
 from pyramid_flow.params import SamplingParams
-from pyramid_flow.placement import Placement
+from pyramid_flow.placement import Placement, set_up_process
 from pyramid_flow.sampling import OnStep, StepInfo, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEmbedding
@@ -157,8 +157,7 @@ def _member(
     """Be a child: sample what the parent samples until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # as in the parent
+    set_up_process(threads)
     device = _device(device_type, rank)
     transformer = Placement(device).place(checkpoint.load_transformer(dtype, "cpu"))
     connection.send(True)

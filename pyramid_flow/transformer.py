@@ -94,7 +94,7 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
         self.axes_dims_rope = tuple(axes_dims_rope)
         self.context_embedder = nn.Linear(text_dim, dim)
         self.time_text_embed = ConditioningEmbedding(dim, pooled_dim)
-        self.norm_out = Modulation(dim, 2, scales=(0,))
+        self.norm_out = Modulation(dim, ("scale", "shift"))
         self.proj_out = nn.Linear(dim, PATCH**2 * latent_channels)
 
     @property

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from pyramid_flow.attention import AttentionContext
 from pyramid_flow.errors import InvalidValueError
-from pyramid_flow.layers import BlockConditioning, JointBlock, Modulation, RMSNorm, Vectors, modulate, split_heads
+from pyramid_flow.layers import (
+    SHIFT_SCALE_GATE,
+    BlockConditioning,
+    JointBlock,
+    Modulation,
+    RMSNorm,
+    Vectors,
+    modulate,
+    split_heads,
+)
 from pyramid_flow.tokens import PATCH, patchify
 from pyramid_flow.transformer import BlockInputs, PyramidTransformer
 
@@ -43,7 +52,7 @@ class SingleBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm = Modulation(dim, 3, scales=(1,))
+        self.norm = Modulation(dim, SHIFT_SCALE_GATE)
         self.attn = SingleAttention(dim, num_heads)
         self.proj_mlp = nn.Linear(dim, 4 * dim)
         self.proj_out = nn.Linear(5 * dim, dim)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyramid_flow.attention import AttentionContext
 from pyramid_flow.errors import InvalidValueError
 from pyramid_flow.layers import (
+    SHIFT_SCALE_GATE,
     BlockConditioning,
     FeedForward,
     JointBlock,
@@ -87,8 +88,8 @@ class LastJointBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm1 = Modulation(dim, 6, scales=(1, 4))
-        self.norm1_context = Modulation(dim, 2, scales=(0,))
+        self.norm1 = Modulation(dim, 2 * SHIFT_SCALE_GATE)
+        self.norm1_context = Modulation(dim, ("scale", "shift"))
         self.attn = LastJointAttention(dim, num_heads, RMS_EPS, TEXT_NORM)
         self.ff = FeedForward(dim)
 
@@ -101,7 +102,7 @@ class LastJointBlock(nn.Module):
     ) -> tuple[Tensor, None]:
         """x [B,S,D], y [B,L,D], None where its keys and values are cached -> those of x that ask, [B,Q,D]."""
         vectors = self.modulation(conditioning) if isinstance(conditioning, Tensor) else conditioning
-        (shift1, gain1, gate1, shift2, gain2, gate2), (y_gain, y_shift) = vectors  # text's in this order here
+        (shift1, gain1, gate1, shift2, gain2, gate2), (y_gain, y_shift) = vectors
 
         tokens = modulate(x, shift1, gain1)
         y = None if y is None else modulate(y, y_shift, y_gain)

@@ -1,15 +1,12 @@
 """The service's HTTP interface: the Videos API dialect over the table of videos. It renders nothing itself."""
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import PurePath
 from typing import Annotated, Literal, get_args
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
@@ -21,9 +18,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pipeline.fragments import padded
-from pipeline.request import hash_of
 from pipeline.serving.access import Own, Owner, Readable, Served, Service, Told, check_room, file_path, found, opened
-from pipeline.serving.creation import NewVideo, Remix, new_video, remixed
+from pipeline.serving.asking import ask_for_remix, ask_for_video, give_up
+from pipeline.serving.creation import Remix
 from pipeline.serving.fields import MAX_BODY_BYTES, body_fields
 from pipeline.serving.files import file_answer, first_of_strip, fragment_path, remove_files
 from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
@@ -44,7 +41,6 @@ from pyramid_flow.params import TEMPORAL_FACTOR
 
 logger = logging.getLogger(__name__)
 
-REPLAY_S = 60.0
 POLL_S, POLL_MOST_S = 1.0, 10.0
 EVENT_POLL_S, STREAM_POLL_S = 0.3, 0.1
 UNMADE = {"cancelled": 409, "invalid_request": 400}
@@ -103,9 +99,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return answer
 
 
-_with_picture = CapacityLimiter(8)
-"""Requests with a picture that are read at once: a slow host takes a minute, which others do not wait."""
-
 _health = APIRouter()
 _videos = APIRouter(prefix="/v1", responses=errors(400, 401, 403))
 
@@ -145,27 +138,14 @@ async def models(service: Served, _owner: Owner) -> ModelList:
 @_videos.post("/videos", responses=POLLED | NEW)
 async def create(request: Request, response: Response, service: Served, owner: Owner) -> Video:
     """Ask for a video."""
-    job, _ = await _created(request, service, owner)
+    job, _ = await ask_for_video(request, service, owner)
     return await run_in_threadpool(_shown, service, job, response)
-
-
-async def _created(request: Request, service: Service, owner: str) -> tuple[Job, bool]:
-    """Return the job that a request asks for, and whether it is new."""
-    fields, upload = await body_fields(request)
-    content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
-    ask = Asked(owner, content, request.headers)
-    known = await run_in_threadpool(_known, service, ask)
-    if known is not None:
-        return known, False
-    read = partial(new_video, fields, upload, service.preset, service.model, service.images)
-    limiter = _with_picture if upload is not None or "image_reference" in fields else None
-    return await to_thread.run_sync(_added, service, ask, read, limiter=limiter)
 
 
 @_videos.post("/videos/sync", response_class=FileResponse, responses=file(*MEDIA_TYPES) | NEW | errors(500))
 async def create_and_wait(request: Request, service: Served, owner: Owner) -> Response:
     """Ask for a video and wait for its file; a client that goes away cancels it, unless it was asked for before."""
-    creating = asyncio.ensure_future(_created(request, service, owner))
+    creating = asyncio.ensure_future(ask_for_video(request, service, owner))
     try:
         asked, _ = await asyncio.shield(creating)
         while not await request.is_disconnected():
@@ -177,9 +157,9 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
                 raise APIError(UNMADE.get(code, 500), code, job.error_message or f"the video was {job.status}")
             await asyncio.sleep(EVENT_POLL_S)
     except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
-        _given_up(service, *(await creating))
+        give_up(service, *(await creating))
         raise
-    await run_in_threadpool(_given_up, service, *(await creating))
+    await run_in_threadpool(give_up, service, *(await creating))
     raise APIError(499, "client_closed_request", "the client has gone")
 
 
@@ -229,15 +209,8 @@ async def remix(job: Own, request: Request, response: Response, service: Served)
         body = Remix.model_validate(fields)
     except ValidationError as error:
         raise APIError(400, "invalid_value", "a remix has a prompt and nothing else", "prompt") from error
-    return await run_in_threadpool(_remix, service, job, body, request.headers, response)
-
-
-def _remix(service: Service, job: Job, body: Remix, headers: Mapping[str, str], response: Response) -> Video:
-    def read() -> NewVideo:
-        return remixed(job, body.prompt, service.storage.get(job.image) if job.image else None)
-
-    ask = Asked(job.owner, hash_of({"remix": job.id, "prompt": body.prompt}), headers, remixed_from=job.id)
-    return _shown(service, _known(service, ask) or _added(service, ask, read)[0], response)
+    asked = await run_in_threadpool(ask_for_remix, service, job, body.prompt, request.headers)
+    return await run_in_threadpool(_shown, service, asked, response)
 
 
 @_videos.post("/videos/{video_id}/links", responses=errors(404))
@@ -319,80 +292,6 @@ async def _parts(service: Service, first: Job) -> AsyncIterator[bytes]:
             else:
                 await asyncio.sleep(STREAM_POLL_S)
                 job = await run_in_threadpool(service.store.get, job.id, job.owner)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Who asks for a video, a hash of what is asked for, and what tells whether it was asked for before."""
-
-    owner: str
-    content: str
-    headers: Mapping[str, str]
-    remixed_from: str | None = None
-
-    @property
-    def replay(self) -> str | None:
-        """A mark of the idempotency key, if there is one."""
-        key = self.headers.get("idempotency-key")
-        return None if key is None else hashlib.sha256(key.encode()).hexdigest()
-
-    @property
-    def is_retry(self) -> bool:
-        """Whether the client says that it has sent the request before."""
-        return self.replay is None and self.headers.get("x-stainless-retry-count", "0") not in ("", "0")
-
-    def checked(self, job: Job) -> Job:
-        """Return the job that came of the same request; raises APIError if it came of another one."""
-        if job.content != self.content:
-            raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
-        return job
-
-
-def _known(service: Service, ask: Asked) -> Job | None:
-    """Return the job of a request that came before; else admit the request, which is counted whatever comes of it."""
-    known = service.store.replayed(ask.owner, ask.replay)
-    if ask.is_retry:
-        known = service.store.asked_before(ask.owner, ask.content, REPLAY_S)
-    if known is None:
-        service.store.admit(ask.owner)
-        return None
-    return ask.checked(known)
-
-
-def _given_up(service: Service, job: Job, is_new: bool) -> None:
-    """Cancel the job of a client that has gone, which may send the same request again."""
-    if is_new:
-        service.store.cancel(job.id, job.owner, forget=True)
-
-
-def _added(service: Service, ask: Asked, read: Callable[[], NewVideo]) -> tuple[Job, bool]:
-    """Read what is asked for and let it wait, its picture stored first, unless the same was added meanwhile.
-
-    Returns the job, and whether it is new.
-    """
-    video = read()
-    job = video.job(
-        service.preset,
-        owner=ask.owner,
-        model=service.model,
-        content=ask.content,
-        replay=ask.replay,
-        created_at=service.store.clock(),
-        remixed_from=ask.remixed_from,
-    )
-    if isinstance(video.request.image, bytes):
-        job.image = f"uploads/{job.id}"
-        service.storage.put(job.image, video.request.image)
-    try:
-        added = service.store.add(job)
-    except Exception:
-        remove_files(service.storage, job)
-        raise
-    if added is job:
-        logger.info("created", extra={"video": job.id})
-    else:
-        remove_files(service.storage, job)
-    return ask.checked(added), added is job
 
 
 def _video(service: Service, job: Job) -> Video:

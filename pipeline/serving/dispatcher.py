@@ -185,15 +185,9 @@ class Dispatcher:
                 self._lose(job, alone=True, reason=f"{row.error.stage} failed ({row.error.type})")
 
     def _complete(self, job: Job, result: dict[str, Any]) -> None:
-        """Write down what was made; if nobody wants the job, its files go, and if someone else has it, this claim's."""
+        """Write down what was made; if someone else has the job by now, or nobody wants it, it goes."""
         if self.store.complete(job.claim, result):
             self._ended(job, Status.COMPLETED)
-            return
-        now = self.store.get(job.id)
-        if now is None or now.status == Status.CANCELLED:
-            gone = now or job
-            gone.result, gone.image, gone.fence = result, None, gone.fence + 1  # other claims may have left files, too
-            remove_files(self.storage, gone)
         else:
             remove_attempt(self.storage, job.claim, result)
 

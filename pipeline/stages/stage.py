@@ -14,7 +14,7 @@ from pipeline.weights import open_checkpoint
 from pyramid_flow import Checkpoint
 from pyramid_flow.checkpoint import DTYPES
 from pyramid_flow.fit import SMALLER_TILES, Memory, choose_placement
-from pyramid_flow.placement import Placement, free_bytes, process_bytes, release_memory
+from pyramid_flow.placement import Placement, free_bytes, process_bytes, release_memory, set_up_process
 from pyramid_flow.team import TeamError
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,8 @@ class ModelConfig:
     fingerprint: str = ""
 
     def open(self) -> Checkpoint:
-        """Open the checkpoint, limit this process to its threads, and have float32 computed in float32."""
-        torch.set_num_threads(self.threads)
-        torch.backends.cudnn.allow_tf32 = False  # which convolutions would round their inputs to
+        """Open the checkpoint, in a process that is set up for it."""
+        set_up_process(self.threads)
         return open_checkpoint(self.path, self.variant, self.lora)
 
     def placement(self, checkpoint: Checkpoint, parts: Collection[str]) -> Placement:

@@ -183,7 +183,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def decode_stream(self, chunks: Iterable[Tensor], *, tile: int | None = None) -> Iterator[Tensor]:
         """Decode consecutive chunks of one video's latents, each as soon as it comes; see `decode_chunk`.
 
-        Memory is that of a chunk, whatever the length of the video; after the last one of a list nothing is kept.
+        Memory is that of a chunk, whatever the length of the video; nothing is remembered of the last one of a list.
         Raises as `decode_chunk` does.
         """
         last = len(chunks) if isinstance(chunks, Sized) else None

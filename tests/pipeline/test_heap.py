@@ -10,7 +10,9 @@ from pipeline.heap import release_heap
 CHUNK_BYTES, CHUNKS = 2**16, 1600
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library cannot")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="malloc_trim is glibc's: nothing can be given back without it"
+)
 def test_what_was_freed_between_things_that_stay_is_given_back():
     chunks = [bytearray(CHUNK_BYTES) for _ in range(CHUNKS)]
     full = psutil.Process().memory_info().rss

@@ -1,7 +1,9 @@
 import hashlib
 import io
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,6 +275,30 @@ def test_stages_in_every_mode_give_the_same_rows(model, preset, encode, sample, 
         assert (two.row.error, two.row.device, two.row.tiling) == (None, "cpu", None)
         assert one.row.latents_sha256 == two.row.latents_sha256
         assert all(torch.equal(tensor, two.tensors[name]) for name, tensor in one.tensors.items())
+
+
+def test_the_history_cache_is_planned_while_the_weights_are_where_they_compute(model, preset, encode, monkeypatch):
+    stage = Sample(replace(model, memory="offload"))
+    working, plan, seen = [False], sample_module.plan_cache, []
+
+    @contextmanager
+    def noted(module):
+        assert module is stage.transformer
+        working[0] = True
+        yield
+        working[0] = False
+
+    monkeypatch.setattr(stage, "placement", SimpleNamespace(working=noted, device=stage.placement.device))
+    monkeypatch.setattr(sample_module, "plan_cache", lambda *a, **b: seen.append(working[0]) or plan(*a, **b))
+    stage(encode(batch(*(item(preset, prompt="a ball", seed=seed, **SHAPE) for seed in (1, 2)))))
+    assert seen
+    assert all(seen)
+
+
+def test_float32_is_not_rounded_to_tf32(model, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model.open()
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_auto_takes_the_largest_tile_that_fits(model, preset, monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyramid_flow import Checkpoint
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.toy.world import draw_scene
-from pyramid_flow.vae import CausalVideoVAE, LatentDistribution, temporal_chunks
+from pyramid_flow.vae import CausalVideoVAE, LatentDistribution, model, temporal_chunks
 from pyramid_flow.vae.blocks import FrameGroupNorm
 from pyramid_flow.vae.conv import CausalConv3d, FeatureCache
 from pyramid_flow.vae.tiling import blend, map_tiles, tile_origins
@@ -189,6 +189,20 @@ def test_decoding_in_any_chunks_equals_decoding_at_once(vae, seed, tile):
     counts = [8 * chunk.shape[2] for chunk in chunks]
     assert [part.shape[2] for part in frames] == [counts[0] - 7, *counts[1:]]
     assert_equal_within(torch.cat(frames, dim=2), vae.decode(latents, tile=tile))
+
+
+@pytest.mark.parametrize(("chunks", "is_kept"), [(list, False), (iter, True)])
+def test_nothing_is_remembered_of_a_still_after_which_no_chunk_comes(vae, monkeypatch, chunks, is_kept):
+    states, run = [], model._run_chunk
+
+    def noted(*arguments, **options):
+        frames, state = run(*arguments, **options)
+        states.append(state)
+        return frames, state
+
+    monkeypatch.setattr(model, "_run_chunk", noted)
+    list(vae.decode_stream(chunks([noise(1, 16, 1, 6, 5)])))
+    assert [any(state.features) for state in states] == [is_kept]
 
 
 @pytest.mark.parametrize("window", [8, 16, 24])

@@ -136,7 +136,7 @@ def test_files_of_a_lost_attempt_go_with_the_video(farm, forget):
 
 
 @pytest.mark.parametrize("fate", ["completed", "cancelled", "deleted"])
-def test_who_has_lost_a_claim_removes_what_is_his_own_and_all_only_if_nobody_wants_it(farm, fate):
+def test_who_has_lost_a_claim_removes_what_he_has_made_and_nothing_else(farm, fate):
     def made(job):
         stem = f"{job.claim.row_id}-12345678"
         result = {"uri": f"videos/{stem[:2]}/{stem}.mp4", "thumbnail_uri": f"thumbnails/{stem[:2]}/{stem}.webp"}
@@ -157,8 +157,10 @@ def test_who_has_lost_a_claim_removes_what_is_his_own_and_all_only_if_nobody_wan
     if fate == "deleted":
         farm.store.delete(winner.id, "me")
     farm.dispatcher._complete(lost, result)
-    left = [*won.values(), fragment_path(winner.claim, 0)] if fate == "completed" else []
-    assert sorted(farm.storage.list()) == sorted(left)
+    assert sorted(farm.storage.list()) == sorted([*won.values(), fragment_path(winner.claim, 0)])
+    if fate != "completed":
+        farm.dispatcher._complete(winner, won)
+        assert farm.storage.list() == []
 
 
 def test_a_still_is_made_and_lost_attempts_at_it_leave_no_file(farm):

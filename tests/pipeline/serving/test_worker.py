@@ -27,7 +27,9 @@ class Littering(Stage):
         return list(items)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library cannot")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="malloc_trim is glibc's: nothing can be given back without it"
+)
 def test_what_a_batch_took_is_given_back_after_it(monkeypatch):
     monkeypatch.setattr(worker, "log_as_json", lambda **fields: None)
     replica = StageReplica(StageSpec(Littering, {}), render_s=60)
