@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.report import ROOT, write_result
-from pyramid_flow.vae import CausalVideoVAE, temporal_chunks
+from pyramid_flow import CausalVideoVAE
+from pyramid_flow.vae.model import temporal_chunks
 
 GOAL_RATIO = 1.3
 SHORT, LONG = 49, 241

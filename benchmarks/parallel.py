@@ -45,7 +45,7 @@ from pyramid_flow import (
 )
 from pyramid_flow.flops import sampling_flops
 from pyramid_flow.history_cache import cached_frames
-from pyramid_flow.parallel import Ways, split_ways
+from pyramid_flow.parallel_config import Ways, split_ways
 from pyramid_flow.team import Team
 from tests.pyramid_flow.goldens import TINY_MINIFLUX
 

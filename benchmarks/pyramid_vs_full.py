@@ -57,13 +57,9 @@ from pyramid_flow.presets import PRESETS, Preset
 from pyramid_flow.text import TextEmbedding
 from pyramid_flow.tokens import frame_tokens
 from pyramid_flow.toy.world import Scene
-from pyramid_flow.training import (
-    KeyedDraws,
-    temporal_pyramid_sample,
-    transformer_losses,
-    velocity,
-    velocity_loss,
-)
+from pyramid_flow.training.draws import KeyedDraws
+from pyramid_flow.training.objective import temporal_pyramid_sample, velocity_loss
+from pyramid_flow.training.step import transformer_losses, velocity
 
 RECIPE, PICTURE = ROOT / "jobs/toy/transformer.yaml", ROOT / "docs/images/pyramid_vs_full.png"
 METHODS = {"pyramid": PyramidSchedule(), "full": PyramidSchedule(stage_range=(0.0, 1.0))}

@@ -22,7 +22,7 @@ from benchmarks.report import ROOT, write_result
 from pyramid_flow import PyramidFlowPipeline
 from pyramid_flow.toy.judge import NONE, Attributes, judge
 from pyramid_flow.toy.world import Frames, Scene, draw_scene
-from pyramid_flow.training import initialise_transformer
+from pyramid_flow.training.step import initialise_transformer
 
 NAMES = ("colour", "shape", "size", "direction", "speed", "background")
 PLACE_DISTANCE = 0.05  # share of the side

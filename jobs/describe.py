@@ -11,7 +11,7 @@ from pyramid_flow import Checkpoint, SamplingParams
 from pyramid_flow.checkpoint import DTYPES, list_variants
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.memory import PartMemory, needed_bytes, part_folders, part_memory
-from pyramid_flow.placement import MODES
+from pyramid_flow.memory_modes import MODES
 from pyramid_flow.weight_files import stored_tensors
 
 

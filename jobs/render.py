@@ -32,7 +32,7 @@ from pipeline.weights import is_stored, open_checkpoint
 from pipeline.worklist import RowRules, scan
 from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.parallel import split_ways
+from pyramid_flow.parallel_config import split_ways
 
 EXIT_SOME_FAILED = 3
 

@@ -29,7 +29,7 @@ from pipeline.serving.store import Store
 from pipeline.storage import Storage
 from pipeline.weights import is_stored, open_checkpoint
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.parallel import split_ways
+from pyramid_flow.parallel_config import split_ways
 
 APPLICATION, PAGE = "pyramid-render", "pyramid-render-page"
 MIN_SECRET_BYTES = 24

@@ -34,8 +34,8 @@ from pyramid_flow.checkpoint import write_preset
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.layout import PRESET_FILE
 from pyramid_flow.params import TEMPORAL_FACTOR, check_num_frames
-from pyramid_flow.training import Objective
 from pyramid_flow.training.lora import LoRA, check_lora, merge_lora
+from pyramid_flow.training.step import Objective
 from pyramid_flow.training.vae import VAEObjective, measure_statistics, whiten
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from pipeline.request import Shape
 from pipeline.rows import Batch
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint, render_flops
-from pyramid_flow.fit import Tile
 from pyramid_flow.flops import LEVELS
+from pyramid_flow.tile import Tile
 
 ASSUMED_FLOPS = {"cuda": 150e12, "cpu": 30e9}
 """Floating-point operations per second of one device that are assumed until a run has measured its own."""

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.faults import presentable, redacted
 from pipeline.fetch import Fetcher, ImageError, Limits, climbs, is_public_address, is_web
 from pipeline.request import RequestError
-from pyramid_flow.pixels import MAX_BYTES
+from pyramid_flow.images import MAX_BYTES
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pipeline.provenance import Signing
 from pipeline.quality import STANDARD, Thresholds
 from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample, Stage
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.fit import Memory, Tile
+from pyramid_flow.memory_modes import Memory
+from pyramid_flow.tile import Tile
 
 SAMPLER_SHARE, ENCODER_SHARE = 0.55, 0.2
 """What of a GPU a worker takes. Ray knows only fractions, and places whatever fits: two samplers never meet on a GPU,

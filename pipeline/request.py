@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pyramid_flow import InvalidValueError, Preset, PyramidFlowError, PyramidSchedule, SamplingParams
+from pyramid_flow.images import ImageFit
 from pyramid_flow.params import (
     MIN_GUIDANCE_SCALE,
     check_guidance,
@@ -18,7 +19,6 @@ from pyramid_flow.params import (
     check_size,
     check_steps,
 )
-from pyramid_flow.pixels import ImageFit
 from pyramid_flow.presets import EFFORTS, PRESETS, Quality
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -1,19 +1,26 @@
-"""The Pyramid Flow video model: text- and image-to-video, numerically equal to the published one."""
+"""The Pyramid Flow video model: text- and image-to-video, numerically equal to the published one.
 
-from pyramid_flow.checkpoint import Checkpoint
-from pyramid_flow.errors import CheckpointError, InvalidValueError, NonFiniteError, PyramidFlowError, ShapeError
-from pyramid_flow.flops import RenderFlops, render_flops
-from pyramid_flow.noise import NoiseSource, SeededNoise
-from pyramid_flow.params import SamplingParams
-from pyramid_flow.pipeline import PyramidFlowOutput, PyramidFlowPipeline
-from pyramid_flow.presets import LatentStatistics, Preset
-from pyramid_flow.sampling import StepInfo, generate_latents
-from pyramid_flow.schedule import Level, PyramidSchedule
-from pyramid_flow.text import TextEmbedding, TextEncoder
-from pyramid_flow.transformer import PyramidTransformer
-from pyramid_flow.transformer_flux import PyramidFluxTransformer
-from pyramid_flow.transformer_mmdit import PyramidDiffusionMMDiT
-from pyramid_flow.vae import CausalVideoVAE
+A name is imported on first use, so that `import pyramid_flow` alone loads neither torch nor diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyramid_flow.checkpoint import Checkpoint
+    from pyramid_flow.errors import CheckpointError, InvalidValueError, NonFiniteError, PyramidFlowError, ShapeError
+    from pyramid_flow.flops import RenderFlops, render_flops
+    from pyramid_flow.noise import NoiseSource, SeededNoise
+    from pyramid_flow.params import SamplingParams
+    from pyramid_flow.pipeline import PyramidFlowOutput, PyramidFlowPipeline
+    from pyramid_flow.presets import LatentStatistics, Preset
+    from pyramid_flow.sampling import StepInfo, generate_latents
+    from pyramid_flow.schedule import Level, PyramidSchedule
+    from pyramid_flow.text import TextEmbedding, TextEncoder
+    from pyramid_flow.transformer import PyramidTransformer
+    from pyramid_flow.transformer_flux import PyramidFluxTransformer
+    from pyramid_flow.transformer_mmdit import PyramidDiffusionMMDiT
+    from pyramid_flow.vae.model import CausalVideoVAE
 
 __all__ = [
     "CausalVideoVAE",
@@ -42,3 +49,37 @@ __all__ = [
     "generate_latents",
     "render_flops",
 ]
+
+_PUBLIC_NAMES = {
+    "checkpoint": ("Checkpoint",),
+    "errors": ("CheckpointError", "InvalidValueError", "NonFiniteError", "PyramidFlowError", "ShapeError"),
+    "flops": ("RenderFlops", "render_flops"),
+    "noise": ("NoiseSource", "SeededNoise"),
+    "params": ("SamplingParams",),
+    "pipeline": ("PyramidFlowOutput", "PyramidFlowPipeline"),
+    "presets": ("LatentStatistics", "Preset"),
+    "sampling": ("StepInfo", "generate_latents"),
+    "schedule": ("Level", "PyramidSchedule"),
+    "text": ("TextEmbedding", "TextEncoder"),
+    "transformer": ("PyramidTransformer",),
+    "transformer_flux": ("PyramidFluxTransformer",),
+    "transformer_mmdit": ("PyramidDiffusionMMDiT",),
+    "vae.model": ("CausalVideoVAE",),
+}
+"""By module."""
+
+_MODULES = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
+
+if not TYPE_CHECKING:  # else a type checker would accept any name
+
+    def __getattr__(name: str) -> object:
+        """Import a public name on first use (PEP 562)."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

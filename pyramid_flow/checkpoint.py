@@ -20,7 +20,7 @@ from pyramid_flow.text import TEXT_LAYOUTS, TextEncoder, TextLayout, check_vocab
 from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.transformer_flux import PyramidFluxTransformer
 from pyramid_flow.transformer_mmdit import PyramidDiffusionMMDiT
-from pyramid_flow.vae import CausalVideoVAE
+from pyramid_flow.vae.model import CausalVideoVAE
 from pyramid_flow.weight_files import read_json, stored_tensors
 
 BUNDLED = {"toy": Path(__file__).resolve().parent / "toy" / "weights"}

@@ -2,21 +2,17 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from typing import Literal
 
 import torch
 
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import InvalidValueError
 from pyramid_flow.memory import PartMemory, needed_bytes, part_memory
+from pyramid_flow.memory_modes import MODES, Memory, MemoryMode
 from pyramid_flow.params import SamplingParams
-from pyramid_flow.placement import MODES, MemoryMode, Placement, check_device, free_bytes
+from pyramid_flow.placement import Placement, check_device, free_bytes
 
 logger = logging.getLogger(__name__)
-
-Memory = Literal["auto", MemoryMode]
-Tile = int | Literal["auto"] | None
-"""Side of a VAE tile in pixels; None = no tiling, auto = what fits."""
 
 USABLE = 0.9
 """Of free memory; the rest is for workspaces and fragments."""

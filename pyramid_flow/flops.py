@@ -13,17 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, T5Config, T5EncoderModel
 
 from pyramid_flow.checkpoint import Checkpoint
-from pyramid_flow.errors import CheckpointError, InvalidValueError
+from pyramid_flow.errors import CheckpointError
 from pyramid_flow.history_cache import cached_frames
 from pyramid_flow.layers import Modulation
 from pyramid_flow.params import SamplingParams
 from pyramid_flow.pyramid import history_level
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS
+from pyramid_flow.tile import check_tile
 from pyramid_flow.tokens import PrefixLayout, frame_tokens, prefix_layout
 from pyramid_flow.transformer import PyramidTransformer
-from pyramid_flow.vae import CausalVideoVAE, temporal_chunks
-from pyramid_flow.vae.model import SCALE, TILE_MULTIPLE
+from pyramid_flow.vae.model import SCALE, CausalVideoVAE, temporal_chunks
 from pyramid_flow.vae.tiling import map_tiles
 
 META = torch.device("meta")
@@ -181,8 +181,7 @@ def clip_shapes(params: SamplingParams, unit: int, level: int, num_levels: int) 
 
 def _decode_flops(vae: CausalVideoVAE, latents: Tensor, tile: int | None) -> int:
     """Count the decoder on one tile of each size, times the number of such tiles."""
-    if tile is not None and (tile < TILE_MULTIPLE or tile % TILE_MULTIPLE):
-        raise InvalidValueError("tile", tile, f"is not a positive multiple of {TILE_MULTIPLE}")
+    check_tile(tile)
     sizes: Counter[tuple[int, int]] = Counter()
 
     def note(part: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from pyramid_flow.errors import CheckpointError
-from pyramid_flow.weight_files import WEIGHT_STEMS
 
 TRANSFORMER_PREFIX = "diffusion_transformer_"
 VAE_FOLDER = "causal_video_vae"
 CONFIG_FILE = "config.json"
 PRESET_FILE = "pyramid.json"
+
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+"""Names of weight files without their ends: those of diffusers and of transformers."""
 
 MODEL_FOLDERS = (VAE_FOLDER, "text_encoder", "text_encoder_[2-9]", f"{TRANSFORMER_PREFIX}*")
 WEIGHT_FILES = [

@@ -25,14 +25,14 @@ from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError
+from pyramid_flow.memory_modes import MemoryMode
 from pyramid_flow.params import SamplingParams
 from pyramid_flow.pixels import quantized
-from pyramid_flow.placement import MemoryMode
 from pyramid_flow.pyramid import latent_pyramid
 from pyramid_flow.sampling import plan_cache
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS, TextEmbedding
-from pyramid_flow.vae import temporal_chunks
+from pyramid_flow.vae.model import temporal_chunks
 from pyramid_flow.velocity import VelocityField
 from pyramid_flow.weight_files import StoredTensor, stored_tensors
 

@@ -7,7 +7,7 @@ heads, and who may attend to whom stays as it is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,42 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from pyramid_flow.errors import InvalidValueError
+from pyramid_flow.parallel_config import BRANCHES, Ways
 
 GUIDANCE, SEQUENCE = "guidance", "sequence"
-BRANCHES = 2
 
 Streams = tuple[int, ...]
 """Tokens of each part of a sequence: text, history, current frame. Each is shared out by itself."""
-
-
-@dataclass(frozen=True)
-class Ways:
-    """How many processes a batch is split over: by guidance branch (1 or 2), and by tokens and heads."""
-
-    guidance: int = 1
-    sequence: int = 1
-
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return self.guidance * self.sequence
-
-
-def possible_ways(num_heads: int) -> dict[int, Ways]:
-    """Return how each possible number of processes works together; branches are split first, which costs least."""
-    divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
-    ways = [Ways(guidance, n) for guidance in (1, BRANCHES) for n in divisors]
-    return {each.size: each for each in sorted(ways, key=lambda each: each.size)}
-
-
-def split_ways(size: int, num_heads: int) -> Ways:
-    """Return how so many processes work together; raises InvalidValueError with the numbers that are possible."""
-    possible = possible_ways(num_heads)
-    if size not in possible:
-        rule = f"cannot share {num_heads} attention heads; possible are {', '.join(map(str, possible))}"
-        raise InvalidValueError("gpus_per_clip", size, rule)
-    return possible[size]
 
 
 @dataclass(frozen=True)
@@ -173,7 +143,7 @@ class Parallel:
     They are called alike: with the same cached levels, and with the same answers of `on_step`.
     """
 
-    ways: Ways = Ways()
+    ways: Ways = field(default_factory=Ways)
     branches: dist.ProcessGroup | None = None
     sequence: SequenceGroup | None = None
 

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import NamedTuple, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pyramid_flow.errors import InvalidValueError
 from pyramid_flow.schedule import MAX_STEPS, Level
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 8
@@ -116,8 +116,10 @@ class SamplingParams:
             if len(_as_sequence(scales)) not in (1, batch):
                 raise InvalidValueError(name, scales, f"is neither one number nor one per {batch} rows")
 
-    def scale(self, unit: int, batch: int) -> Tensor:
+    def scale(self, unit: int, batch: int) -> "Tensor":
         """Guidance scale of each row, float32 [B,1,1,1,1]."""
+        import torch  # here, so that a request is validated without it
+
         first, least = _per_row(self.guidance_scale, batch), _per_row(self.min_guidance_scale, batch)
         scales = [*(first if unit == 0 else _per_row(self.video_guidance_scale, batch))]
         for row, decay in enumerate(_per_row(self.guidance_decay, batch)):

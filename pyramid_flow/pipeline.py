@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from pyramid_flow.checkpoint import Checkpoint, check_dtype, save_checkpoint
 from pyramid_flow.errors import InvalidValueError, NonFiniteError
-from pyramid_flow.fit import Memory, choose_placement
+from pyramid_flow.fit import choose_placement
+from pyramid_flow.images import ImageFit
+from pyramid_flow.memory_modes import Memory
 from pyramid_flow.noise import NoiseSource, SeededNoise
 from pyramid_flow.params import (
     Guidance,
@@ -22,15 +24,15 @@ from pyramid_flow.params import (
     Share,
     Steps,
 )
-from pyramid_flow.pixels import ImageFit, decode_frames, encode_image, image_latent, image_pixels
+from pyramid_flow.pixels import decode_frames, encode_image, image_latent, image_pixels
 from pyramid_flow.placement import Placement, check_device
 from pyramid_flow.presets import EFFORTS, Preset, Quality
 from pyramid_flow.sampling import Cache, OnStep, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEncoder
+from pyramid_flow.tile import check_tile
 from pyramid_flow.transformer import PyramidTransformer
-from pyramid_flow.vae import CausalVideoVAE, LatentDistribution
-from pyramid_flow.vae.model import check_tile
+from pyramid_flow.vae.model import CausalVideoVAE, LatentDistribution
 
 OutputType = Literal["np", "pt", "pil", "latent"]
 

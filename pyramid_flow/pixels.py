@@ -1,127 +1,26 @@
 """Between pictures and normalised latents: input images, posterior samples, decoded frames as uint8."""
 
-import io
-import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from pyramid_flow.errors import InvalidValueError, NonFiniteError
+from pyramid_flow.errors import NonFiniteError
+from pyramid_flow.images import ImageFit, fit_image
 from pyramid_flow.presets import LatentStatistics
-from pyramid_flow.vae import CausalVideoVAE, LatentDistribution, temporal_chunks
-
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Picture formats that are read: none whose decoder runs another program."""
-
-MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 2**26
-"""Of an input image; both are checked before it is decoded."""
-
-BACKGROUND = "white"
-"""What shows through where an input image is transparent."""
-
-BARS = "black"
-"""What a padded image has above and below, or left and right."""
-
-ImageFit = Literal["crop", "pad"]
+from pyramid_flow.vae.model import CausalVideoVAE, LatentDistribution, temporal_chunks
 
 Item = TypeVar("Item")
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Decode an image file, of an animation the first frame, and return it upright in RGB, see `upright`.
-
-    Raises InvalidValueError if it does not decode, or is larger than `MAX_BYTES` or `MAX_PIXELS`.
-    """
-    if len(data) > MAX_BYTES:
-        raise InvalidValueError("image", f"({len(data)} bytes)", f"is larger than {MAX_BYTES} bytes")
-    with _decoding(f"({len(data)} bytes)"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise InvalidValueError("image", f"{image.width}x{image.height}", f"has more than {MAX_PIXELS} pixels")
-        return upright(image)
-
-
-@contextmanager
-def _decoding(shown: str) -> Iterator[None]:
-    """Turn what Pillow raises while it decodes into InvalidValueError."""
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        rule = f"is not in a known picture format ({', '.join(FORMATS)})"
-        raise InvalidValueError("image", shown, rule) from error
-    except InvalidValueError:
-        raise
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-        struct.error,
-    ) as error:
-        raise InvalidValueError("image", shown, f"does not decode: {error}") from error
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says and bring it to RGB: transparency over `BACKGROUND`, 16-bit grey scaled to 8.
-
-    Raises InvalidValueError if its levels are neither of 8 nor of 16 bits.
-    """
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode.startswith(("I", "F")):
-        turned = _eight_bits(turned)
-    if not turned.has_transparency_data:
-        return turned.convert("RGB")
-    background = Image.new("RGBA", turned.size, BACKGROUND)
-    return Image.alpha_composite(background, turned.convert("RGBA")).convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey levels of 16 bits, which Pillow would clip; integers of 32 bits may hold levels of 8."""
-    levels = np.asarray(image)
-    if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() >= 2**16:
-        raise InvalidValueError("image", f"of mode {image.mode}", "has levels of neither 8 nor 16 bits")
-    has_8_bits = image.mode == "I" and levels.max() < 2**8
-    return Image.fromarray((levels if has_8_bits else levels >> 8).astype(np.uint8))
-
-
 def image_pixels(image: Image.Image, height: int, width: int, fit: ImageFit = "crop") -> Tensor:
-    """Bring an image to a size: float32 [1,3,1,H,W] in [-1, 1].
-
-    fit: "crop" = scaled to cover the size and cropped around the centre; "pad" = scaled to lie within it, centred, with
-    `BARS` around. Raises InvalidValueError for another fit, or an image that is none or does not decode.
-    """
-    if not isinstance(image, Image.Image):
-        raise InvalidValueError("image", f"of type {type(image).__name__}", "is not a PIL.Image.Image")
-    if fit not in get_args(ImageFit):
-        raise InvalidValueError("image_fit", fit, f"is not one of {', '.join(get_args(ImageFit))}")
-    with _decoding(f"{image.width}x{image.height}"):
-        rgb = upright(image)
-    size = (width, height)
-    fitted = _padded(rgb, size) if fit == "pad" else ImageOps.fit(rgb, size, Image.Resampling.LANCZOS)
+    """Bring an image to a size, see `fit_image`: float32 [1,3,1,H,W] in [-1, 1]; raises InvalidValueError."""
+    fitted = fit_image(image, height, width, fit)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32)) / 255 * 2 - 1
     return pixels.permute(2, 0, 1)[None, :, None].contiguous()
-
-
-def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Do what ImageOps.pad does, which makes a very thin image 0 pixels thin."""
-    scale = min(size[0] / image.width, size[1] / image.height)
-    inner = image.resize(
-        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
-    )
-    padded = Image.new("RGB", size, BARS)
-    padded.paste(inner, ((size[0] - inner.width) // 2, (size[1] - inner.height) // 2))
-    return padded
 
 
 @torch.no_grad()

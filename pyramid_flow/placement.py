@@ -3,18 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar
 
 import psutil
 import torch
-from accelerate.hooks import attach_align_device_hook
 from torch import Tensor, nn
 
 from pyramid_flow.errors import InvalidValueError
-
-MemoryMode = Literal["full", "offload", "sequential"]
-MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
-"""full: every part stays on the device; offload: a part is there while it works; sequential: a layer is."""
+from pyramid_flow.memory_modes import MemoryMode
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -31,6 +27,8 @@ class Placement:
         if self.mode == "full":
             return module.to(self.device)
         if self.mode == "sequential":
+            from accelerate.hooks import attach_align_device_hook  # here, because it is slow to import
+
             # Buffers move at once: they are few, and some are read outside of a forward pass.
             attach_align_device_hook(
                 module, execution_device=self.device, offload=True, weights_map=module.state_dict()

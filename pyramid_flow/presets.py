@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from pyramid_flow.errors import CheckpointError, InvalidValueError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEGATIVE_PROMPT = (
     "cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, extra limbs, "
@@ -24,17 +24,19 @@ class LatentStatistics:
     later_shift: float = -0.2343
     later_scale: float = 1 / 3.0986
 
-    def normalize(self, latents: Tensor, start: int = 0) -> Tensor:
+    def normalize(self, latents: "Tensor", start: int = 0) -> "Tensor":
         """Return normalised latents [B,C,T,h,w] whose first frame is frame `start` of the video."""
         shift, scale = self._coefficients(latents, start)
         return (latents - shift) * scale
 
-    def denormalize(self, latents: Tensor, start: int = 0) -> Tensor:
+    def denormalize(self, latents: "Tensor", start: int = 0) -> "Tensor":
         """Inverse of `normalize`."""
         shift, scale = self._coefficients(latents, start)
         return latents / scale + shift
 
-    def _coefficients(self, latents: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def _coefficients(self, latents: "Tensor", start: int) -> tuple["Tensor", "Tensor"]:
+        import torch  # here, so that a preset is read without it
+
         frames = range(start, start + latents.shape[2])
         shift = [self.later_shift if frame else self.first_shift for frame in frames]
         scale = [self.later_scale if frame else self.first_scale for frame in frames]

@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from pyramid_flow.errors import InvalidValueError
-from pyramid_flow.pyramid import upsample
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_STEPS = 200
 FINAL_RATIO = 1 - 0.999  # the last evaluation of a level moves from here to 0; the rounding is the published one's
@@ -51,11 +53,13 @@ class Level:
             timesteps, ratios = timesteps[:-1], np.delete(ratios, -2)
         return list(zip(timesteps.tolist(), np.diff(ratios).tolist(), strict=True))
 
-    def enter(self, latents: Tensor, noise: Tensor) -> Tensor:
+    def enter(self, latents: "Tensor", noise: "Tensor") -> "Tensor":
         """Bring the latents of the level below to this level and renoise them: alpha * up(x) + beta * noise.
 
         latents [B,C,T,h/2,w/2]; noise [B,C,T,h,w] with block covariance; returns [B,C,T,h,w].
         """
+        from pyramid_flow.pyramid import upsample  # here, because it imports torch
+
         return self.upsample_scale * upsample(latents) + self.noise_scale * noise
 
 

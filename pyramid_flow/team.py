@@ -19,7 +19,8 @@ from torch import Tensor
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.noise import NoiseSource
-from pyramid_flow.parallel import Parallel, Ways, join, split_ways
+from pyramid_flow.parallel import Parallel, join
+from pyramid_flow.parallel_config import Ways, split_ways
 from pyramid_flow.params import SamplingParams
 from pyramid_flow.placement import Placement, set_up_process
 from pyramid_flow.sampling import OnStep, StepInfo, generate_latents

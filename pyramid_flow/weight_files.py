@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pyramid_flow.errors import CheckpointError
+from pyramid_flow.layout import WEIGHT_STEMS
 
-WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 STORED_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,

@@ -29,7 +29,7 @@ from jobs.settings.base import (
 from pipeline.plan import Layout
 from pipeline.provenance import KEY
 from pipeline.quality import STANDARD, Thresholds
-from pyramid_flow.fit import Memory
+from pyramid_flow.memory_modes import Memory
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Limit = Annotated[float, Field(ge=0, le=1)]

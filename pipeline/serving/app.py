@@ -27,7 +27,8 @@ from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleRepl
 from pipeline.stages import STAGES, Encode, ModelConfig, Publish
 from pipeline.storage import Storage
 from pipeline.weights import open_checkpoint
-from pyramid_flow.fit import Memory, Tile
+from pyramid_flow.memory_modes import Memory
+from pyramid_flow.tile import Tile
 
 UPSCALE_S = 5.0
 """How long more must wait than the samplers work on until there is another one."""

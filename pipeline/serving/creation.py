@@ -19,8 +19,8 @@ from pipeline.rows import plain_text
 from pipeline.serving.schemas import APIError
 from pipeline.serving.tables import ID_PREFIX, PRIORITIES, Job
 from pyramid_flow import InvalidValueError, Preset
+from pyramid_flow.images import open_image
 from pyramid_flow.params import TEMPORAL_FACTOR
-from pyramid_flow.pixels import open_image
 
 ID_BYTES = 16
 """Random bytes of a video's id: 22 url-safe characters."""

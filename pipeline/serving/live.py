@@ -20,10 +20,10 @@ from pipeline.stages.decode import FILE, THUMBNAIL
 from pipeline.storage import Storage
 from pipeline.video import ThumbnailStrip
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.fit import Tile
 from pyramid_flow.pixels import as_uint8
 from pyramid_flow.placement import release_memory
-from pyramid_flow.vae import VAEState
+from pyramid_flow.tile import Tile
+from pyramid_flow.vae.model import VAEState
 
 logger = logging.getLogger(__name__)
 

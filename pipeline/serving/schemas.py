@@ -9,7 +9,7 @@ from pipeline.request import ImageFormat, ResolvedRequest
 from pipeline.serving.tables import Job, Status
 from pyramid_flow import Preset
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.pixels import ImageFit
+from pyramid_flow.images import ImageFit
 from pyramid_flow.presets import Quality
 
 

@@ -19,10 +19,11 @@ from pipeline.stages.stage import ModelConfig, Stage
 from pipeline.still import encode_still
 from pipeline.video import Frames, ThumbnailStrip, VideoWriter
 from pyramid_flow import Checkpoint, SamplingParams
-from pyramid_flow.fit import SMALLER_TILES, Tile, fitting_tile
+from pyramid_flow.fit import SMALLER_TILES, fitting_tile
 from pyramid_flow.memory import VAE, part_memory
 from pyramid_flow.pixels import decode_frames
 from pyramid_flow.placement import free_bytes, release_memory
+from pyramid_flow.tile import Tile
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from pipeline.request import ResolvedRequest
 from pipeline.rows import Item, as_bytes
 from pipeline.stages.stage import ModelConfig, Stage
 from pyramid_flow import TextEmbedding
+from pyramid_flow.images import open_image
 from pyramid_flow.memory import VAE
-from pyramid_flow.pixels import encode_image, image_pixels, open_image
+from pyramid_flow.pixels import encode_image, image_pixels
 
 CACHED_PROMPTS = 256
 

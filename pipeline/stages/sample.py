@@ -27,7 +27,7 @@ from pyramid_flow.placement import release_memory
 from pyramid_flow.sampling import plan_cache
 from pyramid_flow.team import Team
 from pyramid_flow.text import concatenate
-from pyramid_flow.vae import LatentDistribution
+from pyramid_flow.vae.model import LatentDistribution
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from pipeline.rows import Batch, Item
 from pipeline.weights import open_checkpoint
 from pyramid_flow import Checkpoint
 from pyramid_flow.checkpoint import DTYPES
-from pyramid_flow.fit import SMALLER_TILES, Memory, choose_placement
+from pyramid_flow.fit import SMALLER_TILES, choose_placement
+from pyramid_flow.memory_modes import Memory
 from pyramid_flow.placement import Placement, free_bytes, process_bytes, release_memory, set_up_process
 from pyramid_flow.team import TeamError
 

@@ -23,8 +23,9 @@ from pyramid_flow import (
 )
 from pyramid_flow.params import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from pyramid_flow.pixels import as_uint8, decode_frames
-from pyramid_flow.training import KeyedDraws, Objective, TrainingDraws, initialise_transformer, transformer_losses
+from pyramid_flow.training.draws import KeyedDraws, TrainingDraws
 from pyramid_flow.training.lora import LoRA, add_lora
+from pyramid_flow.training.step import Objective, initialise_transformer, transformer_losses
 from pyramid_flow.training.vae import VAEObjective, initialise_vae, vae_losses
 
 

@@ -33,7 +33,7 @@ from pipeline.training.state import Training, on_first_worker, restore, save, tr
 from pipeline.training.tasks import Phase, Task
 from pipeline.video import VideoWriter
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.training import optimizer_step
+from pyramid_flow.training.step import optimizer_step
 
 logger = logging.getLogger(__name__)
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from torch import Tensor, nn
-
 from pyramid_flow.errors import InvalidValueError
-from pyramid_flow.transformer import PyramidTransformer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch import Tensor
+
+    from pyramid_flow.transformer import PyramidTransformer
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -32,7 +32,7 @@ class LoRA:
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))
 
 
-def add_lora(transformer: PyramidTransformer, lora: LoRA) -> None:
+def add_lora(transformer: "PyramidTransformer", lora: LoRA) -> None:
     """Give a transformer adapters that change nothing yet; they alone are trained from then on."""
     from peft import inject_adapter_in_model
 
@@ -40,8 +40,10 @@ def add_lora(transformer: PyramidTransformer, lora: LoRA) -> None:
     inject_adapter_in_model(lora.config, transformer)
 
 
-def check_lora(transformer: PyramidTransformer, lora: LoRA) -> None:
+def check_lora(transformer: "PyramidTransformer", lora: LoRA) -> None:
     """Raise InvalidValueError if a transformer has no linear map for a target."""
+    from torch import nn  # here, so that settings read the names of the maps without it
+
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in lora.targets:
         if not any(name.endswith(f".{target}") for name in names):
@@ -49,8 +51,8 @@ def check_lora(transformer: PyramidTransformer, lora: LoRA) -> None:
 
 
 def merge_lora(
-    transformer: PyramidTransformer, lora: LoRA, weights: Mapping[str, Tensor], folder: Path
-) -> PyramidTransformer:
+    transformer: "PyramidTransformer", lora: LoRA, weights: Mapping[str, "Tensor"], folder: Path
+) -> "PyramidTransformer":
     """Write trained adapters to a folder as peft does, and return the transformer with them added to its weights.
 
     transformer: without adapters; weights: of the adapters, by their names in a transformer that has them.
@@ -58,7 +60,7 @@ def merge_lora(
     from peft import get_peft_model
 
     adapted = get_peft_model(transformer, lora.config)
-    inner = cast(PyramidTransformer, adapted.get_base_model())
+    inner = cast("PyramidTransformer", adapted.get_base_model())
     inner.load_state_dict(dict(weights), strict=False)
     adapted.save_pretrained(str(folder))
-    return cast(PyramidTransformer, adapted.merge_and_unload())
+    return cast("PyramidTransformer", adapted.merge_and_unload())

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pyramid_flow.presets import LatentStatistics
 from pyramid_flow.training.draws import TrainingDraws
-from pyramid_flow.vae import CausalVideoVAE
 from pyramid_flow.vae.blocks import Downsample, ResnetBlock, SpatialUpsample, TemporalUpsample
+from pyramid_flow.vae.model import CausalVideoVAE
 
 NEW_SHARE = 0.3  # of the random part in convolutions that begin as something useful
 FIRST_LOGVAR = -4.0

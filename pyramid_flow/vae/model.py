@@ -12,15 +12,13 @@ from torch import Tensor
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.placement import execution_device
+from pyramid_flow.tile import check_tile
 from pyramid_flow.vae.blocks import Decoder, Encoder
 from pyramid_flow.vae.conv import CausalConv3d, FeatureCache, Features
 from pyramid_flow.vae.tiling import map_tiles
 
 SCALE = 8
 """Pixels per latent along height, along width, and, after the first frame, along time."""
-
-TILE_MULTIPLE = 4 * SCALE
-"""A tile is a whole number of latents, and so is the quarter of it that overlaps the next."""
 
 HOST = torch.device("cpu")
 
@@ -278,12 +276,6 @@ def _batch_and_size(x: Tensor) -> tuple[int, int, int]:
 def _decoder_sides(tile: int | None) -> tuple[int, int] | None:
     check_tile(tile)
     return (tile // SCALE, tile) if tile else None
-
-
-def check_tile(tile: int | None) -> None:
-    """Raise InvalidValueError unless a tile's side in pixels can be decoded, or there is no tile."""
-    if tile is not None:
-        _check_multiple("tile", tile, TILE_MULTIPLE)
 
 
 def _check_multiple(field: str, value: int, unit: int) -> None:

@@ -3,7 +3,8 @@
 import torch
 
 from benchmarks.pyramid_vs_full import METHODS, most_tokens
-from pyramid_flow.training import KeyedDraws, temporal_pyramid_sample
+from pyramid_flow.training.draws import KeyedDraws
+from pyramid_flow.training.objective import temporal_pyramid_sample
 
 
 def test_the_papers_count_of_tokens():

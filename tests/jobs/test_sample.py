@@ -11,7 +11,7 @@ from pipeline.images import ImageRoot
 from pipeline.inputs import REQUEST_COLUMNS, list_parts
 from pipeline.worklist import RowRules, candidates, scan
 from pyramid_flow import Checkpoint
-from pyramid_flow.pixels import open_image
+from pyramid_flow.images import open_image
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyramid_flow.vae import CausalVideoVAE
+from pyramid_flow import CausalVideoVAE
 
 Weights = Mapping[str, Tensor]
 Cache = dict[str, Tensor]

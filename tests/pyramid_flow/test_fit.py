@@ -8,7 +8,8 @@ import torch
 from pyramid_flow import Checkpoint, SamplingParams
 from pyramid_flow.fit import choose_placement, fitting_mode, fitting_tile
 from pyramid_flow.memory import PartMemory, needed_bytes, part_memory
-from pyramid_flow.placement import MODES, Placement
+from pyramid_flow.memory_modes import MODES
+from pyramid_flow.placement import Placement
 
 PARTS = {  # full 2000 + 300, offload 1600 + 10, sequential 200 + 300
     "text_encoder": PartMemory(weights=1600, block=100, activations=10),

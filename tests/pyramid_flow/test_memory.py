@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from pyramid_flow import CausalVideoVAE, Checkpoint, CheckpointError, SamplingParams, SeededNoise, generate_latents
 from pyramid_flow.checkpoint import BUNDLED
 from pyramid_flow.memory import PartMemory, needed_bytes, part_bytes, part_memory
+from pyramid_flow.memory_modes import MODES
 from pyramid_flow.pixels import decode_frames
-from pyramid_flow.placement import MODES
 from pyramid_flow.schedule import PyramidSchedule
 from pyramid_flow.text import TextEmbedding
 from tests.pyramid_flow.goldens import TINY_MINIFLUX, manifest

@@ -26,7 +26,8 @@ from pyramid_flow import (
     TextEmbedding,
     generate_latents,
 )
-from pyramid_flow.parallel import ALONE, Parallel, Ways, possible_ways, split_ways
+from pyramid_flow.parallel import ALONE, Parallel
+from pyramid_flow.parallel_config import Ways, possible_ways, split_ways
 from pyramid_flow.sampling import plan_cache
 from pyramid_flow.team import Team, TeamError
 from tests.pyramid_flow.goldens import TINY, assert_run_equal, randn

@@ -19,7 +19,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramid_flow import Checkpoint, InvalidValueError, PyramidFlowPipeline
-from pyramid_flow.placement import MODES, Placement, execution_device
+from pyramid_flow.memory_modes import MODES
+from pyramid_flow.placement import Placement, execution_device
 from tests.pyramid_flow.goldens import TINY
 
 CPU, META = torch.device("cpu"), torch.device("meta")

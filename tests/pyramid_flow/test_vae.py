@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pyramid_flow import Checkpoint
+from pyramid_flow import CausalVideoVAE, Checkpoint
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.toy.world import draw_scene
-from pyramid_flow.vae import CausalVideoVAE, LatentDistribution, model, temporal_chunks
+from pyramid_flow.vae import model
 from pyramid_flow.vae.blocks import FrameGroupNorm
 from pyramid_flow.vae.conv import CausalConv3d, FeatureCache
+from pyramid_flow.vae.model import LatentDistribution, temporal_chunks
 from pyramid_flow.vae.tiling import blend, map_tiles, tile_origins
 from tests.pyramid_flow.plain_vae import PlainDecoder
 

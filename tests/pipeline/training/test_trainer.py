@@ -19,8 +19,8 @@ from pipeline.training.optimizer import OptimizerSettings
 from pipeline.training.state import Training, restore, save, trained_state, trained_weights
 from pipeline.training.tasks import Phase, TransformerSource, TransformerTask
 from pipeline.training.trainer import DATA_PARALLEL, TrainingDivergedError, TrainJob, fit, train_step, write_examples
-from pyramid_flow.training import Objective
 from pyramid_flow.training.lora import LoRA, merge_lora
+from pyramid_flow.training.step import Objective
 from tests.pipeline.mp4 import probe, read_tags
 from tests.pyramid_flow.goldens import TINY_MINIFLUX, TINY_SD3, tiny_text_encoder
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pyramid_flow import InvalidValueError, PyramidSchedule
 from pyramid_flow.pyramid import downsample, noise_pyramid
-from pyramid_flow.training import (
-    KeyedDraws,
+from pyramid_flow.training.draws import KeyedDraws
+from pyramid_flow.training.objective import (
     TrainingSample,
     spatial_pyramid_sample,
     temporal_pyramid_sample,

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from pyramid_flow import InvalidValueError, PyramidSchedule, PyramidTransformer, ShapeError
-from pyramid_flow.training import KeyedDraws, Objective, initialise_transformer, optimizer_step, transformer_losses
-from pyramid_flow.training.step import Losses, with_dropout
+from pyramid_flow.training.draws import KeyedDraws
+from pyramid_flow.training.step import (
+    Losses,
+    Objective,
+    initialise_transformer,
+    optimizer_step,
+    transformer_losses,
+    with_dropout,
+)
 from tests.pyramid_flow.goldens import TINY, tiny_text_encoder, tiny_transformer
 
 SCHEDULE = PyramidSchedule()

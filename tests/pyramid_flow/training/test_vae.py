@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyramid_flow import CausalVideoVAE
-from pyramid_flow.training import KeyedDraws
 from pyramid_flow.training import vae as training_vae
+from pyramid_flow.training.draws import KeyedDraws
 from pyramid_flow.training.vae import (
     VAEObjective,
     foreground_weights,
