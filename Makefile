@@ -3,15 +3,16 @@ PYTHON ?= python3
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 SOUND := -c 'import sys; sys.exit(sys.version_info < (3, 11) or sys.prefix == sys.base_prefix)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-all lint format toy clean
+.PHONY: help demo serve test test-integration test-slow test-all lint format toy clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.installed ## render a few small videos on this machine into outputs/demo
 	$(BIN)/pyramid-render demo --output outputs/demo
@@ -19,11 +20,16 @@ demo: .venv/.installed ## render a few small videos on this machine into outputs
 serve: .venv/.installed ## answer the Videos API on this machine with the bundled model
 	$(BIN)/pyramid-render serve
 
-test: .venv/.test-installed ## the default tests, about 20 minutes on 2 cores
-	$(BIN)/python -m pytest
+test: .venv/.test-installed ## the default tests
+	$(PYTEST)
 
-test-all: .venv/.test-installed ## every test, the slow ones too
-	$(BIN)/python -m pytest -m ""
+test-integration: .venv/.test-installed ## tests with Ray, servers, databases and browsers
+	$(PYTEST) -m "integration and not slow"
+
+test-slow: .venv/.test-installed ## tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-integration test-slow ## every test
 
 lint: .venv/.test-installed ## ruff and mypy, changing nothing
 	$(BIN)/ruff check
@@ -41,7 +47,7 @@ toy: $(TOY)/transformer/model/pyramid.json ## train the bundled model
 $(TOY)/blank/pyramid.json: | .venv/.test-installed
 	$(BIN)/python -m pyramid_flow.toy.blank $(@D)
 
-WORLD := $(BIN)/python -m jobs.dataset world --side 64 --sizes medium --sizes large
+WORLD := $(BIN)/pyramid-render dataset world --side 64 --sizes medium --sizes large
 
 $(TOY)/images.parquet: | .venv/.test-installed
 	$(WORLD) --output $@ --count 20000 --num-frames 1 --seed 1
@@ -50,17 +56,17 @@ $(TOY)/clips.parquet: | .venv/.test-installed
 	$(WORLD) --output $@ --count 3000 --num-frames 33 --seed 0
 
 $(TOY)/vae/model/pyramid.json: jobs/toy/vae.yaml $(TOY)/blank/pyramid.json $(addprefix $(TOY)/,images.parquet clips.parquet)
-	$(BIN)/python -m jobs.train --config $<
+	$(BIN)/pyramid-render train --config $<
 
 $(TOY)/scenes.parquet: | .venv/.test-installed
 	$(WORLD) --output $@ --count 8000 --num-frames 33 --seed 2
 
 $(TOY)/latents/part-000000.parquet: $(TOY)/vae/model/pyramid.json $(TOY)/scenes.parquet
-	$(BIN)/python -m jobs.dataset encode --input $(TOY)/scenes.parquet --output $(@D) --model $(<D) \
+	$(BIN)/pyramid-render dataset encode --input $(TOY)/scenes.parquet --output $(@D) --model $(<D) \
 		--dtype bfloat16 --workers 2
 
 $(TOY)/transformer/model/pyramid.json: jobs/toy/transformer.yaml $(TOY)/latents/part-000000.parquet
-	$(BIN)/python -m jobs.train --config $<
+	$(BIN)/pyramid-render train --config $<
 
 clean: ## remove the virtual environment, caches and outputs/demo
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache dist outputs/demo

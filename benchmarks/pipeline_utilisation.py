@@ -40,8 +40,9 @@ from benchmarks.simulated import (
     write_table,
 )
 from pipeline.costs import Costs
-from pipeline.plan import Job, Layout, Plan, Resources, make_plan
+from pipeline.plan import Job, Plan, Resources, make_plan
 from pipeline.runner import session
+from pipeline.stages import Layout
 
 GOAL = 0.97
 SAMPLERS = 2

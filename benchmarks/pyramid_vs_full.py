@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from benchmarks.report import ROOT, write_result
 from benchmarks.toy_quality import NAMES, judged, scenes, scores, videos
-from jobs import dataset
+from jobs import cli
 from jobs.settings import TrainSettings, parse
 from jobs.train import prepare
 from pipeline import runner
@@ -268,7 +268,7 @@ def prepared(arguments: Namespace, folder: Path) -> TrainJob:
             ["world", *world, "--side", "64", "--sizes", "medium", "--sizes", "large"],
             ["encode", *encode, "--dtype", "bfloat16"],
         ):
-            if dataset.main(command):
+            if cli.main(["dataset", *command]):
                 sys.exit(1)
         (latents / "done").touch()
     phases = json.dumps([{"data": [str(latents)], "steps": 1, "batch_size": arguments.batch_size}])

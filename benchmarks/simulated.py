@@ -20,7 +20,7 @@ from pipeline.job import RenderJob
 from pipeline.ledger import claim, new_run_id
 from pipeline.plan import Plan, Pool, StageSpec
 from pipeline.rows import Item
-from pipeline.stages import Stage
+from pipeline.stages.stage import Stage
 from pipeline.storage import Storage
 from pipeline.worklist import RowRules, scan
 from pyramid_flow import Preset

@@ -1,48 +1,93 @@
-"""The `pyramid-render` command: a table of subcommands, each loaded only when it is called."""
+"""The `pyramid-render` command: parses the settings of a subcommand, then loads its module and runs it."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 
-COMMANDS = {
-    "render": ("jobs.render", "render a table of prompts to videos"),
-    "status": ("jobs.status", "say how far the jobs of an output are"),
-    "report": ("jobs.report", "write report.html: gallery, timeline, failures, costs"),
-    "compact": ("jobs.compact", "merge the parts of an output's ledger, list files that no row names"),
-    "dataset": ("jobs.dataset", "make prompts from a recipe and render them, a suite for VBench, tables to train on"),
-    "export": ("jobs.export", "make a dataset of an output: WebDataset or Parquet, with a card"),
-    "serve": ("jobs.serve", "answer the Videos API: videos by HTTP"),
-    "fetch": ("jobs.fetch", "download a published checkpoint"),
-    "inspect": ("jobs.describe", "say what a checkpoint is and how much memory it needs"),
-    "demo": ("jobs.demo", "render the sample table with the bundled model"),
+from jobs import settings
+from jobs.settings import EXIT_WRONG_JOB, JobSettings, parse
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand. Its module has `run(settings) -> exit code` and loads only once the settings are valid."""
+
+    module: str
+    settings: type[JobSettings]
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Subcommands under a name of their own."""
+
+    purpose: str
+    commands: Mapping[str, Command]
+
+
+DATASET = {
+    "generate": Command(
+        "jobs.dataset", settings.GenerateSettings, "make a table of prompts from a recipe, and render it"
+    ),
+    "vbench": Command("jobs.dataset", settings.VBenchSettings, "render a suite of prompts for VBench"),
+    "world": Command("jobs.dataset", settings.WorldSettings, "draw clips of the toy's world"),
+    "encode": Command(
+        "jobs.dataset", settings.EncodeSettings, "turn clips into latents and text embeddings, to train on"
+    ),
+}
+COMMANDS: Mapping[str, Command | Group] = {
+    "render": Command("jobs.render", settings.RenderSettings, "render a table of prompts to videos"),
+    "status": Command("jobs.status", settings.StatusSettings, "say how far the jobs of an output are"),
+    "report": Command("jobs.report", settings.ReportSettings, "write report.html: gallery, timeline, failures, costs"),
+    "compact": Command(
+        "jobs.compact",
+        settings.CompactSettings,
+        "merge the parts of an output's ledger, list files that no row names",
+    ),
+    "dataset": Group("make prompts from a recipe and render them, a suite for VBench, tables to train on", DATASET),
+    "export": Command(
+        "jobs.export", settings.ExportSettings, "make a dataset of an output: WebDataset or Parquet, with a card"
+    ),
+    "train": Command("jobs.train", settings.TrainSettings, "train the VAE or the transformer of a checkpoint"),
+    "serve": Command("jobs.serve", settings.ServeSettings, "answer the Videos API: videos by HTTP"),
+    "fetch": Command("jobs.fetch", settings.FetchSettings, "download a published checkpoint"),
+    "inspect": Command(
+        "jobs.describe", settings.InspectSettings, "say what a checkpoint is and how much memory it needs"
+    ),
+    "demo": Command("jobs.demo", settings.DemoSettings, "render the sample table with the bundled model"),
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand named first; returns its exit code."""
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(usage("pyramid-render", _purposes()))
-        return 0
-    if name == "--version":
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
         print(version("pyramid-render"))
         return 0
-    if name not in COMMANDS:
-        print(f"pyramid-render: no command {name!r}\n\n{usage('pyramid-render', _purposes())}", file=sys.stderr)
-        return 2
-    code: int = import_module(COMMANDS[name][0]).main(arguments)
+    return _dispatch("pyramid-render", COMMANDS, arguments)
+
+
+def _dispatch(program: str, commands: Mapping[str, Command | Group], arguments: Sequence[str]) -> int:
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage(program, commands))
+        return 0
+    if name not in commands:
+        print(f"{program}: no command {name!r}\n\n{_usage(program, commands)}", file=sys.stderr)
+        return EXIT_WRONG_JOB
+    command = commands[name]
+    if isinstance(command, Group):
+        return _dispatch(f"{program} {name}", command.commands, rest)
+    values = parse(command.settings, rest)
+    code: int = import_module(command.module).run(values)
     return code
 
 
-def usage(program: str, purposes: Mapping[str, str]) -> str:
-    """Return the help of a program with subcommands."""
-    lines = [f"  {name:<8} {purpose}" for name, purpose in purposes.items()]
+def _usage(program: str, commands: Mapping[str, Command | Group]) -> str:
+    lines = [f"  {name:<8} {command.purpose}" for name, command in commands.items()]
     return "\n".join([f"usage: {program} COMMAND [--help | options]", "", *lines])
-
-
-def _purposes() -> dict[str, str]:
-    return {name: purpose for name, (_, purpose) in COMMANDS.items()}
 
 
 if __name__ == "__main__":

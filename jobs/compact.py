@@ -2,9 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Sequence
 
-from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, CompactSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, CompactSettings
 from pipeline import compact, ledger
 from pipeline.rows import plain_text
 from pipeline.storage import Storage
@@ -13,9 +12,8 @@ from pyramid_flow.errors import PyramidFlowError
 SHOWN_ORPHANS = 20
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: CompactSettings) -> int:
     """Compact the ledger, then list the orphans or delete them; returns the exit code."""
-    settings = parse(CompactSettings, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         storage = Storage(settings.output)
@@ -55,7 +53,3 @@ def _orphans(storage: Storage, delete: bool) -> None:
 def _ended(code: int, message: str) -> int:
     print(f"pyramid-render compact: {message}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

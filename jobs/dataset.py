@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from jobs.cli import usage
-from jobs.render import EXIT_SOME_FAILED, render
-from jobs.settings import EXIT_WRONG_JOB, EncodeSettings, GenerateSettings, VBenchSettings, WorldSettings, parse
+from jobs import render
+from jobs.settings import EXIT_WRONG_JOB, EncodeSettings, GenerateSettings, VBenchSettings, WorldSettings
 from jobs.settings.dataset import MadeTableSettings
 from pipeline import runner, vbench
 from pipeline.inputs import folder_of, full_url, list_parts
@@ -34,32 +33,32 @@ from pyramid_flow.toy.world import draw_scene
 ROWS_PER_GROUP = 32
 RECORD = "encoding.json"
 TABLE, TABLE_RECORD = "prompts.parquet", "prompts.json"
-PROGRAM = "pyramid-render dataset"
+
+Settings = GenerateSettings | VBenchSettings | WorldSettings | EncodeSettings
 
 logger = logging.getLogger("jobs.dataset")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand named first; returns its exit code."""
-    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+def run(settings: Settings) -> int:
+    """Run the job that these settings are of; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    help_text = usage(PROGRAM, {name: purpose for name, (_, purpose) in COMMANDS.items()})
-    if name in ("-h", "--help"):
-        print(help_text)
-        return 0
-    if name not in COMMANDS:
-        print(f"{PROGRAM}: no command {name!r}\n\n{help_text}", file=sys.stderr)
-        return EXIT_WRONG_JOB
     try:
-        return COMMANDS[name][0](arguments)
+        match settings:
+            case GenerateSettings():
+                return _generate(settings)
+            case VBenchSettings():
+                return _suite(settings)
+            case WorldSettings():
+                return _world(settings)
+            case EncodeSettings():
+                return _encode(settings)
     except PyramidFlowError as error:
-        logger.error("%s %s: %s", PROGRAM, name, error)
+        logger.error("%s: %s", settings.model_config["cli_prog_name"], error)
         return EXIT_WRONG_JOB
 
 
-def generate(argv: Sequence[str]) -> int:
+def _generate(settings: GenerateSettings) -> int:
     """Make a table of prompts from a recipe, and render it."""
-    settings = parse(GenerateSettings, argv)
     recipe = Recipe.read(settings.recipe)
 
     def make() -> pa.Table:
@@ -71,15 +70,14 @@ def generate(argv: Sequence[str]) -> int:
     return _render(settings, recipe.model_dump(mode="json", exclude_defaults=True), make)
 
 
-def suite(argv: Sequence[str]) -> int:
+def _suite(settings: VBenchSettings) -> int:
     """Render a suite of prompts, and gather its videos under the names that VBench looks for."""
-    settings = parse(VBenchSettings, argv)
     prompts = vbench.read_suite(settings.suite)
     storage = Storage(settings.output)
     folder = settings.videos or vbench.default_folder(storage)
     record = {"suite": hash_of({"prompts": prompts}), "samples": settings.samples, "fields": settings.fields}
     code = _render(settings, record, lambda: vbench.suite_table(prompts, settings.samples, settings.fields))
-    if not settings.only_table and not settings.dry_run and code in (0, EXIT_SOME_FAILED):
+    if not settings.only_table and not settings.dry_run and code in (0, render.EXIT_SOME_FAILED):
         count = vbench.gather(storage, prompts, settings.samples, folder)
         print(f"  {count} of {len(prompts) * settings.samples} videos of the suite are in {folder}")
     return code
@@ -98,12 +96,11 @@ def _render(settings: MadeTableSettings, record: Mapping[str, object], make: Cal
     if settings.only_table:
         print(url)
         return 0
-    return render(settings.model_copy(update={"input": [url]}))
+    return render.run(settings.model_copy(update={"input": [url]}))
 
 
-def world(argv: Sequence[str]) -> int:
+def _world(settings: WorldSettings) -> int:
     """Draw clips of the toy's world."""
-    settings = parse(WorldSettings, argv)
     check_num_frames(settings.num_frames)
     path = Path(settings.output)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,9 +113,8 @@ def world(argv: Sequence[str]) -> int:
     return 0
 
 
-def encode_clips(argv: Sequence[str]) -> int:
+def _encode(settings: EncodeSettings) -> int:
     """Encode clips with a checkpoint's VAE and text encoders."""
-    settings = parse(EncodeSettings, argv)
     checkpoint = Checkpoint.open(settings.model, settings.variant)
     checkpoint.check()
     parts = list_parts(settings.input)
@@ -168,14 +164,3 @@ def _clip_format(settings: EncodeSettings, preset: Preset) -> ClipFormat:
     check_size("height", clip.height)
     check_size("width", clip.width)
     return clip
-
-
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "generate": (generate, "make a table of prompts from a recipe, and render it"),
-    "vbench": (suite, "render a suite of prompts for VBench"),
-    "world": (world, "draw clips of the toy's world"),
-    "encode": (encode_clips, "turn clips into latents and text embeddings, to train on"),
-}
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from jobs.settings import EXIT_INTERRUPTED, EXIT_WRONG_JOB, InspectSettings, parse
+from jobs.settings import EXIT_INTERRUPTED, EXIT_WRONG_JOB, InspectSettings
 from pyramid_flow import Checkpoint, SamplingParams
 from pyramid_flow.checkpoint import DTYPES, list_variants
 from pyramid_flow.errors import PyramidFlowError
@@ -41,9 +41,8 @@ class Variant:
     needed: dict[str, int]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: InspectSettings) -> int:
     """Print what the checkpoint is; returns the exit code."""
-    settings = parse(InspectSettings, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         variants = [describe(Checkpoint.open(settings.model, name), settings) for name in list_variants(settings.model)]
@@ -118,7 +117,3 @@ def _columns(cells: Sequence[str]) -> str:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,11 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, ExportSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, ExportSettings
 from pipeline import ledger
 from pipeline.export import ExportError, Options, export, select, shards
 from pipeline.faults import StorageError
@@ -14,12 +13,11 @@ from pipeline.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: ExportSettings) -> int:
     """Write the dataset; returns the exit code."""
-    settings = parse(ExportSettings, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return run(settings)
+        return _write(settings)
     except ImportError as error:
         print(f"pyramid-render export: {error}: pip install 'pyramid-render[export]'", file=sys.stderr)
         return EXIT_WRONG_JOB
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def run(settings: ExportSettings) -> int:
+def _write(settings: ExportSettings) -> int:
     """Choose the rows, say what is left out, and write the shards."""
     storage, target = Storage(settings.output), Storage(settings.dataset)
     if not ledger.part_names(storage):
@@ -59,7 +57,3 @@ def run(settings: ExportSettings) -> int:
             bar.update()
     print(f"{len(selection.rows)} videos in {target.uri}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

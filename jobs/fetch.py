@@ -10,7 +10,7 @@ from typing import cast
 from huggingface_hub import DryRunFileInfo, HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, FetchSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, FetchSettings
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError, PyramidFlowError
 from pyramid_flow.layout import TRANSFORMER_PREFIX, needed_files
@@ -31,9 +31,8 @@ class UnreachableError(PyramidFlowError):
     """The Hub does not answer."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: FetchSettings) -> int:
     """Fetch the checkpoint and print its folder; returns the exit code."""
-    settings = parse(FetchSettings, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line per request
     try:
@@ -131,7 +130,3 @@ def _one_line(error: BaseException) -> str:
 def _ended(code: int, message: str) -> int:
     print(f"pyramid-render fetch: {message}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,11 @@
-"""Render a table of prompts: parse, validate, run (`pyramid-render render`, `python -m jobs.render`)."""
+"""Render a table of prompts: parse, validate, run (`pyramid-render render`)."""
 
 import logging
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from jobs.progress import Progress
-from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, RenderSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, RenderSettings
 from jobs.signals import Signals
 from jobs.summary import SUMMARY_COLUMNS, num_failed, plan_text, summary_text
 from pipeline import ledger, runner
@@ -39,12 +39,7 @@ EXIT_SOME_FAILED = 3
 logger = logging.getLogger("pyramid-render")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that flags describe; returns the exit code."""
-    return render(parse(RenderSettings, sys.argv[1:] if argv is None else argv))
-
-
-def render(settings: RenderSettings) -> int:
+def run(settings: RenderSettings) -> int:
     """Run the job; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     signals = Signals()
@@ -240,7 +235,3 @@ def _job_record(settings: RenderSettings) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

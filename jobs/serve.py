@@ -6,7 +6,6 @@ import ipaddress
 import logging
 import sys
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 
 import ray
@@ -18,7 +17,7 @@ from ray.serve import Application
 from sqlalchemy.engine import make_url
 from yarl import URL
 
-from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, ServeSettings, parse, webhook_secret
+from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, ServeSettings, webhook_secret
 from jobs.signals import Signals
 from pipeline import runner
 from pipeline.plan import PlanError, Resources
@@ -41,9 +40,8 @@ class ServeError(PyramidFlowError):
     """The service cannot start as it was asked for."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: ServeSettings) -> int:
     """Serve until a signal comes; returns the exit code."""
-    settings = parse(ServeSettings, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if settings.new_key:
         key = new_key()
@@ -235,7 +233,3 @@ def _serve(settings: ServeSettings, config: ServiceConfig, signals: Signals) -> 
 
 def _is_local(url: str) -> bool:
     return url.startswith("file://") or (":" in url and make_url(url).get_backend_name() == "sqlite")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

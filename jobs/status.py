@@ -1,11 +1,10 @@
 """How far the jobs of an output are (`pyramid-render status OUT`); works wherever OUT can be read."""
 
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from jobs.settings import EXIT_WRONG_JOB, StatusSettings, parse
+from jobs.settings import EXIT_WRONG_JOB, StatusSettings
 from jobs.summary import SUMMARY_COLUMNS, failures, num_failed
 from pipeline import ledger
 from pipeline.storage import Storage
@@ -14,9 +13,8 @@ from pyramid_flow.errors import PyramidFlowError
 SHOWN_RUNS = 5
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: StatusSettings) -> int:
     """Print the state of the ledger and of the latest runs; returns the exit code."""
-    settings = parse(StatusSettings, sys.argv[1:] if argv is None else argv)
     try:
         storage = Storage(settings.output)
         runs, view = ledger.read_runs(storage), ledger.read(storage, SUMMARY_COLUMNS)
@@ -43,7 +41,3 @@ def run_text(run: dict[str, Any], now: datetime) -> str:
     if rows["done"]:
         text += f", about {minutes * (rows['total'] - rows['done']) / rows['done']:.0f} min left"
     return f"{text}, last sign of life {(now - at).total_seconds():.0f} s ago"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

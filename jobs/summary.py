@@ -1,20 +1,25 @@
 """What a render says before and after: the plan with its expected speed, and the closing summary."""
 
+from typing import TYPE_CHECKING
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.costs import Costs
-from pipeline.job import RenderJob
-from pipeline.plan import Plan, PlanError
 from pipeline.stages import STAGES
-from pipeline.worklist import Fate
+
+if TYPE_CHECKING:  # `status` shows failures only, and loads no more than the ledger for it
+    from pipeline.costs import Costs
+    from pipeline.job import RenderJob
+    from pipeline.plan import Plan
 
 SUMMARY_COLUMNS = ("id", "status", "error_message", "flags", "rerolls")
 SHOWN_REASONS = 5
 
 
-def plan_text(job: RenderJob, gpu_hour_price: float | None) -> str:
+def plan_text(job: "RenderJob", gpu_hour_price: float | None) -> str:
     """Say what would be done: rows, workers, expected speed and cost."""
+    from pipeline.worklist import Fate
+
     pending = job.pending()
     fates = pending.num_rows_by_fate
     rows = (
@@ -29,7 +34,7 @@ def plan_text(job: RenderJob, gpu_hour_price: float | None) -> str:
     return "\n".join(lines + expectation(job.plan, pending.num_rows, gpu_hour_price))
 
 
-def expectation(plan: Plan, num_rows: int, gpu_hour_price: float | None) -> list[str]:
+def expectation(plan: "Plan", num_rows: int, gpu_hour_price: float | None) -> list[str]:
     """Say how fast a plan is expected to be, what the rows will take, and how that is known."""
     if plan.costs is None or not plan.rows_per_hour:
         return []
@@ -43,7 +48,7 @@ def expectation(plan: Plan, num_rows: int, gpu_hour_price: float | None) -> list
     return [text, f"seconds per video: {stage_seconds(plan.costs)} ({source})"]
 
 
-def stage_seconds(costs: Costs) -> str:
+def stage_seconds(costs: "Costs") -> str:
     """Return the seconds per row of each stage in one line."""
     return ", ".join(f"{stage} {costs.seconds[stage]:.3g}" for stage in STAGES if stage in costs.seconds)
 
@@ -74,14 +79,14 @@ def flagged(view: pa.Table) -> list[str]:
     return lines
 
 
-def summary_text(view: pa.Table, job: RenderJob, *, rendered: int, seconds: float) -> str:
+def summary_text(view: pa.Table, job: "RenderJob", *, rendered: int, seconds: float) -> str:
     """Say what was done, what failed and why, and where the time went."""
     succeeded = len(view) - num_failed(view)
     lines = [f"{succeeded} of {len(view)} rows succeeded; this run took {rendered} rows in {seconds:.1f} s"]
     return "\n".join(lines + failures(view) + flagged(view) + _measured(job))
 
 
-def _measured(job: RenderJob) -> list[str]:
+def _measured(job: "RenderJob") -> list[str]:
     """Say what the rows of this run cost, and what a plan by these costs would give."""
     costs, fill = job.measured.costs(), job.measured.fill(job.plan.batch_size)
     if costs is None or fill is None:
@@ -93,7 +98,9 @@ def _measured(job: RenderJob) -> list[str]:
     return [*lines, f"  planned by these costs: {_advice(job, costs)}"]
 
 
-def _advice(job: RenderJob, costs: Costs) -> str:
+def _advice(job: "RenderJob", costs: "Costs") -> str:
+    from pipeline.plan import PlanError
+
     try:
         better = job.plan_for(costs)
     except PlanError as error:

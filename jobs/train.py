@@ -1,10 +1,10 @@
-"""Train a part of a checkpoint on Ray Train (`python -m jobs.train --config train.yaml`)."""
+"""Train a part of a checkpoint on Ray Train (`pyramid-render train --config train.yaml`)."""
 
 import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, PhaseSettings, TrainSettings, parse
+from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, PhaseSettings, TrainSettings
 from jobs.signals import Signals
 from pipeline import runner
 from pipeline.inputs import list_parts, read_blocks
@@ -50,14 +50,13 @@ class TrainingError(PyramidFlowError):
     """A training cannot begin."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: TrainSettings) -> int:
     """Train; returns the exit code."""
-    settings = parse(TrainSettings, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         checkpoint, job = prepare(settings)
     except PyramidFlowError as error:
-        logger.error("jobs.train: %s", error)
+        logger.error("pyramid-render train: %s", error)
         return EXIT_WRONG_JOB
     from torch.utils.tensorboard import SummaryWriter  # an extra
 
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with trained.as_directory() as folder:
                 write_model(settings, checkpoint, job, trained_weights(Path(folder)))
     except (TrainingError, PlanError) as error:
-        logger.error("jobs.train: %s", error)
+        logger.error("pyramid-render train: %s", error)
         return EXIT_WRONG_JOB
     except KeyboardInterrupt:
         logger.error("interrupted: run the same command again to go on from the last checkpoint")
@@ -246,7 +245,3 @@ def _latents(vae: CausalVideoVAE, job: TrainJob) -> list[Tensor]:
     """Return the latents of the first clips that are trained on last."""
     rows = chain.from_iterable(clips(table) for part in job.phases[-1].parts for _, table in read_blocks(part))
     return [vae.encode_moments(pixels_of(clip)[None]).mean for clip in islice(rows, STATISTICS_CLIPS)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,15 +3,16 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.ledger import job_record, write_job_record
 from pipeline.request import Shape
 from pipeline.rows import Batch
 from pipeline.storage import Storage
-from pyramid_flow import Checkpoint, render_flops
-from pyramid_flow.flops import LEVELS
 from pyramid_flow.tile import Tile
+
+if TYPE_CHECKING:
+    from pyramid_flow import Checkpoint
 
 ASSUMED_FLOPS = {"cuda": 150e12, "cpu": 30e9}
 """Floating-point operations per second of one device that are assumed until a run has measured its own."""
@@ -108,13 +109,15 @@ def expected_costs(
 
 
 def flops_estimate(
-    checkpoint: Checkpoint, device: str, tile: Tile, cache_gib: float | None = None, gpus_per_clip: int = 1
+    checkpoint: "Checkpoint", device: str, tile: Tile, cache_gib: float | None = None, gpus_per_clip: int = 1
 ) -> Callable[[Shape], Seconds]:
     """Return a function from a shape to its estimated seconds per row and stage on one device.
 
     tile: auto = none; cache_gib: sampling is taken to have memory for the whole history cache, unless it is 0;
     gpus_per_clip: each is taken to do its full share.
     """
+    from pyramid_flow.flops import LEVELS, render_flops
+
     side, cached = None if tile == "auto" else tile, () if cache_gib == 0 else LEVELS
 
     def estimate(shape: Shape) -> Seconds:

@@ -20,7 +20,7 @@ from pipeline.compact import SILENCE
 from pipeline.quality import Figures
 from pipeline.request import ResolvedRequest
 from pipeline.rows import LEDGER_SCHEMA
-from pipeline.stages import STAGES, Publish
+from pipeline.stages import PUBLISH, STAGES
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def _totals(rows: pa.Table, gpu_hour_price: float | None, gpus_per_clip: int) ->
     """Return figures of all rows; what failed rows took counts as a cost of those that succeeded."""
     succeeded: int = pc.sum(pc.equal(rows["status"], "succeeded")).as_py() or 0
     on_gpu = rows.filter(pc.not_equal(rows["device"], "cpu"))
-    stages = [stage for stage in STAGES if stage != Publish.name]
+    stages = [stage for stage in STAGES if stage != PUBLISH]
     gpu_s = gpus_per_clip * sum(pc.sum(_seconds(on_gpu, stage)).as_py() or 0.0 for stage in stages)
     hours = _worked_seconds(rows) / 3600
     cost = None if gpu_hour_price is None or not gpu_s else gpu_s / 3600 * gpu_hour_price

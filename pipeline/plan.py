@@ -3,12 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, floor, inf
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.costs import Costs
 from pipeline.provenance import Signing
 from pipeline.quality import STANDARD, Thresholds
-from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample, Stage
+from pipeline.stages import Layout
+from pipeline.stages.decode import Decode
+from pipeline.stages.encode import Encode
+from pipeline.stages.publish import Publish
+from pipeline.stages.sample import Sample
+from pipeline.stages.stage import ModelConfig, Stage
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.memory_modes import Memory
 from pyramid_flow.tile import Tile
@@ -24,8 +29,6 @@ HEADROOM = 1.5
 
 CPUS_PER_WORKER = 4  # of one worker for all stages, without GPUs
 MAX_ENCODER_THREADS = 4
-
-Layout = Literal["auto", "staged", "fused"]
 
 Labels = Mapping[str, str]
 """Of a node, as Ray has them; such as "ray.io/accelerator-type": "H100"."""

@@ -14,7 +14,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.rows import Batch, Item
-from pipeline.stages import Encode, Sample, Stage
+from pipeline.stages.encode import Encode
+from pipeline.stages.sample import Sample
+from pipeline.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
 

@@ -4,16 +4,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
-from safetensors import TensorSpec, serialize
-from safetensors.torch import load
-from torch import Tensor
 
 from pipeline.request import ResolvedRequest
+
+if TYPE_CHECKING:  # torch is imported where tensors are made: commands that read the ledger need none
+    from torch import Tensor
 
 OWN_FAULTS = ("RequestError", "InvalidValueError", "ImageError", "NonFiniteError", "WorkerDied")
 """Types of errors that are the row's own doing; any other one speaks of the machine, the storage or the model."""
@@ -101,7 +100,7 @@ class Item:
     """A row and the tensors that belong to it at this point of the pipeline."""
 
     row: RenderRow
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: "dict[str, Tensor]" = field(default_factory=dict)
 
     @property
     def is_pending(self) -> bool:
@@ -114,7 +113,7 @@ class Item:
         assert self.row.request is not None
         return self.row.request
 
-    def with_tensors(self, tensors: dict[str, Tensor], **row: Any) -> "Item":  # noqa: ANN401 - any field of the row
+    def with_tensors(self, tensors: "dict[str, Tensor]", **row: Any) -> "Item":  # noqa: ANN401 - any field of the row
         """Return the item with other tensors and some fields of its row replaced."""
         return Item(self.row.updated(**row), tensors)
 
@@ -174,6 +173,8 @@ def pack(batch: Batch) -> dict[str, bytes]:
 
 def unpack(columns: dict[str, bytes]) -> Batch:
     """Inverse of `pack`."""
+    from safetensors.torch import load
+
     rows = _ROWS.validate_json(columns["rows"])
     tensors: list[dict[str, Tensor]] = [{} for _ in rows]
     for key, tensor in load(columns["tensors"]).items():
@@ -183,12 +184,14 @@ def unpack(columns: dict[str, bytes]) -> Batch:
     return Batch(items, _from_ipc(columns["columns"]))
 
 
-def as_tensor(data: bytes) -> Tensor:
+def as_tensor(data: bytes) -> "Tensor":
     """Hold a file's bytes as a uint8 tensor [N]."""
+    import torch
+
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
-def as_bytes(tensor: Tensor) -> bytes:
+def as_bytes(tensor: "Tensor") -> bytes:
     """Inverse of `as_tensor`."""
     return tensor.numpy().tobytes()
 
@@ -299,7 +302,9 @@ LEDGER_SCHEMA = pa.schema(
 """Columns of every ledger row; the user's own follow (one whose name is taken here gets the prefix user_)."""
 
 
-def _to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+def _to_safetensors(tensors: "Mapping[str, Tensor]") -> bytes:
+    from safetensors import TensorSpec, serialize
+
     # `safetensors.torch.save` makes a type of ctypes for each new number of bytes, and keeps it: 6 KiB for every file
     dense = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}  # held: pointers lead there
     specs = {

@@ -21,7 +21,8 @@ from pipeline.metrics import QueueMetrics, StageMetrics
 from pipeline.plan import Node, Plan, PlanError, Pool, Resources, StageSpec
 from pipeline.quarantine import MAX_ATTEMPTS, Guarded, start_watch
 from pipeline.rows import Batch, pack, unpack
-from pipeline.stages import Publish, Stage
+from pipeline.stages.publish import Publish
+from pipeline.stages.stage import Stage
 from pipeline.worklist import PartWork, RowRules, Worklist
 
 READ_TASKS = 2

@@ -1,30 +1,76 @@
-"""What tests share: one local Ray cluster and one PostgreSQL server per session."""
+"""Shared by all tests: tiers, time limits, one local Ray cluster and one PostgreSQL server per process."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads torch: processes share the cores
+
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.plan import Resources
-from tests.requirements import lacking
+from tests.cpu_report import CpuReport
+from tests.requirements import PROGRAMS, lacking
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+    from pipeline.plan import Resources
 
-@pytest.hookimpl(trylast=True)  # after tests were deselected
+
+TIMEOUTS_S = {"slow": 900, "integration": 300}
+"""Time limits of the tests beyond the default tier, whose limit is in pyproject.toml."""
+NEED_PACKAGES = PROGRAMS.keys()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--last-start", type=float, metavar="TIME", help="start no test after this Unix time; those left out are listed"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(CpuReport())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse to start if a selected test needs a program that is not there."""
-    lines = lacking(marker.name for item in items for marker in item.iter_markers())
+    """Give each test the time limit of its tier, and the xdist group that shares its expensive fixtures."""
+    for item in items:
+        tier = next(filter(item.get_closest_marker, TIMEOUTS_S), None)
+        if tier is None:
+            wrong = [name for name in NEED_PACKAGES if item.get_closest_marker(name)]
+            if wrong:
+                raise pytest.UsageError(
+                    f"{item.nodeid} needs a Debian package ({wrong[0]}): mark it integration or slow"
+                )
+        elif not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(TIMEOUTS_S[tier]))
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+        elif tier is not None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse to start if a selected test needs a program that is not installed."""
+    lines = lacking(marker.name for item in session.items for marker in item.iter_markers())
     if lines:
         raise pytest.UsageError("\n".join(lines))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Stop the session once the time of --last-start has passed."""
+    last_start: float | None = item.config.getoption("--last-start")
+    if last_start is not None and time.time() > last_start:
+        item.session.shouldstop = "no test starts after --last-start"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,9 +89,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Resources]:
-    """Run the session's local Ray cluster; its GPUs are there in name only."""
+def cluster() -> Iterator["Resources"]:
+    """Run this process's local Ray cluster; its GPUs exist in name only."""
     from pipeline import runner  # here, so that sessions without Ray tests do not load it
+    from pipeline.plan import Resources
 
     with runner.session(None, Resources(cpus=4, gpus=2)) as resources:
         yield resources

@@ -1,6 +1,6 @@
 """Settings of the jobs, one module per kind of job; nothing else reads the environment, but for a signing key."""
 
-from jobs.settings.base import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, parse
+from jobs.settings.base import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_WRONG_JOB, JobSettings, parse
 from jobs.settings.dataset import ExportSettings, GenerateSettings, VBenchSettings
 from jobs.settings.model import FetchSettings, InspectSettings
 from jobs.settings.render import CompactSettings, DemoSettings, RenderSettings, ReportSettings, StatusSettings
@@ -18,6 +18,7 @@ __all__ = [
     "FetchSettings",
     "GenerateSettings",
     "InspectSettings",
+    "JobSettings",
     "PhaseSettings",
     "RenderSettings",
     "ReportSettings",

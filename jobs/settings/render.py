@@ -26,9 +26,9 @@ from jobs.settings.base import (
     TileSide,
     labels_by_stage,
 )
-from pipeline.plan import Layout
 from pipeline.provenance import KEY
 from pipeline.quality import STANDARD, Thresholds
+from pipeline.stages import Layout
 from pyramid_flow.memory_modes import Memory
 
 Share = Annotated[float, Field(gt=0, le=1)]

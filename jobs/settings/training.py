@@ -31,7 +31,7 @@ class TrainSettings(ClusterSettings):
     Exit codes: 0 done, 1 it broke (run it again to resume), 2 the job is wrong, 130 or 143 interrupted.
     """
 
-    model_config = SettingsConfigDict(cli_prog_name="python -m jobs.train")
+    model_config = SettingsConfigDict(cli_prog_name="pyramid-render train")
 
     task: Literal["vae", "transformer"] = Field(description="what is trained")
     model: str = Field(min_length=1, description=MODEL)

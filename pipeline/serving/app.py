@@ -24,7 +24,10 @@ from pipeline.serving.live import LiveDecode
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.webhooks import Webhook
 from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
-from pipeline.stages import STAGES, Encode, ModelConfig, Publish
+from pipeline.stages import STAGES
+from pipeline.stages.encode import Encode
+from pipeline.stages.publish import Publish
+from pipeline.stages.stage import ModelConfig
 from pipeline.storage import Storage
 from pipeline.weights import open_checkpoint
 from pyramid_flow.memory_modes import Memory

@@ -12,12 +12,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.faults import StorageError
-from pipeline.fetch import ImageError, is_web
+from pipeline.fetch import ImageError
 from pipeline.images import NO_IMAGES, ImageRoot
 from pipeline.request import MAX_NUM_FRAMES, MAX_SEED, RenderRequest, RequestError
 from pipeline.rows import plain_text
 from pipeline.serving.schemas import APIError
 from pipeline.serving.tables import ID_PREFIX, PRIORITIES, Job
+from pipeline.urls import is_web
 from pyramid_flow import InvalidValueError, Preset
 from pyramid_flow.images import open_image
 from pyramid_flow.params import TEMPORAL_FACTOR

@@ -1,12 +1,12 @@
-"""The stages of a render: plain classes whose constructor loads and whose call maps one batch."""
+"""The stages of a render: plain classes whose constructor loads and whose call maps one batch.
 
-from pipeline.stages.decode import Decode
-from pipeline.stages.encode import Encode
-from pipeline.stages.publish import Publish
-from pipeline.stages.sample import Sample
-from pipeline.stages.stage import ModelConfig, Stage
+This module holds what is known without loading a model; each class has a module of its own.
+"""
 
-STAGES = (Encode.name, Sample.name, Decode.name, Publish.name)
+from typing import Literal
+
+ENCODE, SAMPLE, DECODE, PUBLISH = STAGES = ("encode", "sample", "decode", "publish")
 """Names, in the order of the data."""
 
-__all__ = ["STAGES", "Decode", "Encode", "ModelConfig", "Publish", "Sample", "Stage"]
+Layout = Literal["auto", "staged", "fused"]
+"""Which stages share a worker: none but sample and decode (staged), or all (fused)."""

@@ -15,6 +15,7 @@ from pipeline.image_text import ImageTextModel, PickedFrames
 from pipeline.quality import STANDARD, QualityMeter, Thresholds
 from pipeline.request import UNTOLD, ResolvedRequest
 from pipeline.rows import Item, as_tensor
+from pipeline.stages import DECODE
 from pipeline.stages.stage import ModelConfig, Stage
 from pipeline.still import encode_still
 from pipeline.video import Frames, ThumbnailStrip, VideoWriter
@@ -47,7 +48,7 @@ class Decode(Stage):
     the worker, and its memory is that of a chunk, and of eight frames for such a model.
     """
 
-    name = "decode"
+    name = DECODE
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from pipeline.batching import IMAGE
 from pipeline.images import ImageRoot
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Item, as_bytes
+from pipeline.stages import ENCODE
 from pipeline.stages.stage import ModelConfig, Stage
 from pyramid_flow import TextEmbedding
 from pyramid_flow.images import open_image
@@ -24,7 +25,7 @@ CACHED_PROMPTS = 256
 class Encode(Stage):
     """Adds the tensors `text.*`, `negative.*` (guided rows) and `posterior.*` (rows with an image)."""
 
-    name = "encode"
+    name = ENCODE
 
     def __init__(self, model: ModelConfig, image_root: str, image_hosts: frozenset[str]) -> None:
         checkpoint = model.open()

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pipeline.provenance import Signing
 from pipeline.request import UNTOLD
 from pipeline.rows import Item, as_bytes
+from pipeline.stages import PUBLISH
 from pipeline.stages.decode import FILE, THUMBNAIL
 from pipeline.stages.stage import Stage
 from pipeline.storage import Storage
@@ -18,7 +19,7 @@ class Publish(Stage):
     Stills are written to images/ instead, with the ending of their format. signing: of all of them, None = of none.
     """
 
-    name = "publish"
+    name = PUBLISH
 
     def __init__(self, output: str, node: str, signing: Signing | None = None) -> None:
         self.storage, self.node, self.signing = Storage(output), node, signing

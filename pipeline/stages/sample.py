@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.request import sampling_params
 from pipeline.rows import Item
+from pipeline.stages import SAMPLE
 from pipeline.stages.stage import ModelConfig, Stage
 from pyramid_flow import (
     Checkpoint,
@@ -48,7 +49,7 @@ class Sample(Stage):
     watch: makes the sampler's `on_step` for the rows of a batch; rows that are not `wanted` at the end are skipped.
     """
 
-    name = "sample"
+    name = SAMPLE
 
     def __init__(self, model: ModelConfig, watch: Callable[[Sequence[Item]], Watch] | None = None) -> None:
         checkpoint = model.open()

@@ -7,7 +7,7 @@ from pipeline.batching import read_batches, read_units
 from pipeline.plan import Plan
 from pipeline.rows import Batch
 from pipeline.runner import Limits
-from pipeline.stages import Publish
+from pipeline.stages.publish import Publish
 from pipeline.worklist import RowRules, Worklist
 
 

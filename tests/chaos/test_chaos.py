@@ -149,6 +149,7 @@ def run_chaos(scenario, seed, folder, store, bucket, timeout_s):
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 @pytest.mark.timeout(500)
 def test_rows_survive_a_killed_worker_and_a_killed_driver(tmp_path, s3, bucket, caplog):
     caplog.set_level(logging.INFO)

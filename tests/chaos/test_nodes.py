@@ -34,6 +34,7 @@ def nodes_by_stage(folder):
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 @pytest.mark.timeout(300)
 def test_stages_land_on_the_nodes_that_their_labels_name(tmp_path):
     folder = folder_of(tmp_path, FEW)
@@ -56,7 +57,7 @@ def test_stages_land_on_the_nodes_that_their_labels_name(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(600)
 def test_a_node_that_leaves_with_notice_costs_no_row_an_attempt(tmp_path):
     folder = folder_of(tmp_path, MANY)

@@ -32,7 +32,7 @@ class Head:
         return done.stdout + done.stderr
 
     def submit(self, name: str, *flags: str) -> None:
-        entrypoint = ["python", "-m", "jobs.render", "--device", "cpu", "--batch-size", "1", *flags]
+        entrypoint = ["python", "-m", "jobs.cli", "render", "--device", "cpu", "--batch-size", "1", *flags]
         until(lambda: "submitted" in self.ray("submit", "--submission-id", name, "--no-wait", "--", *entrypoint), 60)
 
     def counters(self) -> str:

@@ -41,7 +41,7 @@ class Running:
 def start(folder: Path, *flags: str) -> Running:
     [port] = free_ports(1)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "jobs.serve", "--output", str(folder / "out"), "--port", str(port), *flags]
+    command = [sys.executable, "-m", "jobs.cli", "serve", "--output", str(folder / "out"), "--port", str(port), *flags]
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     running = Running(folder, port, process)

@@ -20,9 +20,9 @@ def test_help_lists_every_subcommand(monkeypatch, capsys, arguments):
     assert called(monkeypatch, *arguments) == 0
     output = capsys.readouterr().out
     assert output.startswith("usage: pyramid-render")
-    for name, (_, purpose) in cli.COMMANDS.items():
+    for name, command in cli.COMMANDS.items():
         assert name in output
-        assert purpose in output
+        assert command.purpose in output
 
 
 def test_the_version_is_that_of_the_package(monkeypatch, capsys):
@@ -38,11 +38,18 @@ def test_an_unknown_subcommand_is_named(monkeypatch, capsys, name):
     assert output.err.startswith(f"pyramid-render: no command {name!r}\n")
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_subcommand_is_there_and_gets_the_arguments_after_its_name(monkeypatch, name):
-    module = import_module(cli.COMMANDS[name][0])
-    monkeypatch.setattr(module, "main", lambda arguments: 40 + len(arguments))
-    assert called(monkeypatch, name, "--one", "two") == 42
+def test_a_subcommand_runs_with_its_settings(monkeypatch):
+    monkeypatch.setattr("jobs.status.run", lambda settings: 40 + len(settings.output))
+    assert called(monkeypatch, "status", "to") == 42
+
+
+def test_every_subcommand_has_its_module_and_its_name():
+    groups = {name: entry.commands for name, entry in cli.COMMANDS.items() if isinstance(entry, cli.Group)}
+    flat = {name: entry for name, entry in cli.COMMANDS.items() if name not in groups}
+    nested = {f"{name} {inner}": entry for name, commands in groups.items() for inner, entry in commands.items()}
+    for name, command in (flat | nested).items():
+        assert callable(import_module(command.module).run)
+        assert command.settings.model_config["cli_prog_name"] == f"pyramid-render {name}"
 
 
 @pytest.mark.parametrize(("name", "settings"), [("render", RenderSettings), ("demo", DemoSettings)])

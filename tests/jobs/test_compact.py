@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 
-from jobs import compact
+from jobs import cli
 from pipeline.faults import StorageError
 from pipeline.ledger import read
 from pipeline.storage import Storage
@@ -43,7 +43,7 @@ def the_error(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_it_says_what_it_did(storage, capsys):
     before = read(storage)
-    assert compact.main([storage.root]) == 0
+    assert cli.main(["compact", storage.root]) == 0
     merged, left, *orphans = lines(capsys)
     assert merged == "4 parts of the ledger became 1"
     assert left.startswith("  left alone: 2 of run 3: it is running, last sign of life ")
@@ -53,16 +53,16 @@ def test_it_says_what_it_did(storage, capsys):
 
 
 def test_a_second_time_there_is_nothing_to_do(storage, capsys):
-    compact.main([storage.root])
+    cli.main(["compact", storage.root])
     names = storage.list()
     capsys.readouterr()
-    assert compact.main([storage.root]) == 0
+    assert cli.main(["compact", storage.root]) == 0
     assert lines(capsys)[0] == "nothing to merge"
     assert storage.list() == names
 
 
 def test_orphans_are_deleted_when_asked_for(storage, capsys):
-    assert compact.main([storage.root, "--delete-orphans"]) == 0
+    assert cli.main(["compact", storage.root, "--delete-orphans"]) == 0
     assert lines(capsys)[-1] == "deleted 1 of them, left 1 that are younger than 24 hours"
     assert storage.list("videos") == ["videos/new.mp4"]
 
@@ -70,7 +70,7 @@ def test_orphans_are_deleted_when_asked_for(storage, capsys):
 def test_only_some_orphans_are_named(storage, capsys):
     for number in range(30):
         storage.put(f"images/{number:02d}.png", b"x")
-    assert compact.main([storage.root]) == 0
+    assert cli.main(["compact", storage.root]) == 0
     printed = lines(capsys)
     assert "32 files that no row names" in printed
     assert printed[-2:] == ["  images/19.png", "  and 12 more"]
@@ -79,7 +79,7 @@ def test_only_some_orphans_are_named(storage, capsys):
 def test_orphans_may_have_any_name(storage, capsys):
     with open(os.fsencode(storage.root) + b"/videos/\xe9", "wb"):
         pass
-    assert compact.main([storage.root]) == 0
+    assert cli.main(["compact", storage.root]) == 0
     assert lines(capsys)[-1] == "  videos/\\udce9"
 
 
@@ -87,14 +87,14 @@ def test_without_orphans_none_are_deleted(tmp_path, capsys):
     storage = Storage(str(tmp_path))
     recorded(storage, "1", "finished", timedelta(days=1))
     written(storage, rows("a", run="1"), run="1")
-    assert compact.main([str(tmp_path), "--delete-orphans"]) == 0
+    assert cli.main(["compact", str(tmp_path), "--delete-orphans"]) == 0
     assert lines(capsys) == ["nothing to merge", "0 files that no row names"]
 
 
 @pytest.mark.parametrize("url", ["{}/absent", "nope://a", "{}/file"])
 def test_a_place_without_a_ledger_exits_2_and_is_left_as_it_is(tmp_path, capsys, url):
     (tmp_path / "file").write_bytes(b"")
-    assert compact.main([url.format(tmp_path)]) == 2
+    assert cli.main(["compact", url.format(tmp_path)]) == 2
     assert the_error(capsys)
     assert os.listdir(tmp_path) == ["file"]
 
@@ -104,7 +104,7 @@ def test_without_a_ledger_no_file_is_taken_for_an_orphan(tmp_path, capsys):
     storage.put("videos/a.mp4", b"x")
     recorded(storage, "1", "broken")
     os.utime(tmp_path / "videos" / "a.mp4", (0, 0))
-    assert compact.main([str(tmp_path), "--delete-orphans"]) == 2
+    assert cli.main(["compact", str(tmp_path), "--delete-orphans"]) == 2
     assert "there is no ledger in file://" in the_error(capsys)
     assert storage.exists("videos/a.mp4")
 
@@ -112,7 +112,7 @@ def test_without_a_ledger_no_file_is_taken_for_an_orphan(tmp_path, capsys):
 def test_a_damaged_part_exits_2(storage, capsys):
     storage.put("metadata/part-1-000007.parquet", b"junk")
     names = storage.list()
-    assert compact.main([storage.root, "--delete-orphans"]) == 2
+    assert cli.main(["compact", storage.root, "--delete-orphans"]) == 2
     assert "part-1-000007.parquet cannot be read" in the_error(capsys)
     assert storage.list() == names
 
@@ -121,7 +121,7 @@ def test_a_damaged_part_exits_2(storage, capsys):
 def test_storage_that_breaks_midway_exits_1(storage, capsys, monkeypatch, method):
     before = read(storage)
     monkeypatch.setattr(Storage, method, lambda *_: (_ for _ in ()).throw(StorageError("the disk is gone")))
-    assert compact.main([storage.root, "--delete-orphans"]) == 1
+    assert cli.main(["compact", storage.root, "--delete-orphans"]) == 1
     assert the_error(capsys).endswith("the disk is gone; nothing is lost, run it again")
     assert read(storage).sort_by("id").equals(before.sort_by("id"))
 
@@ -130,21 +130,21 @@ def test_a_full_disk_for_temporary_files_exits_1(storage, capsys, monkeypatch):
     monkeypatch.setattr(
         "pipeline.compact.TemporaryDirectory", lambda **_: (_ for _ in ()).throw(OSError("no space left"))
     )
-    assert compact.main([storage.root]) == 1
+    assert cli.main(["compact", storage.root]) == 1
     assert the_error(capsys).endswith("no space left; nothing is lost, run it again")
 
 
 @pytest.mark.parametrize("method", ["put", "delete", "modified"])
 def test_an_interrupt_exits_130(storage, capsys, monkeypatch, method):
     monkeypatch.setattr(Storage, method, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert compact.main([storage.root, "--delete-orphans"]) == 130
+    assert cli.main(["compact", storage.root, "--delete-orphans"]) == 130
     assert the_error(capsys).endswith("interrupted; nothing is lost, run it again")
 
 
 SLOW = """
 import sys, time
 from pathlib import Path
-from jobs import compact
+from jobs import cli
 from pipeline.storage import Storage
 
 real = Storage.get
@@ -157,7 +157,7 @@ def get(self, path):
     return real(self, path)
 
 Storage.get = get
-sys.exit(compact.main([sys.argv[1]]))
+sys.exit(cli.main(["compact", sys.argv[1]]))
 """
 
 
@@ -180,7 +180,7 @@ def test_ctrl_c_leaves_no_traceback(storage, tmp_path):
 def test_the_help_explains_the_exit_codes(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as caught:
-        compact.main(["--help"])
+        cli.main(["compact", "--help"])
     assert caught.value.code == 0
     output = capsys.readouterr().out
     assert output.startswith("usage: pyramid-render compact")
@@ -190,6 +190,6 @@ def test_the_help_explains_the_exit_codes(monkeypatch, capsys):
 @pytest.mark.parametrize(("flags", "word"), [([], "OUTPUT"), ([""], "output ''"), (["a", "--nope"], "--nope")])
 def test_wrong_settings_are_one_line_and_exit_code_2(capsys, flags, word):
     with pytest.raises(SystemExit) as caught:
-        compact.main(flags)
+        cli.main(["compact", *flags])
     assert caught.value.code == 2
     assert word in the_error(capsys)

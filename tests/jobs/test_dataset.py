@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs import dataset
+from jobs import cli
 from jobs.settings import GenerateSettings, RenderSettings, VBenchSettings
 from pipeline import ledger
 from pipeline.ledger import LedgerWriter
@@ -41,7 +41,7 @@ def suite(tmp_path: Path) -> Path:
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[RenderSettings]:
     """Take the settings of renders instead of rendering."""
     taken: list[RenderSettings] = []
-    monkeypatch.setattr(dataset, "render", lambda settings: taken.append(settings) or 0)
+    monkeypatch.setattr("jobs.render.run", lambda settings: taken.append(settings) or 0)
     return taken
 
 
@@ -57,22 +57,22 @@ def readme_recipe() -> str:
 
 def exit_code(*arguments: object) -> int:
     try:
-        return dataset.main([str(argument) for argument in arguments])
+        return cli.main(["dataset", *[str(argument) for argument in arguments]])
     except SystemExit as error:
         return int(error.code or 0)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_lists_every_subcommand(capsys, arguments):
-    assert dataset.main(arguments) == 0
+    assert cli.main(["dataset", *arguments]) == 0
     output = capsys.readouterr().out
     assert output.startswith("usage: pyramid-render dataset COMMAND")
-    assert all(f"  {name}" in output and purpose in output for name, (_, purpose) in dataset.COMMANDS.items())
-    assert list(dataset.COMMANDS) == ["generate", "vbench", "world", "encode"]
+    assert all(f"  {name}" in output and command.purpose in output for name, command in cli.DATASET.items())
+    assert list(cli.DATASET) == ["generate", "vbench", "world", "encode"]
 
 
 def test_unknown_commands_are_refused(capsys):
-    assert dataset.main(["mend"]) == 2
+    assert cli.main(["dataset", "mend"]) == 2
     assert capsys.readouterr().err.startswith("pyramid-render dataset: no command 'mend'\n")
 
 
@@ -211,7 +211,7 @@ def test_the_readmes_recipe_is_what_the_bundled_model_renders(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(900)
 def test_recipe_and_suite_become_videos(suite, tmp_path):
     def run(*arguments: object) -> str:

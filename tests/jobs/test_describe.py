@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import describe
+from jobs import cli
 from jobs.describe import stored_parts
 from pyramid_flow import Checkpoint
 from pyramid_flow.published import record_fetched
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    assert describe.main([*arguments, "--json"]) == 0
+    assert cli.main(["inspect", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -64,7 +64,7 @@ def test_smaller_tiles_need_less(capsys, folder):
 
 
 def test_people_get_a_table(capsys, folder):
-    assert describe.main([str(folder)]) == 0
+    assert cli.main(["inspect", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     fingerprint = Checkpoint.open(folder, "384p").fingerprint
     assert lines[0] == f"384p (miniflux), trained for 64x64, 64x128 and up to 9 frames, fingerprint {fingerprint}"
@@ -100,7 +100,7 @@ def test_the_parts_of_the_other_family_are_counted_from_their_headers():
 )
 def test_what_is_damaged_is_one_line_and_exit_code_2(capsys, folder, break_it, word):
     break_it(folder)
-    assert describe.main([str(folder)]) == 2
+    assert cli.main(["inspect", str(folder)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("pyramid-render inspect: ")
@@ -109,5 +109,5 @@ def test_what_is_damaged_is_one_line_and_exit_code_2(capsys, folder, break_it, w
 
 
 def test_a_name_that_was_not_fetched_says_the_command(capsys):
-    assert describe.main(["sd3"]) == 2
+    assert cli.main(["inspect", "sd3"]) == 2
     assert "run `pyramid-render fetch sd3`" in capsys.readouterr().err

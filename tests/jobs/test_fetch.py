@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save
 
-from jobs import fetch
+from jobs import cli
 from pyramid_flow import Checkpoint, CheckpointError
 from pyramid_flow.layout import needed_files
 from tests.jobs.hub import COMMIT, Hub, running
@@ -80,7 +80,7 @@ def needed_of(hub: Hub) -> set[str]:
 @pytest.mark.parametrize("into_folder", [False, True])
 def test_what_is_needed_comes_and_the_name_stands_for_it(hub, tmp_path, capsys, into_folder):
     output = ["--output", str(tmp_path / "out")] if into_folder else []
-    assert fetch.main(["miniflux", *output]) == 0
+    assert cli.main(["fetch", "miniflux", *output]) == 0
     folder = Path(capsys.readouterr().out.strip())
     assert files_in(folder) == needed_of(hub)
     assert (folder == tmp_path / "out") == into_folder
@@ -93,15 +93,15 @@ def test_what_is_needed_comes_and_the_name_stands_for_it(hub, tmp_path, capsys, 
 
 
 def test_only_the_chosen_variant_comes(hub, tmp_path):
-    assert fetch.main(["miniflux", "--variant", "768p", "--output", str(tmp_path / "out")]) == 0
+    assert cli.main(["fetch", "miniflux", "--variant", "768p", "--output", str(tmp_path / "out")]) == 0
     expected = {name for name in needed_of(hub) if not name.startswith(DIT)}
     assert files_in(tmp_path / "out") == set(hub.served) == expected
 
 
 def test_what_is_there_does_not_come_again(hub):
-    assert fetch.main(["miniflux", "--variant", "384p"]) == 0
+    assert cli.main(["fetch", "miniflux", "--variant", "384p"]) == 0
     hub.served.clear()
-    assert fetch.main(["miniflux"]) == 0
+    assert cli.main(["fetch", "miniflux"]) == 0
     assert all(name.startswith("diffusion_transformer_768p/") for name in hub.served)
     assert Checkpoint.open("miniflux", "384p").root == Checkpoint.open("miniflux", "768p").root
 
@@ -138,14 +138,14 @@ def test_files_are_chosen_by_folder_and_kind(name, needed):
 def test_a_connection_that_is_cut_goes_on_where_it_was(hub, repository, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what has not filled one is lost
     hub.cuts[WEIGHTS] = [1000, 2000]
-    assert fetch.main(["miniflux", "--variant", "384p"]) == 0
+    assert cli.main(["fetch", "miniflux", "--variant", "384p"]) == 0
     assert hub.served[WEIGHTS] == (repository / WEIGHTS).stat().st_size
     Checkpoint.open("miniflux").load_transformer(torch.float32, "cpu")
 
 
 def test_after_a_lasting_cut_the_next_run_takes_only_what_is_missing(hub, capsys):
     hub.cuts[WEIGHTS] = [1000] + [0] * 20
-    assert fetch.main(["miniflux"]) == 1
+    assert cli.main(["fetch", "miniflux"]) == 1
     assert "run it again to resume" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="not been fetched"):
         Checkpoint.open("miniflux", "384p")
@@ -153,7 +153,7 @@ def test_after_a_lasting_cut_the_next_run_takes_only_what_is_missing(hub, capsys
     assert VAE in came
     hub.cuts.clear()
     hub.served.clear()
-    assert fetch.main(["miniflux"]) == 0
+    assert cli.main(["fetch", "miniflux"]) == 0
     assert set(hub.served) == needed_of(hub) - came
     Checkpoint.open("miniflux", "384p").check()
 
@@ -173,7 +173,7 @@ def test_ctrl_c_keeps_what_came_whole(hub, tmp_path):
     hub.stall = None
     came = set(hub.served) - {WEIGHTS}
     hub.served.clear()
-    assert fetch.main(["miniflux"]) == 0
+    assert cli.main(["fetch", "miniflux"]) == 0
     assert set(hub.served) == needed_of(hub) - came
 
 
@@ -183,22 +183,22 @@ def test_ctrl_c_keeps_what_came_whole(hub, tmp_path):
 def test_too_little_disk_is_said_before_anything_comes(hub, tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 0, 10**5))
-    assert fetch.main(["miniflux", "--output", str(tmp_path / "new" / "out")]) == 2
+    assert cli.main(["fetch", "miniflux", "--output", str(tmp_path / "new" / "out")]) == 2
     assert "has 0.0 GB free, but 0.0 GB are to come: give another --output" in capsys.readouterr().err
     assert hub.num_served == 0
     assert files_in(tmp_path / "new" / "out") == set()
 
 
 def test_files_that_are_there_need_no_disk_but_copies_do(hub, tmp_path, monkeypatch):
-    assert fetch.main(["miniflux"]) == 0
+    assert cli.main(["fetch", "miniflux"]) == 0
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("usage", "free")(0))
-    assert fetch.main(["miniflux"]) == 0
-    assert fetch.main(["miniflux", "--output", str(tmp_path / "out")]) == 2
+    assert cli.main(["fetch", "miniflux"]) == 0
+    assert cli.main(["fetch", "miniflux", "--output", str(tmp_path / "out")]) == 2
 
 
 def test_without_a_network_it_is_said_what_to_bring(hub, monkeypatch, capsys):
     use_endpoint(monkeypatch, "http://127.0.0.1:1")
-    assert fetch.main(["miniflux"]) == 1
+    assert cli.main(["fetch", "miniflux"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "127.0.0.1:1 cannot be reached" in line
     assert f"copy of {NAME}" in line
@@ -217,7 +217,7 @@ def test_without_a_network_it_is_said_what_to_bring(hub, monkeypatch, capsys):
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(hub, capsys, arguments, message):
     try:
-        code = fetch.main(arguments)
+        code = cli.main(["fetch", *arguments])
     except SystemExit as stopped:
         code = stopped.code
     assert code == 2
@@ -228,14 +228,14 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(hub, capsys, arguments, messa
 
 
 def test_a_commit_is_a_revision_too(hub):
-    assert fetch.main(["miniflux", "--revision", COMMIT]) == 0
+    assert cli.main(["fetch", "miniflux", "--revision", COMMIT]) == 0
 
 
 def test_pickled_weights_are_never_fetched_but_may_be_brought(hub, repository, tmp_path, capsys):
     weights = (repository / VAE).read_bytes()
     (repository / VAE).rename(repository / VAE.replace(".safetensors", ".bin"))
     out = tmp_path / "out"
-    assert fetch.main(["miniflux", "--output", str(out)]) == 2
+    assert cli.main(["fetch", "miniflux", "--output", str(out)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"{out}/causal_video_vae has no safetensors file" in line
     assert "convert its pickled weights" in line
@@ -243,5 +243,5 @@ def test_pickled_weights_are_never_fetched_but_may_be_brought(hub, repository, t
     with pytest.raises(CheckpointError, match="not been fetched"):
         Checkpoint.open("miniflux", "384p")
     (out / VAE).write_bytes(weights)
-    assert fetch.main(["miniflux", "--output", str(out)]) == 0
+    assert cli.main(["fetch", "miniflux", "--output", str(out)]) == 0
     Checkpoint.open("miniflux", "384p").check()

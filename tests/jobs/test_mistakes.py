@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import describe, render
-from pipeline.stages import Encode, ModelConfig
+from jobs import cli
+from pipeline.stages.encode import Encode
+from pipeline.stages.stage import ModelConfig
 from pyramid_flow import PyramidFlowError, PyramidFlowPipeline
 from tests.pipeline.tables import batch, item, write_table
 from tests.pyramid_flow.goldens import TINY_MINIFLUX
@@ -86,10 +87,10 @@ def test_a_checkpoint_that_is_none_is_one_sentence_everywhere(mistake, folder, t
         PyramidFlowPipeline.from_pretrained(folder)
     sentence(str(caught.value), words)
     capsys.readouterr()  # bars of what was loaded before
-    assert describe.main([str(folder)]) == 2
+    assert cli.main(["inspect", str(folder)]) == 2
     sentence(capsys.readouterr().err, words)
     caplog.clear()
-    assert render.main(rendering(table, folder)) == 2
+    assert cli.main(["render", *rendering(table, folder)]) == 2
     sentence(caplog.text, words)
     assert not (table.parent / "out").exists()
 
@@ -103,7 +104,7 @@ def test_an_unclear_variant_is_one_sentence(variant, words, folder, table, caplo
     with pytest.raises(PyramidFlowError) as caught:
         PyramidFlowPipeline.from_pretrained(folder, variant)
     sentence(str(caught.value), words)
-    assert render.main(rendering(table, folder, *(["--variant", variant] if variant else []))) == 2
+    assert cli.main(["render", *rendering(table, folder, *(["--variant", variant] if variant else []))]) == 2
     sentence(caplog.text, words)
 
 
@@ -111,9 +112,9 @@ def test_float16_is_one_sentence(table, capsys):
     with pytest.raises(PyramidFlowError) as caught:
         PyramidFlowPipeline.from_pretrained(TINY_MINIFLUX, torch_dtype=torch.float16)
     sentence(str(caught.value), "use bfloat16 or float32 (float16 overflows")
-    for command, arguments in ((describe, [str(TINY_MINIFLUX)]), (render, rendering(table, TINY_MINIFLUX))):
+    for arguments in (["inspect", str(TINY_MINIFLUX)], ["render", *rendering(table, TINY_MINIFLUX)]):
         with pytest.raises(SystemExit) as stopped:
-            command.main([*arguments, "--dtype", "float16"])
+            cli.main([*arguments, "--dtype", "float16"])
         assert stopped.value.code == 2
         sentence(capsys.readouterr().err, "dtype 'float16': Input should be ")
 

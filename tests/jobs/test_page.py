@@ -17,7 +17,7 @@ from pipeline.serving.ui import COOKIE
 from tests.jobs.services import Running, service
 from tests.viewports import DESK, PHONE
 
-pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.integration, pytest.mark.timeout(300)]
 
 KEY, PROMPT = "pr-secret", "a large red circle moves quickly up on a dark background"
 OWNER = {"Authorization": f"Bearer {KEY}"}

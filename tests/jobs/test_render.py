@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs import render
+from jobs import cli, render
 from jobs.settings import RenderSettings
 from pipeline import ledger
 from pipeline.compact import find_orphans
@@ -52,6 +52,7 @@ def flags(table: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(cluster, tmp_path):
     table = [{"prompt": f"prompt {i}", "note": i, **(LONG if i % 3 else SMALL)} for i in range(11)]
     table.insert(5, {"prompt": "a bad size", "note": 99, "height": 100, "width": 64, "num_frames": 9})
@@ -84,6 +85,7 @@ def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(cluster, tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_flagged_rows_are_rendered_again_with_another_seed(cluster, tmp_path, capsys):
     source = write_table(
         tmp_path / "in.parquet", [{"id": name, "prompt": "a fox", "seed": 1, **SMALL} for name in "ab"]
@@ -99,16 +101,17 @@ def test_flagged_rows_are_rendered_again_with_another_seed(cluster, tmp_path, ca
         assert (row["seed"] != 1, row["latents_sha256"] != old["latents_sha256"]) == (True, True)
         assert (tmp_path / "out" / row["uri"]).is_file()
         assert row["brightness"] > 0
-    assert render.main(flags(source, tmp_path / "out", "--reroll", "2")) == 0
+    assert cli.main(["render", *flags(source, tmp_path / "out", "--reroll", "2")]) == 0
     printed = capsys.readouterr().out
     assert "this run took 0 rows" in printed
     assert "flagged, 2 rows: 2 black" in printed
     assert "rendered again with another seed: 2 rows" in printed
-    assert render.main(flags(source, tmp_path / "out", "--reroll", "3", "--dry-run")) == 0
+    assert cli.main(["render", *flags(source, tmp_path / "out", "--reroll", "3", "--dry-run")]) == 0
     assert "2 flagged ones to render again" in capsys.readouterr().out
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_stills_and_videos_of_one_table_share_job_and_ledger(cluster, tmp_path, capsys):
     still, fixed = {**SMALL, "num_frames": 1}, {"prompt": "a fox", "seed": 1}
     table = [
@@ -130,7 +133,7 @@ def test_stills_and_videos_of_one_table_share_job_and_ledger(cluster, tmp_path, 
     assert rows["still"]["latents_sha256"] == rows["webp"]["latents_sha256"]
     assert find_orphans(job.storage) == []
     job.write_gallery()
-    assert render.main(flags(source, tmp_path / "out")) == 0
+    assert cli.main(["render", *flags(source, tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "3 of 3 rows succeeded; this run took 0 rows" in printed
     assert f"images   file://{tmp_path}/out/images" in printed
@@ -138,6 +141,7 @@ def test_stills_and_videos_of_one_table_share_job_and_ledger(cluster, tmp_path, 
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_adapters_change_the_videos_and_are_told_in_the_ledger(cluster, tmp_path):
     adapter = save_adapter(Checkpoint.open("toy").load_transformer(torch.float32, "cpu"), tmp_path / "style", seed=1)
     source = write_table(tmp_path / "in.parquet", [{"prompt": "a red circle", "seed": 3, **SMALL}])
@@ -154,11 +158,12 @@ def test_other_adapters_into_the_same_output_are_refused(tmp_path, caplog):
     adapter = save_adapter(Checkpoint.open("toy").load_transformer(torch.float32, "cpu"), tmp_path / "style", seed=1)
     source = write_table(tmp_path / "in.parquet", [{"prompt": "a red circle", **SMALL}])
     render.prepare(settings(source, tmp_path / "out", lora=[str(adapter)]), Resources(2, 0))
-    assert render.main(flags(source, tmp_path / "out", "--lora", f"{adapter}=0.5")) == 2
+    assert cli.main(["render", *flags(source, tmp_path / "out", "--lora", f"{adapter}=0.5")]) == 2
     assert "model_fingerprint" in caplog.text
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_a_second_run_renders_only_what_is_missing(cluster, tmp_path):
     rows = [{"prompt": f"prompt {i}", **SMALL} for i in range(3)]
     write_table(tmp_path / "in.parquet", rows[:2])
@@ -175,6 +180,7 @@ def test_a_second_run_renders_only_what_is_missing(cluster, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_duplicates_copies_and_disputed_ids_get_their_own_rows(cluster, tmp_path):
     table = [
         {"prompt": "twice", "note": "first", **SMALL},
@@ -201,6 +207,7 @@ def test_duplicates_copies_and_disputed_ids_get_their_own_rows(cluster, tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_latents_do_not_depend_on_workers_or_batches(cluster, tmp_path):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **LONG} for i in range(3)])
     half = replace(cluster, cpus=cluster.cpus // 2)  # as many threads per worker: they decide how sums are split
@@ -213,6 +220,7 @@ def test_latents_do_not_depend_on_workers_or_batches(cluster, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_workers_of_two_processes_render_what_one_does(cluster, tmp_path):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **LONG} for i in range(2)])
     jobs = [run(settings(source, tmp_path / str(n), gpus_per_clip=n), cluster)[0] for n in (1, 2)]
@@ -222,12 +230,18 @@ def test_workers_of_two_processes_render_what_one_does(cluster, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.integration
 def test_files_are_signed_by_workers_of_an_own_cluster(tmp_path):
     source = write_table(tmp_path / "in.parquet", [{"id": "fox", "prompt": "a fox", **SMALL}])
     own, chain = identity(), tmp_path / "chain.pem"
     chain.write_text(own.certificates)
-    command = [sys.executable, "-m", "jobs.render", *flags(source, tmp_path / "out", "--c2pa-certificate", str(chain))]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.cli",
+        "render",
+        *flags(source, tmp_path / "out", "--c2pa-certificate", str(chain)),
+    ]
     subprocess.run(command, env=os.environ | {KEY: own.key}, check=True)
     [row] = ledger.read(Storage(str(tmp_path / "out"))).to_pylist()
     video = (tmp_path / "out" / row["uri"]).read_bytes()
@@ -260,7 +274,7 @@ def test_files_are_signed_by_workers_of_an_own_cluster(tmp_path):
 def test_a_wrong_job_exits_2_with_one_line(change, message, tmp_path, caplog):
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
     arguments = {"input": str(source), "output": str(tmp_path / "out"), "model": "toy"} | change
-    assert render.main([part for name, value in arguments.items() for part in (f"--{name}", value)]) == 2
+    assert cli.main(["render", *[part for name, value in arguments.items() for part in (f"--{name}", value)]]) == 2
     [record] = caplog.records
     assert message in record.message
     assert "\n" not in record.message
@@ -270,14 +284,14 @@ def test_a_wrong_job_exits_2_with_one_line(change, message, tmp_path, caplog):
 def test_an_unwritable_output_exits_2(tmp_path, caplog):
     (tmp_path / "out").write_text("a file")
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    assert render.main(flags(source, tmp_path / "out")) == 2
+    assert cli.main(["render", *flags(source, tmp_path / "out")]) == 2
     assert "not writable" in caplog.text
 
 
 def test_another_model_into_the_same_output_is_refused(tmp_path, caplog):
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
     ledger.claim(Storage(str(tmp_path / "out")), {}, {"model_fingerprint": "other"})
-    assert render.main(flags(source, tmp_path / "out")) == 2
+    assert cli.main(["render", *flags(source, tmp_path / "out")]) == 2
     assert "model_fingerprint 'other'" in caplog.text
 
 
@@ -296,7 +310,7 @@ def test_the_image_root_is_the_inputs_folder_or_what_is_said(given, expected, tm
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"{i}", **SMALL} for i in range(3)])
     arguments = flags(source, tmp_path / "out", "--dry-run", "--sample-workers", "2")
-    assert render.main(arguments) == 0
+    assert cli.main(["render", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "3 rows to render" in printed
     assert re.search(r"expected: [0-9.]+ videos per hour, [0-9.]+ hours for 3 rows", printed)
@@ -309,13 +323,13 @@ def test_a_dry_run_says_that_the_output_belongs_to_another_job(tmp_path, caplog)
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
     pixels = {"model_fingerprint": "another", "dtype": "float32", "tile": None}
     ledger.claim(Storage(str(tmp_path / "out")), {}, pixels)
-    assert render.main(flags(source, tmp_path / "out", "--dry-run")) == 2
+    assert cli.main(["render", *flags(source, tmp_path / "out", "--dry-run")]) == 2
     assert "was rendered with model_fingerprint 'another'" in caplog.records[-1].message
 
 
 def test_an_empty_table_is_a_finished_job(tmp_path, capsys):
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in.parquet")
-    assert render.main(flags(tmp_path / "in.parquet", tmp_path / "out")) == 0
+    assert cli.main(["render", *flags(tmp_path / "in.parquet", tmp_path / "out")]) == 0
     assert "0 of 0 rows succeeded" in capsys.readouterr().out
 
 
@@ -325,27 +339,30 @@ def test_an_interrupt_while_the_input_is_read_is_no_traceback(tmp_path, monkeypa
 
     monkeypatch.setattr(render, "scan", interrupted)
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    assert render.main(flags(source, tmp_path / "out")) == 130
+    assert cli.main(["render", *flags(source, tmp_path / "out")]) == 130
     assert "nothing was rendered" in caplog.text
 
 
 def test_an_output_inside_the_input_folder_exits_2(tmp_path, caplog):
     write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    assert render.main(flags(tmp_path, tmp_path / "out")) == 2
+    assert cli.main(["render", *flags(tmp_path, tmp_path / "out")]) == 2
     assert "lies inside the input folder" in caplog.text
 
 
 def test_more_gpus_than_the_machine_has_exits_2(tmp_path, caplog):
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    assert render.main(flags(source, tmp_path / "out", "--gpus", "99")) == 2
+    assert cli.main(["render", *flags(source, tmp_path / "out", "--gpus", "99")]) == 2
     assert "--gpus 99" in caplog.text
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_an_interrupted_job_keeps_what_is_done_and_resumes(cluster, tmp_path):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", **LONG} for i in range(300)])
     arguments = flags(source, tmp_path / "out", "--ledger-rows", "1", "--batch-size", "1")
-    process = subprocess.Popen([sys.executable, "-m", "jobs.render", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "render", *arguments], stderr=subprocess.PIPE, text=True
+    )
     parts = tmp_path / "out" / "metadata"
     deadline = time.monotonic() + 120
     while not (parts.exists() and len(list(parts.glob("*.parquet"))) >= 2):
@@ -371,13 +388,13 @@ mount -o remount,size=64m "$OUT"
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.ray
 def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(tmp_path):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", "fps": 24, **LONG} for i in range(60)])
     output = tmp_path / "out"
     output.mkdir()
-    job = [sys.executable, "-m", "jobs.render", *flags(source, output, "--ledger-rows", "4")]
+    job = [sys.executable, "-m", "jobs.cli", "render", *flags(source, output, "--ledger-rows", "4")]
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh", *job]
     done = subprocess.run(command, env=os.environ | {"OUT": str(output)}, capture_output=True, text=True, check=True)
     first, second = done.stdout.split("exit 1\n")
@@ -390,6 +407,7 @@ def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_shards_share_one_output(cluster, tmp_path):
     rows = [{"prompt": f"prompt {i % 6}", "note": i, **SMALL} for i in range(8)]
     rows.append({"prompt": "bad", "note": 8, "height": 100, "width": 64, "num_frames": 9})
@@ -407,6 +425,7 @@ def test_shards_share_one_output(cluster, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_calibration_renders_real_rows_and_plans_by_them(cluster, tmp_path, capsys):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"{i}", **(LONG if i % 3 else SMALL)} for i in range(12)])
     job = render.prepare(settings(source, tmp_path / "out", batch_size=1), cluster)
@@ -414,7 +433,7 @@ def test_calibration_renders_real_rows_and_plans_by_them(cluster, tmp_path, caps
     assert planned.plan.costs.measured
     assert planned.pending().num_rows == 8
     assert set(ledger.read(Storage(str(tmp_path / "out")))["status"].to_pylist()) == {"succeeded"}
-    assert render.main(flags(source, tmp_path / "out", "--dry-run")) == 0
+    assert cli.main(["render", *flags(source, tmp_path / "out", "--dry-run")]) == 0
     printed = capsys.readouterr().out
     assert "8 rows to render, 4 in the ledger already" in printed
     assert "(measured by earlier runs)" in printed

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs import report
+from jobs import cli
 from pipeline.html_report import REPORT
 from pipeline.storage import Storage
 from tests.jobs.head import until
@@ -21,7 +21,7 @@ def storage(tmp_path):
 
 
 def test_it_writes_the_report_and_says_where(storage, capsys):
-    assert report.main([storage.root]) == 0
+    assert cli.main(["report", storage.root]) == 0
     assert capsys.readouterr().out == f"{storage.url(REPORT)}\n"
     html = storage.get(REPORT).decode()
     assert "a fox" in html
@@ -29,19 +29,19 @@ def test_it_writes_the_report_and_says_where(storage, capsys):
 
 
 def test_with_a_price_it_holds_the_cost(storage):
-    assert report.main([storage.root, "--gpu-hour-price", "2.5"]) == 0
+    assert cli.main(["report", storage.root, "--gpu-hour-price", "2.5"]) == 0
     assert '"cost":2.5' in storage.get(REPORT).decode()
 
 
 def test_a_place_without_a_ledger_exits_2(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
+    assert cli.main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"pyramid-render report: there is no ledger in file://{tmp_path}\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_ledger_exits_2(storage, capsys):
     storage.put("metadata/part-z-000000.parquet", b"no")
-    assert report.main([storage.root]) == 2
+    assert cli.main(["report", storage.root]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "part-z-000000.parquet cannot be read" in line
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from jobs import serve
+from jobs import cli
 from pipeline.serving.keys import hashed
 
 
@@ -30,7 +30,7 @@ from pipeline.serving.keys import hashed
 )
 def test_what_is_wrong_is_said_before_anything_starts(tmp_path, flags, reason, caplog, capsys):
     try:
-        code = serve.main(["--output", str(tmp_path / "out"), *flags])
+        code = cli.main(["serve", "--output", str(tmp_path / "out"), *flags])
     except SystemExit as error:
         code = error.code
     assert code == 2
@@ -38,7 +38,7 @@ def test_what_is_wrong_is_said_before_anything_starts(tmp_path, flags, reason, c
 
 
 def test_a_new_key_comes_with_its_line(capsys):
-    assert serve.main(["--new-key", "me"]) == 0
+    assert cli.main(["serve", "--new-key", "me"]) == 0
     key, line = capsys.readouterr().out.split()
     assert line == f"me:{hashed(key)}"
 
@@ -46,7 +46,7 @@ def test_a_new_key_comes_with_its_line(capsys):
 def test_the_printed_config_is_one_of_serves(tmp_path, capsys):
     flags = ["--api-keys", f"me:{'a' * 64}", "--memory", "offload", "--tile", "none"]
     flags += ["--gpus-per-clip", "4", "--device", "cuda", "--place", "sample:pool=gpu"]
-    assert serve.main(["--output", str(tmp_path), "--print-config", *flags]) == 0
+    assert cli.main(["serve", "--output", str(tmp_path), "--print-config", *flags]) == 0
     values = yaml.safe_load(capsys.readouterr().out)
     api, page = ServeDeploySchema.model_validate(values).applications
     assert api.args["keys"] == {"a" * 64: "me"}
@@ -68,6 +68,6 @@ def test_the_printed_config_is_one_of_serves(tmp_path, capsys):
 )
 def test_the_page_calls_the_api_on_its_own_machine(tmp_path, capsys, host, url):
     flags = ["--print-config", "--host", host, "--port", "9000", "--api-keys", f"me:{'a' * 64}"]
-    assert serve.main(["--output", str(tmp_path), *flags]) == 0
+    assert cli.main(["serve", "--output", str(tmp_path), *flags]) == 0
     _, page = yaml.safe_load(capsys.readouterr().out)["applications"]
     assert page["args"]["api_url"] == url

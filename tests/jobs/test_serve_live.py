@@ -20,7 +20,7 @@ from tests.pipeline.mp4 import probe
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.slow,
+    pytest.mark.integration,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"),
 ]
@@ -94,7 +94,7 @@ def test_samplers_go_without_work_and_come_back_with_it(tmp_path):
 def test_a_deployed_service_answers_on_its_cluster(tmp_path, tmp_path_factory):
     [port] = free_ports(1)
     config = tmp_path / "serve.yaml"
-    command = [sys.executable, "-m", "jobs.serve", "--output", str(tmp_path / "out"), "--port", str(port)]
+    command = [sys.executable, "-m", "jobs.cli", "serve", "--output", str(tmp_path / "out"), "--port", str(port)]
     config.write_text(subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True).stdout)
     with head_node(tmp_path_factory.mktemp("r")) as head:
         deploy = [str(BIN / "serve"), "deploy", str(config), "--address", f"http://127.0.0.1:{head.dashboard}"]

@@ -2,7 +2,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from jobs import status
+from jobs import cli, status
 from pipeline.ledger import Heartbeat
 from pipeline.storage import Storage
 from tests.pipeline.simulated import AsRead, simulated_job
@@ -38,7 +38,7 @@ def test_the_ledger_and_its_failures_are_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.job.runner.Rendering", AsRead)
     table = write_table(tmp_path / "in.parquet", [{"prompt": "a", "height": 64}, {"prompt": "b", "height": 65}])
     simulated_job(table, tmp_path / "out").execute(lambda batch: None)
-    assert status.main([str(tmp_path / "out")]) == 0
+    assert cli.main(["status", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "2 rows in the ledger, 1 failed"
     assert printed[1] == "  failed, 1 x: height 65 is not a multiple of 64: the nearest are 64 and 128"
@@ -46,19 +46,19 @@ def test_the_ledger_and_its_failures_are_told(tmp_path, capsys, monkeypatch):
 
 
 def test_a_place_without_jobs_exits_2(tmp_path, capsys):
-    assert status.main([str(tmp_path)]) == 2
+    assert cli.main(["status", str(tmp_path)]) == 2
     assert "no job has written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b"{}"])
 def test_a_damaged_state_exits_2(data, tmp_path, capsys):
     Storage(str(tmp_path)).put("runs/r.json", data)
-    assert status.main([str(tmp_path)]) == 2
+    assert cli.main(["status", str(tmp_path)]) == 2
     assert "is damaged" in capsys.readouterr().err
 
 
 def test_only_the_latest_runs_are_shown(tmp_path, capsys):
     for number in range(9):
         Heartbeat(Storage(str(tmp_path)), f"run{number}", total=0).write("finished")
-    assert status.main([str(tmp_path)]) == 0
+    assert cli.main(["status", str(tmp_path)]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == [f"run{n}" for n in range(4, 9)]

@@ -12,7 +12,7 @@ from pipeline.storage import Storage
 from tests.jobs.head import Head, head_node, until
 from tests.pipeline.tables import write_table
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(600)]
 
 SHAPE = {"num_frames": 17, "num_inference_steps": 4, "video_num_inference_steps": 2}
 
@@ -45,7 +45,7 @@ def test_a_submitted_job_runs_on_the_cluster_and_can_be_watched(head, tmp_path):
 
 
 def test_auto_is_the_cluster_that_runs_on_this_machine(head, tmp_path):
-    command = [sys.executable, "-m", "jobs.render", "--address", "auto", "--device", "cpu"]
+    command = [sys.executable, "-m", "jobs.cli", "render", "--address", "auto", "--device", "cpu"]
     command += flags(tmp_path, 3)
     done = subprocess.run(command, env=head.env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

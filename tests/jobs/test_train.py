@@ -11,7 +11,7 @@ import torch
 import yaml
 from peft import PeftModel
 
-from jobs import dataset, train
+from jobs import cli
 from pipeline.training.clips import clips
 from pyramid_flow import Checkpoint, PyramidFlowPipeline
 from pyramid_flow.toy.blank import write_blank_toy
@@ -37,14 +37,16 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     write_blank_toy(folder / "blank")
     table = str(folder / "clips.parquet")
-    assert dataset.main(["world", "--output", table, "--count", "40", "--num-frames", "9", "--sizes", "large"]) == 0
+    assert (
+        cli.main(["dataset", "world", "--output", table, "--count", "40", "--num-frames", "9", "--sizes", "large"]) == 0
+    )
     return folder
 
 
 def test_the_world_is_a_table_of_clips_that_repeats(world, tmp_path):
     again = tmp_path / "again.parquet"
     flags = ["--count", "40", "--num-frames", "9", "--sizes", "large"]
-    assert dataset.main(["world", "--output", str(again), *flags]) == 0
+    assert cli.main(["dataset", "world", "--output", str(again), *flags]) == 0
     table = pq.read_table(world / "clips.parquet")
     assert table.equals(pq.read_table(again))
     assert {clip.shape for clip in clips(table)} == {(9, 64, 64, 3)}
@@ -72,7 +74,7 @@ def test_what_is_wrong_is_said_before_anything_starts(world, tmp_path, caplog, c
     phase |= {name: values.pop(name) for name in ("batch_size", "crop") if name in values}
     given = {"task": "vae", "model": str(world / "blank"), "output": str(tmp_path / "out"), "phases": [phase]}
     try:
-        code = train.main(config(tmp_path, **given | values))
+        code = cli.main(["train", *config(tmp_path, **given | values)])
     except SystemExit as error:
         code = error.code
     assert code == 2
@@ -87,14 +89,14 @@ def test_from_clips_to_a_model_that_renders(world, tmp_path):
     table = {"data": [str(world / "clips.parquet")], "steps": 2}
     phases = [{**table, "batch_size": 4, "num_frames": 1, "crop": 32}, {**table, "batch_size": 2}]
     places = {"model": str(world / "blank"), "output": str(vae)}
-    run("jobs.train", *config(tmp_path, task="vae", phases=phases, **places))
+    run("train", *config(tmp_path, task="vae", phases=phases, **places))
     statistics = Checkpoint.open(vae / "model").preset.statistics
     assert statistics != Checkpoint.open(world / "blank").preset.statistics
     encode = ["--input", str(world / "clips.parquet"), "--output", str(latents), "--model", str(vae / "model")]
-    run("jobs.dataset", "encode", *encode)
+    run("dataset", "encode", *encode)
     places = {"model": str(vae / "model"), "output": str(transformer)}
     phases = [{"data": [str(latents)], "steps": 4, "batch_size": 6}]
-    run("jobs.train", *config(tmp_path, task="transformer", phases=phases, num_frames=9, ema_decay=0.9, **places))
+    run("train", *config(tmp_path, task="transformer", phases=phases, num_frames=9, ema_decay=0.9, **places))
     pipe = PyramidFlowPipeline.from_pretrained(transformer / "model", torch_dtype=torch.float32)
     assert pipe("a red circle", num_frames=9).frames.shape == (1, 9, 64, 64, 3)
 
@@ -105,11 +107,11 @@ def test_from_clips_to_a_model_that_renders(world, tmp_path):
 def test_a_published_checkpoint_is_fine_tuned_with_adapters(world, tmp_path):
     model, latents, out = str(TINY_MINIFLUX), tmp_path / "latents", tmp_path / "out"
     encode = ["--input", str(world / "clips.parquet"), "--output", str(latents), "--model", model]
-    run("jobs.dataset", "encode", *encode)
+    run("dataset", "encode", *encode)
     phases = [{"data": [str(latents)], "steps": 4, "batch_size": 6}]
     values = {"num_frames": 9, "lora_rank": 2, "lr": 1e-2, "warmup_steps": 1, "example_steps": 4, "example_count": 2}
     places = {"model": model, "output": str(out), "fresh": False}
-    run("jobs.train", *config(tmp_path, task="transformer", phases=phases, **values, **places))
+    run("train", *config(tmp_path, task="transformer", phases=phases, **values, **places))
     assert len(list((out / "examples" / "transformer-000004").glob("*.mp4"))) == 2
     before, after = (Checkpoint.open(path).load_transformer(torch.float32, "cpu") for path in (model, out / "model"))
     bare = PeftModel.from_pretrained(before, out / "lora").merge_and_unload()

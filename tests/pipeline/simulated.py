@@ -15,7 +15,7 @@ from pipeline.ledger import claim, new_run_id
 from pipeline.plan import Plan, Pool, StageSpec
 from pipeline.rows import Batch, Item
 from pipeline.runner import Limits
-from pipeline.stages import Stage
+from pipeline.stages.stage import Stage
 from pipeline.storage import Storage
 from pipeline.worklist import RowRules, Worklist, scan
 from pyramid_flow import Preset

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from jobs import export as job
+from jobs import cli
 from pipeline import ledger
 from pipeline.export import ExportError, Options, _first_of_alike, export, select, shards
 from pipeline.rows import LEDGER_SCHEMA
@@ -209,7 +209,10 @@ def test_webdataset_reads_it(output, target, tmp_path):
 
 
 def test_the_command_says_what_it_left_out(output, tmp_path, capsys):
-    assert job.main([str(tmp_path / "out"), str(tmp_path / "made"), "--to", "webdataset", "--split", "train=9"]) == 0
+    assert (
+        cli.main(["export", str(tmp_path / "out"), str(tmp_path / "made"), "--to", "webdataset", "--split", "train=9"])
+        == 0
+    )
     said = capsys.readouterr().out
     assert "left out, 1 x: failed" in said
     assert "videos in file://" in said
@@ -227,7 +230,7 @@ def test_the_command_says_what_it_left_out(output, tmp_path, capsys):
 )
 def test_a_wrong_export_exits_2(output, tmp_path, capsys, flags, reason):
     try:
-        code = job.main([str(tmp_path / "out"), str(tmp_path / "made"), *flags])
+        code = cli.main(["export", str(tmp_path / "out"), str(tmp_path / "made"), *flags])
     except SystemExit as error:
         code = error.code
     assert code == 2
@@ -235,5 +238,5 @@ def test_a_wrong_export_exits_2(output, tmp_path, capsys, flags, reason):
 
 
 def test_an_output_without_a_ledger_exits_2(tmp_path, capsys):
-    assert job.main([str(tmp_path / "nothing"), str(tmp_path / "made")]) == 2
+    assert cli.main(["export", str(tmp_path / "nothing"), str(tmp_path / "made")]) == 2
     assert "there is no ledger" in capsys.readouterr().err

@@ -27,14 +27,10 @@ from pipeline.fetch import (
     Fetcher,
     ImageError,
     Limits,
-    climbs,
-    host_name,
     is_public_address,
-    is_web,
-    shown,
-    web_url,
 )
 from pipeline.request import RequestError
+from pipeline.urls import climbs, host_name, is_web, shown, web_url
 
 HOST = "images.example"
 QUICK = Limits(max_bytes=1000, timeout_s=30.0, connect_timeout_s=20.0, first_wait_s=0.001)

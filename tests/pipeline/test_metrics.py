@@ -33,6 +33,7 @@ def exported(name: str) -> dict[str, float]:
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_rows_failures_seconds_and_bytes_are_exported(cluster):
     rows = batch(*(item(PRESET, prompt=prompt) for prompt in "abc"))
     error = RowError(stage="decode", type="ArithmeticError", message="why")

@@ -110,6 +110,7 @@ def test_a_stop_is_told_to_everyone():
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_a_row_that_kills_its_worker_fails_alone(cluster, tmp_path):
     prompts = [f"fine {i}" for i in range(6)]
     prompts.insert(2, "kill me")
@@ -129,6 +130,7 @@ def test_a_row_that_kills_its_worker_fails_alone(cluster, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_what_runs_beside_a_row_that_kills_its_worker_is_not_to_blame(cluster, tmp_path):
     prompts = [f"fine {i}" for i in range(8)]
     prompts[4:4] = ["kill me", "kill me too"]
@@ -145,6 +147,7 @@ def test_what_runs_beside_a_row_that_kills_its_worker_is_not_to_blame(cluster, t
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_a_row_that_hangs_or_poisons_its_worker_fails_alone(cluster, tmp_path):
     prompts = ["hang", "poison", "fine"]
     table = write_table(tmp_path / "in.parquet", [{"prompt": prompt, "id": prompt, **SHAPE} for prompt in prompts])
@@ -158,6 +161,7 @@ def test_a_row_that_hangs_or_poisons_its_worker_fails_alone(cluster, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_failures_of_the_machine_end_the_job(cluster, tmp_path):
     rows = [{"prompt": "disk", "seed": i, **SHAPE} for i in range(40)]
     job = simulated_job(write_table(tmp_path / "in.parquet", rows), tmp_path / "out", max_failures=5)

@@ -17,7 +17,7 @@ from pipeline.video import ThumbnailStrip, VideoWriter
 from tests.pipeline.ledgers import recorded, recorded_rows, written
 from tests.viewports import DESK, PHONE
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = [pytest.mark.browser, pytest.mark.integration]
 
 BEGAN = datetime(2026, 1, 1, 12, tzinfo=UTC)
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"><b>bold</b>"

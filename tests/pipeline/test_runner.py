@@ -14,6 +14,7 @@ SHAPE = {"height": 64, "width": 64, "num_frames": 9}
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 @pytest.mark.parametrize("fused", [False, True])
 def test_pools_take_whole_gpus_or_shares_of_them(cluster, tmp_path, fused):
     table = write_table(tmp_path / "in.parquet", [{"prompt": f"{i}", **SHAPE} for i in range(6)])

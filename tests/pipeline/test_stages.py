@@ -13,11 +13,14 @@ from PIL import Image
 from pipeline.provenance import KEY, REQUEST, Signing, SigningError
 from pipeline.quality import Thresholds
 from pipeline.rows import Batch, Item, as_tensor, pack, unpack
-from pipeline.stages import Decode, Encode, ModelConfig, Publish, Sample
 from pipeline.stages import decode as decode_module
 from pipeline.stages import sample as sample_module
 from pipeline.stages import stage as stage_module
-from pipeline.stages.decode import FILE, THUMBNAIL
+from pipeline.stages.decode import FILE, THUMBNAIL, Decode
+from pipeline.stages.encode import Encode
+from pipeline.stages.publish import Publish
+from pipeline.stages.sample import Sample
+from pipeline.stages.stage import ModelConfig
 from pipeline.still import encode_still
 from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
 from pyramid_flow.placement import Placement, free_bytes, process_bytes

@@ -149,7 +149,7 @@ def test_processes_of_a_node_fetch_a_model_once(s3, cache, stored):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(300)
 def test_a_job_renders_with_a_stored_model(bucket, tmp_path):
     url = f"s3://{bucket}/models/toy"

@@ -7,11 +7,11 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from pipeline.serving.store import Limits, Store
-from pipeline.stages import Encode
+from pipeline.stages.encode import Encode
 from tests.pipeline.serving.farm import MODEL, Farm
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.database)])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=[pytest.mark.integration, pytest.mark.database])])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the URL of an empty database, of each kind."""
     if request.param == "sqlite":

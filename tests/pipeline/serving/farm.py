@@ -14,7 +14,10 @@ from pipeline.serving.live import LiveDecode, Relay
 from pipeline.serving.store import Limits, Store
 from pipeline.serving.tables import Status
 from pipeline.serving.watch import Watch
-from pipeline.stages import Encode, ModelConfig, Publish, Sample
+from pipeline.stages.encode import Encode
+from pipeline.stages.publish import Publish
+from pipeline.stages.sample import Sample
+from pipeline.stages.stage import ModelConfig
 from pipeline.storage import Storage
 from pyramid_flow import Checkpoint
 

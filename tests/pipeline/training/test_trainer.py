@@ -121,7 +121,7 @@ def loss(tensors: dict[str, Tensor] | None, table: pa.Table) -> float:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_workers_train_the_same_weights_as_one(alone, parts, table, tmp_path):
     expected, metrics = alone
     assert metrics["step"] == STEPS
@@ -133,7 +133,7 @@ def test_two_workers_train_the_same_weights_as_one(alone, parts, table, tmp_path
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.integration
 def test_sharded_weights_train_and_resume_to_the_same_weights(alone, parts, tmp_path):
     expected, _ = alone
     sharded = job(parts, tmp_path, num_workers=2, shard=True, phases=(Phase(parts, STEPS // 2, 6),))
@@ -144,7 +144,7 @@ def test_sharded_weights_train_and_resume_to_the_same_weights(alone, parts, tmp_
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.integration
 def test_adapters_of_sharded_weights_train_as_alone(cluster, parts, tmp_path):
     task = replace(SOURCE, fresh=False, lora=LoRA(rank=2, alpha=4), gradient_checkpointing=True)
     expected, _ = weights(job(parts, tmp_path / "alone", make_task=task))
@@ -153,7 +153,7 @@ def test_adapters_of_sharded_weights_train_as_alone(cluster, parts, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_killed_worker_goes_on_from_its_checkpoint(alone, parts, tmp_path):
     expected, _ = alone
     mark = tmp_path / "killed"
@@ -164,7 +164,7 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(alone, parts, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_finished_training_run_again_goes_on_where_it_ended(cluster, parts, tmp_path):
     short = job(parts, tmp_path, phases=(Phase(parts, 5, 6),))
     first, metrics = weights(short)
