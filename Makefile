@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+FLAGS ?= # more options for pytest
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 SOUND := -c 'import sys; sys.exit(sys.version_info < (3, 11) or sys.prefix == sys.base_prefix)'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-integration test-slow test-all lint format toy clean
+.PHONY: help demo serve test test-integration test-slow test-all coverage lint format toy clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,15 +22,26 @@ serve: .venv/.installed ## answer the Videos API on this machine with the bundle
 	$(BIN)/pyramid-render serve
 
 test: .venv/.test-installed ## the default tests
-	$(PYTEST)
+	$(PYTEST) $(FLAGS)
 
 test-integration: .venv/.test-installed ## tests with Ray, servers, databases and browsers
-	$(PYTEST) -m "integration and not slow"
+	$(PYTEST) -m "integration and not slow" $(FLAGS)
 
 test-slow: .venv/.test-installed ## tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(FLAGS)
 
 test-all: test test-integration test-slow ## every test
+
+# Processes that tests start are measured through PYTHONPATH and tests/process_coverage.py.
+COVERAGE := outputs/coverage
+coverage: .venv/.test-installed ## coverage of the default tests, and with the integration tests
+	@mkdir -p $(COVERAGE)
+	PYTHONPATH=$(CURDIR) COVERAGE_FILE=$(COVERAGE)/default $(PYTEST) --cov --cov-context=test --cov-report=
+	PYTHONPATH=$(CURDIR) COVERAGE_FILE=$(COVERAGE)/integration $(PYTEST) -m "integration and not slow" \
+		--cov --cov-context=test --cov-report=
+	$(BIN)/coverage combine --keep --data-file=$(COVERAGE)/both $(COVERAGE)/default $(COVERAGE)/integration
+	$(BIN)/coverage report --data-file=$(COVERAGE)/default --skip-covered
+	$(BIN)/coverage report --data-file=$(COVERAGE)/both --skip-covered
 
 lint: .venv/.test-installed ## ruff and mypy, changing nothing
 	$(BIN)/ruff check

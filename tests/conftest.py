@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cpu_report import CpuReport
+from tests.deadline import Deadline
 from tests.requirements import PROGRAMS, lacking
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(CpuReport())
+    if (last_start := config.getoption("--last-start")) is not None:
+        config.pluginmanager.register(Deadline(last_start))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,14 +65,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     lines = lacking(marker.name for item in session.items for marker in item.iter_markers())
     if lines:
         raise pytest.UsageError("\n".join(lines))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """Stop the session once the time of --last-start has passed."""
-    last_start: float | None = item.config.getoption("--last-start")
-    if last_start is not None and time.time() > last_start:
-        item.session.shouldstop = "no test starts after --last-start"
 
 
 @pytest.fixture(scope="session", autouse=True)
