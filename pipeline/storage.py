@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -38,6 +38,7 @@ from pipeline.faults import (
     log_retry,
     presentable,
 )
+from pipeline.multipart import abort_on_failure, track_uploads
 from pipeline.paths import TEMPORARY_PREFIX, check_path, check_url, is_temporary
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Storage:
         fs, root = _open(url)
         self.root: str = root.rstrip("/")
         self._is_local = isinstance(fs, LocalFileSystem)
+        self._is_s3 = "s3" in _protocols(fs)
         if not self.root and "memory" not in _protocols(fs):
             raise StorageError(f"storage {url} names no folder or bucket")
         self._url = self.root if self._is_local else url
@@ -232,7 +234,12 @@ class Storage:
         token = secrets.token_bytes(16)
         target = f"{self.root}/{TEMPORARY_PREFIX}probe-{token.hex()}"
         action = f"use {self._fs.unstrip_protocol(self.root)} for output, it is not writable"
-        if self._persist(action, partial(self._echo, target, token)) != token:
+        try:
+            found = self._persist(action, partial(self._echo, target, token))
+        except BaseException:
+            self._discard(target)
+            raise
+        if found != token:
             raise StorageError(f"{self!r} returned other bytes than were written to it")
 
     @property
@@ -267,10 +274,11 @@ class Storage:
             return
         sent = data.stat().st_size if isinstance(data, Path) else len(data)
         options = self._upload_options(target, sent)
-        if isinstance(data, Path):
-            self._fs.put_file(str(data), target, **options)
-        else:
-            self._fs.pipe_file(target, data, **options)
+        with abort_on_failure(self._fs) if self._is_s3 else nullcontext():
+            if isinstance(data, Path):
+                self._fs.put_file(str(data), target, **options)
+            else:
+                self._fs.pipe_file(target, data, **options)
         self._verify(target, sent)
 
     def _upload_options(self, target: str, sent: int) -> dict[str, Any]:
@@ -278,8 +286,11 @@ class Storage:
         if self._fs.async_impl:
             # fsspec's own limit: read time-outs of the drivers begin only when the last byte was taken
             options["timeout"] = self.retries.upload_timeout_s + sent / SLOWEST_UPLOAD
-        if "s3" in _protocols(self._fs):
+        if self._is_s3:
             options["chunksize"] = S3_PART_BYTES
+            # s3fs aborts a failed upload while other parts are in flight, and a part that arrives after the abort stays
+            # in the bucket. One part at a time prevents that, but limits a large file to the speed of one connection.
+            options["max_concurrency"] = 1
             if kind := mimetypes.guess_type(target, strict=False)[0]:
                 options["ContentType"] = kind  # browsers show a page, and play a video, that says it is one
         return options
@@ -294,7 +305,7 @@ class Storage:
             raise DamagedError(f"{arrived} of {sent} bytes arrived")
 
     def _discard(self, target: str) -> None:
-        """Remove what is damaged, if that can be done: no file is better."""
+        """Remove an incomplete or damaged file if possible, because readers would take it for a whole one."""
         with suppress(Exception):
             self._fs.rm_file(target)
 
@@ -364,6 +375,7 @@ def _open(url: str) -> tuple[AbstractFileSystem, str]:
         fs.retries = 1
         limits = {"mode": "standard", "total_max_attempts": S3_TRIES_PER_REQUEST}
         fs.config_kwargs = {"retries": limits, **fs.config_kwargs}
+        track_uploads(fs)
     return fs, root
 
 

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pipeline.faults import StorageError, StorageFullError
 from pipeline.storage import Retries, Storage
 
 pytest_plugins = ["tests.pipeline.s3_server"]
+pytestmark = pytest.mark.integration
 
 QUICK = Retries(first_wait_s=0.01)
 LARGE = bytes(range(256)) * (20 * 2**20 // 256)
@@ -104,6 +106,7 @@ def test_a_server_that_takes_no_bytes_is_asked_again(s3, bucket, monkeypatch, ca
     storage.put("a", data)
     assert storage.get("a") == data
     assert not s3.pending()
+    assert s3.open_uploads(bucket) == []
     assert "the store did not answer in time; attempt 1 of 6" in caplog.text
 
 
@@ -155,6 +158,48 @@ def test_a_bucket_that_gets_full_on_the_way_shows_nothing(s3, bucket, storage, l
     with pytest.raises(StorageFullError, match="no room left"):
         storage.put("a", large)
     assert s3.keys(bucket) == s3.open_uploads(bucket) == []
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+def test_no_part_is_in_flight_when_an_upload_is_aborted(s3, storage, large, kind):
+    s3.fail((403, "QuotaExceeded"), "PUT", "partNumber=1")
+    with pytest.raises(StorageFullError):
+        storage.put("a", LARGE if kind == "bytes" else large)
+    assert s3.count("PUT", "partNumber") == s3.count("DELETE", "uploadId=") == 1
+
+
+def test_an_upload_is_aborted_again_if_the_abort_fails(s3, bucket, storage, large):
+    s3.fail((403, "QuotaExceeded"), "PUT", "partNumber=2")
+    s3.fail((403, "AccessDenied"), "DELETE", "uploadId=")
+    with pytest.raises(StorageError):
+        storage.put("a", large)
+    assert not s3.pending()
+    assert s3.open_uploads(bucket) == []
+
+
+def test_an_abort_that_fails_twice_is_logged(s3, storage, large, caplog):
+    s3.fail((403, "QuotaExceeded"), "PUT", "partNumber=2")
+    s3.fail((403, "AccessDenied"), "DELETE", "uploadId=", times=2)
+    with pytest.raises(StorageError):
+        storage.put("a", large)
+    assert "out/a stays open: PermissionError" in caplog.text
+
+
+def test_an_interrupted_upload_is_aborted(s3, bucket, storage, large):
+    s3.fail("holds", "PUT", "partNumber=2")
+    with ThreadPoolExecutor(1) as pool:
+        interrupt = pool.submit(lambda: (_wait_for(lambda: not s3.pending()), os.kill(os.getpid(), signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt):
+            storage.put("a", large)
+        interrupt.result()
+    assert s3.open_uploads(bucket) == []
+
+
+def test_a_probe_that_fails_leaves_nothing(s3, bucket, storage):
+    s3.fail((403, "AccessDenied"), "GET")
+    with pytest.raises(StorageError, match="not writable"):
+        storage.probe()
+    assert s3.keys(bucket) == []
 
 
 def test_a_store_that_may_not_be_asked_does_not_answer_no(s3, storage):
