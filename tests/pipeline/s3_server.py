@@ -17,7 +17,6 @@ from xml.sax.saxutils import escape, unescape
 
 import fsspec.config
 import pytest
-from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 ACCESS_KEY = "AKIADUMMYDUMMYDUMMY1"
 _SIGNATURE = (
@@ -216,6 +215,8 @@ def _texts(tag: str, xml: str) -> list[str]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """Run the store and the proxy before it, once per session."""
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer  # here, so that other sessions do not load it
+
     logging.getLogger("werkzeug").propagate = False  # a request that was stalled ends in the middle of other tests
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()

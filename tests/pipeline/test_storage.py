@@ -3,7 +3,6 @@
 import errno
 import http.client
 import logging
-import multiprocessing
 import os
 import pickle
 import resource
@@ -14,8 +13,8 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,32 +30,8 @@ pytest_plugins = ["tests.pipeline.s3_server"]
 
 QUICK = Retries(first_wait_s=0.001)
 
-ATTACKS = [
-    "",
-    "/",
-    "/etc/passwd",
-    "..",
-    "../a",
-    "a/../../b",
-    "a/..",
-    ".",
-    "./a",
-    "a//b",
-    "a/",
-    "\\\\host\\share",
-    "a\\..\\b",
-    "C:\\a",
-    "s3://bucket/a",
-    "file:///etc/passwd",
-    "a\0b",
-    "a\nb",
-    f"{TEMPORARY_PREFIX}a",
-    f"a/{TEMPORARY_PREFIX}b/c",
-    "a?versionId=b",
-]
 
-
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.integration)])
 def storage(request, tmp_path):
     if request.param == "s3":
         return Storage(f"s3://{request.getfixturevalue('bucket')}/out")
@@ -89,8 +64,10 @@ def test_the_time_of_the_last_write_is_told_in_utc(storage):
     first = storage.modified("v/a")
     assert first.tzinfo is UTC
     assert abs(first - before) < timedelta(minutes=1)
-    time.sleep(1.1)  # S3 counts whole seconds
-    storage.put("v/a", b"x")
+    deadline = time.monotonic() + 60
+    while storage.modified("v/a") == first:  # S3 counts whole seconds
+        assert time.monotonic() < deadline
+        storage.put("v/a", b"x")
     assert storage.modified("v/a") > first
 
 
@@ -165,26 +142,23 @@ def test_reading_an_absent_file_is_an_error_with_its_cause(storage):
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-@pytest.mark.parametrize("path", ATTACKS)
-@pytest.mark.parametrize("method", ["put", "get", "exists", "modified", "delete", "url"])
-def test_paths_that_lead_elsewhere_are_refused(storage, method, path):
-    arguments = (path, b"x") if method == "put" else (path,)
-    with pytest.raises(StorageError, match="path"):
-        getattr(storage, method)(*arguments)
+def test_paths_out_of_the_root_are_refused_by_every_method(storage):
+    calls = [partial(storage.put, data=b"x"), storage.get, storage.exists, storage.modified, storage.size]
+    calls += [partial(storage.download, target=Path("absent")), storage.delete, storage.url, storage.list]
+    for call in calls:
+        with pytest.raises(StorageError, match=r"path '\.\./a' has a '\.' or"):
+            call("../a")
 
 
-@pytest.mark.parametrize("path", [path for path in ATTACKS if path])
-def test_prefixes_that_lead_elsewhere_are_refused(storage, path):
-    with pytest.raises(StorageError, match="path"):
-        storage.list(path)
-
-
-@pytest.mark.parametrize("path", ["a..b", "...", "~", "$HOME", "*", "a:b", "-rf", ".hidden", "a#?[0]"])
-def test_names_without_a_meaning_are_just_names(storage, path):
-    storage.put(path, b"x")
-    assert storage.list() == [path]
-    assert storage.get(path) == b"x"
-    storage.delete(path)
+def test_names_without_a_meaning_are_just_names(storage):
+    paths = ["a..b", "...", "~", "$HOME", "*", "a:b", "-rf", ".hidden", "a#?[0]"]
+    for path in paths:
+        storage.put(path, path.encode())
+    assert storage.list() == sorted(paths)
+    assert [storage.get(path) for path in paths] == [path.encode() for path in paths]
+    for path in paths:
+        storage.delete(path)
+        assert not storage.exists(path)
     assert storage.list() == []
 
 
@@ -552,17 +526,35 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
     assert storage.list("open") == ["open/a"]
 
 
-@contextmanager
-def small_disk(folder):
-    """Mount a disk of 1 MiB, or say that this is not allowed here."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a disk of 1 MiB."""
+    folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("requires the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_files():
+    """Forbid files of more than 1 MiB to this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture(params=["bytes", "file"])
+def two_mib(request, tmp_path):
+    """The content of a file, or a file with it."""
+    data = b"x" * 2**21
+    if request.param == "bytes":
+        return data
+    (tmp_path / "data").write_bytes(data)
+    return tmp_path / "data"
 
 
 def refuses_what_has_no_room(folder, data):
@@ -577,32 +569,10 @@ def refuses_what_has_no_room(folder, data):
     storage.put("v/b", b"small")
 
 
-def refuses_under_a_limit(folder, data):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-    refuses_what_has_no_room(folder, data)
+@pytest.mark.integration
+def test_a_full_disk_keeps_the_old_file_and_nothing_else(two_mib, small_disk):
+    refuses_what_has_no_room(small_disk, two_mib)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "file"])
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # that children of threaded processes may deadlock
-def test_a_full_disk_keeps_the_old_file_and_nothing_else(tmp_path, kind):
-    data = b"x" * 2**21
-    if kind == "file":
-        (tmp_path / "data").write_bytes(data)
-        data = tmp_path / "data"
-    with small_disk(tmp_path / "disk") as mounted:
-        if mounted:
-            refuses_what_has_no_room(tmp_path / "disk", data)
-            return
-    # without the right to mount: no file may grow past 1 MiB
-    process = multiprocessing.get_context("fork").Process(target=refuses_under_a_limit, args=(tmp_path / "disk", data))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_disk_limit_counts_as_full(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=refuses_under_a_limit, args=(tmp_path, b"x" * 2**21))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
+def test_a_limit_of_file_sizes_counts_as_full(tmp_path, two_mib, small_files):
+    refuses_what_has_no_room(tmp_path / "out", two_mib)
