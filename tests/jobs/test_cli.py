@@ -1,13 +1,18 @@
 """The command: its table of subcommands, its help, and its exit code for what it does not know."""
 
+import json
+import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from jobs import cli
 from jobs.settings import DemoSettings, RenderSettings
+from pipeline.storage import Storage
+from tests.pipeline.ledgers import recorded, rows, written
 
 
 def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -92,3 +97,45 @@ def test_wrong_settings_are_one_line_and_exit_code_2(monkeypatch, capsys, argume
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"pyramid-render {arguments[0]}: ")
     assert word in line
+
+
+HEAVY = ("accelerate", "diffusers", "gradio", "peft", "ray", "scipy", "torch", "transformers")
+LOADED = f"""
+import json, sys
+from contextlib import redirect_stdout
+from io import StringIO
+from jobs import cli
+
+def run(*arguments):
+    with redirect_stdout(StringIO()):
+        try:
+            code = cli.main(arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+    return code, [name for name in {HEAVY} if name in sys.modules]
+
+found = {{}}
+for name, entry in cli.COMMANDS.items():
+    found[name] = run(name, "--help")
+    for inner in getattr(entry, "commands", ()):
+        found[f"{{name}} {{inner}}"] = run(name, inner, "--help")
+for name in ("status", "report", "compact"):
+    found[f"{{name}} OUTPUT"] = run(name, sys.argv[1])
+print(json.dumps(found))
+"""
+"""Prints the exit code of every command and which heavy packages are loaded after it."""
+
+
+def test_help_and_commands_that_only_read_the_ledger_load_no_heavy_package(tmp_path):
+    storage = Storage(str(tmp_path))
+    for run in ("1", "2"):
+        recorded(storage, run, "finished", total=2, done=2, failed=0)
+        written(storage, rows("a", run, run=run), run=run)
+    command = [sys.executable, "-c", LOADED, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert {*cli.COMMANDS, "dataset encode", "status OUTPUT", "report OUTPUT", "compact OUTPUT"} <= found.keys()
+    assert {name: outcome for name, outcome in found.items() if outcome != [0, []]} == {}
+    assert len(storage.list("metadata")) == 1
+    assert storage.exists("report.html")
