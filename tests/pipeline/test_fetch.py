@@ -729,11 +729,15 @@ def test_what_does_not_lie_below_a_root_on_a_web_server_is_refused(server, uri):
 DOTS = ["..", "%2e%2e", "%2E.", ".%2e", "%252e%252e", "%25252e.", "%%32%65%2e"]
 
 
-@pytest.mark.parametrize("dots", DOTS)
-@pytest.mark.parametrize("path", ["{}/a.png", "b/{}/a.png", "b%2f{}%2fa.png", "b%5c{}\\a.png", "b%252F{}", "{}"])
-def test_dot_segments_are_refused_however_encoded(server, dots, path):
-    uri = path.format(dots)
-    assert climbs(uri)
+CLIMBING = ["{}/a.png", "b/{}/a.png", "b%2f{}%2fa.png", "b%5c{}\\a.png", "b%252F{}", "{}"]
+
+
+def test_dot_segments_are_seen_however_encoded():
+    assert [uri for path in CLIMBING for dots in DOTS if not climbs(uri := path.format(dots))] == []
+
+
+@pytest.mark.parametrize("uri", ["b/%2e%2e/a.png", "%%32%65%2e/a.png", "b%5c..\\a.png"])
+def test_dot_segments_are_refused_with_and_without_a_root(server, uri):
     for given, root in ((uri, server.url("/data")), (server.url(f"/data/{uri}"), None)):
         with pytest.raises(RequestError, match="lies outside the image root"):
             loopback(HOST).read(given, root)

@@ -210,16 +210,16 @@ def test_images_of_allowed_hosts_are_read_whatever_the_root(root, web):
     assert images_of.read(f"{web.upper()}/root2/a.png") == SECRET
 
 
-@pytest.mark.parametrize("scheme", ["http", "https", "HTTP"])
-def test_hosts_that_nobody_allowed_are_refused(root, scheme):
-    with pytest.raises(RequestError, match=r"host 'evil\.example', which is not allowed; --allow-image-host evil"):
-        ImageRoot(root, LOOPBACK, everything).read(f"{scheme}://evil.example/a.png")
+def test_hosts_that_nobody_allowed_are_refused(root):
+    for scheme in ("http", "https", "HTTP"):
+        with pytest.raises(RequestError, match=r"host 'evil\.example', which is not allowed; --allow-image-host evil"):
+            ImageRoot(root, LOOPBACK, everything).read(f"{scheme}://evil.example/a.png")
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1/a.png", "http://localhost:1/a.png", "https://[::1]/a.png"])
-def test_private_addresses_are_refused_though_their_host_is_allowed(root, uri):
-    with pytest.raises(RequestError, match=r"which is not( a)? public"):
-        ImageRoot(root, frozenset({"127.0.0.1", "localhost", "::1"})).read(uri)
+def test_private_addresses_are_refused_though_their_host_is_allowed(root):
+    for uri in ("http://127.0.0.1/a.png", "http://localhost:1/a.png", "https://[::1]/a.png"):
+        with pytest.raises(RequestError, match=r"which is not( a)? public"):
+            ImageRoot(root, frozenset({"127.0.0.1", "localhost", "::1"})).read(uri)
 
 
 @pytest.mark.parametrize("ending", ["", "/"])
