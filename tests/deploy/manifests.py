@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs/deploy"
 LAUNCHER = {"aws": ROOT / "cluster.yaml", "gcp": DEPLOY / "gcp.yaml"}
 KUBERAY = {path.stem: path for path in sorted((DEPLOY / "kuberay").glob("*.yaml"))}
+CLUSTERS = {"raycluster": "spec", "rayjob": "spec.rayClusterSpec", "rayservice": "spec.rayClusterConfig"}
 SHIPPED = [ROOT / "cluster.yaml", ROOT / ".dockerignore", *sorted(path for path in DEPLOY.rglob("*") if path.is_file())]
 
 Value = Any  # what a YAML file holds
@@ -27,14 +28,17 @@ def documents(path: Path) -> list[Value]:
     return list(yaml.safe_load_all(path.read_text()))
 
 
-def changed(value: Value, place: str, new: Value) -> Value:
-    """Set what lies at a place such as "spec.containers.0.image", and return the whole."""
-    *parents, last = (int(key) if key.isdecimal() else key for key in place.split("."))
-    inner = value
-    for key in parents:
-        inner = inner[key]
-    inner[last] = new
+def cluster_of(name: str) -> Value:
+    """Return the specification of a manifest's cluster."""
+    value = loaded(KUBERAY[name])
+    for key in CLUSTERS[name].split("."):
+        value = value[key]
     return value
+
+
+def groups(cluster: Value) -> list[Value]:
+    """Return the groups of a cluster's pods, the head's first."""
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
 
 
 def texts(value: Value) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from unittest.mock import Mock
 
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
@@ -12,6 +13,12 @@ from pipeline.runner import READ_CPUS
 from tests.deploy.manifests import Value
 
 SAMPLER, ENCODER, READER = {"GPU": SAMPLER_SHARE}, {"GPU": ENCODER_SHARE}, {"CPU": READ_CPUS}
+
+
+def autoscaling(cluster: Value) -> Value:
+    """Return the configuration that Ray's autoscaler derives from the specification of a KubeRay cluster."""
+    metadata = {"name": "cluster", "namespace": "default"}
+    return _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": cluster})
 
 
 def starter(launcher: Value) -> Callable[..., dict[str, int]]:
