@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -38,7 +38,6 @@ from pipeline.faults import (
     log_retry,
     presentable,
 )
-from pipeline.multipart import abort_on_failure, track_uploads
 from pipeline.paths import TEMPORARY_PREFIX, check_path, check_url, is_temporary
 
 logger = logging.getLogger(__name__)
@@ -103,7 +102,6 @@ class Storage:
         fs, root = _open(url)
         self.root: str = root.rstrip("/")
         self._is_local = isinstance(fs, LocalFileSystem)
-        self._is_s3 = "s3" in _protocols(fs)
         if not self.root and "memory" not in _protocols(fs):
             raise StorageError(f"storage {url} names no folder or bucket")
         self._url = self.root if self._is_local else url
@@ -274,11 +272,10 @@ class Storage:
             return
         sent = data.stat().st_size if isinstance(data, Path) else len(data)
         options = self._upload_options(target, sent)
-        with abort_on_failure(self._fs) if self._is_s3 else nullcontext():
-            if isinstance(data, Path):
-                self._fs.put_file(str(data), target, **options)
-            else:
-                self._fs.pipe_file(target, data, **options)
+        if isinstance(data, Path):
+            self._fs.put_file(str(data), target, **options)
+        else:
+            self._fs.pipe_file(target, data, **options)
         self._verify(target, sent)
 
     def _upload_options(self, target: str, sent: int) -> dict[str, Any]:
@@ -286,7 +283,7 @@ class Storage:
         if self._fs.async_impl:
             # fsspec's own limit: read time-outs of the drivers begin only when the last byte was taken
             options["timeout"] = self.retries.upload_timeout_s + sent / SLOWEST_UPLOAD
-        if self._is_s3:
+        if "s3" in _protocols(self._fs):
             options["chunksize"] = S3_PART_BYTES
             # s3fs aborts a failed upload while other parts are in flight, and a part that arrives after the abort stays
             # in the bucket. One part at a time prevents that, but limits a large file to the speed of one connection.
@@ -375,7 +372,6 @@ def _open(url: str) -> tuple[AbstractFileSystem, str]:
         fs.retries = 1
         limits = {"mode": "standard", "total_max_attempts": S3_TRIES_PER_REQUEST}
         fs.config_kwargs = {"retries": limits, **fs.config_kwargs}
-        track_uploads(fs)
     return fs, root
 
 

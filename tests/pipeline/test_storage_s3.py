@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import signal
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -166,33 +165,6 @@ def test_no_part_is_in_flight_when_an_upload_is_aborted(s3, storage, large, kind
     with pytest.raises(StorageFullError):
         storage.put("a", LARGE if kind == "bytes" else large)
     assert s3.count("PUT", "partNumber") == s3.count("DELETE", "uploadId=") == 1
-
-
-def test_an_upload_is_aborted_again_if_the_abort_fails(s3, bucket, storage, large):
-    s3.fail((403, "QuotaExceeded"), "PUT", "partNumber=2")
-    s3.fail((403, "AccessDenied"), "DELETE", "uploadId=")
-    with pytest.raises(StorageError):
-        storage.put("a", large)
-    assert not s3.pending()
-    assert s3.open_uploads(bucket) == []
-
-
-def test_an_abort_that_fails_twice_is_logged(s3, storage, large, caplog):
-    s3.fail((403, "QuotaExceeded"), "PUT", "partNumber=2")
-    s3.fail((403, "AccessDenied"), "DELETE", "uploadId=", times=2)
-    with pytest.raises(StorageError):
-        storage.put("a", large)
-    assert "out/a stays open: PermissionError" in caplog.text
-
-
-def test_an_interrupted_upload_is_aborted(s3, bucket, storage, large):
-    s3.fail("holds", "PUT", "partNumber=2")
-    with ThreadPoolExecutor(1) as pool:
-        interrupt = pool.submit(lambda: (_wait_for(lambda: not s3.pending()), os.kill(os.getpid(), signal.SIGINT)))
-        with pytest.raises(KeyboardInterrupt):
-            storage.put("a", large)
-        interrupt.result()
-    assert s3.open_uploads(bucket) == []
 
 
 def test_a_probe_that_fails_leaves_nothing(s3, bucket, storage):
