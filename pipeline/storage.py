@@ -272,10 +272,14 @@ class Storage:
             return
         sent = data.stat().st_size if isinstance(data, Path) else len(data)
         options = self._upload_options(target, sent)
-        if isinstance(data, Path):
-            self._fs.put_file(str(data), target, **options)
-        else:
-            self._fs.pipe_file(target, data, **options)
+        try:
+            if isinstance(data, Path):
+                self._fs.put_file(str(data), target, **options)
+            else:
+                self._fs.pipe_file(target, data, **options)
+        except BaseException:
+            self._abort_uploads(target)
+            raise
         self._verify(target, sent)
 
     def _upload_options(self, target: str, sent: int) -> dict[str, Any]:
@@ -291,6 +295,19 @@ class Storage:
             if kind := mimetypes.guess_type(target, strict=False)[0]:
                 options["ContentType"] = kind  # browsers show a page, and play a video, that says it is one
         return options
+
+    def _abort_uploads(self, target: str) -> None:
+        """Abort multipart uploads to a file, because a bucket keeps and bills their parts.
+
+        s3fs does so when the store refuses a part, but not after a timeout or an interrupt.
+        """
+        if "s3" not in _protocols(self._fs):
+            return
+        with suppress(Exception):  # the caller raises the cause; a lifecycle rule removes what is left
+            bucket, key, _version = self._fs.split_path(target)
+            for upload in self._fs.list_multipart_uploads(bucket):
+                if upload["Key"] == key:
+                    self._fs.abort_mpu(bucket, key, upload["UploadId"])
 
     def _verify(self, target: str, sent: int) -> None:
         self._fs.invalidate_cache()
