@@ -28,15 +28,23 @@ def right(scene: Scene, clip: np.ndarray) -> bool:
     return seen.pieces == 1 and all(getattr(seen, name) == getattr(scene, name) for name in NAMES)
 
 
-@pytest.mark.parametrize(("side", "num_frames", "count"), [(64, 33, 120), (128, 49, 8)])
+@pytest.mark.parametrize(
+    ("side", "num_frames", "count"),
+    [
+        (64, 33, 12),
+        pytest.param(64, 33, 120, marks=pytest.mark.integration),
+        pytest.param(128, 49, 8, marks=pytest.mark.integration),
+    ],
+)
 def test_it_is_right_about_the_worlds_own_clips(side, num_frames, count):
     scenes = [draw_scene(Random(seed), held_out=bool(seed % 2)) for seed in range(count)]
     assert sum(right(scene, scene.render(num_frames, side)) for scene in scenes) >= 0.99 * count
 
 
-def test_it_is_right_about_slightly_blurred_ones():
-    scenes = [draw_scene(Random(seed), ("medium", "large")) for seed in range(40)]
-    assert sum(right(scene, blurred(scene.render(33, 64), seed)) for seed, scene in enumerate(scenes)) >= 39
+@pytest.mark.parametrize("count", [8, pytest.param(40, marks=pytest.mark.integration)])
+def test_it_is_right_about_slightly_blurred_ones(count):
+    scenes = [draw_scene(Random(seed), ("medium", "large")) for seed in range(count)]
+    assert sum(right(scene, blurred(scene.render(33, 64), seed)) for seed, scene in enumerate(scenes)) >= count - 1
 
 
 def test_the_place_is_that_of_the_first_frame():
