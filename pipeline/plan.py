@@ -3,20 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, floor, inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.costs import Costs
 from pipeline.provenance import Signing
 from pipeline.quality import STANDARD, Thresholds
 from pipeline.stages import Layout
-from pipeline.stages.decode import Decode
-from pipeline.stages.encode import Encode
-from pipeline.stages.publish import Publish
-from pipeline.stages.sample import Sample
-from pipeline.stages.stage import ModelConfig, Stage
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.memory_modes import Memory
 from pyramid_flow.tile import Tile
+
+if TYPE_CHECKING:
+    from pipeline.stages.stage import Stage
 
 SAMPLER_SHARE, ENCODER_SHARE = 0.55, 0.2
 """What of a GPU a worker takes. Ray knows only fractions, and places whatever fits: two samplers never meet on a GPU,
@@ -71,7 +69,7 @@ class Resources:
 class StageSpec:
     """What a stage is: its class and the arguments of its constructor."""
 
-    stage: type[Stage]
+    stage: "type[Stage]"
     arguments: Mapping[str, Any]
 
     @property
@@ -307,6 +305,13 @@ def _gpu_shares(job: Job, encoders: int) -> dict[str, float]:
 
 def _stages(job: Job, resources: Resources, workers: int, *, together: bool) -> tuple[float, dict[str, StageSpec]]:
     """Return the logical CPUs of each of the workers that decode, which are their ffmpeg's, and the stages by name."""
+    # here, so that workers of other stages load neither torch nor the model
+    from pipeline.stages.decode import Decode
+    from pipeline.stages.encode import Encode
+    from pipeline.stages.model import ModelConfig
+    from pipeline.stages.publish import Publish
+    from pipeline.stages.sample import Sample
+
     threads = max(1, resources.cpus // workers)
     cpus = job.encoder_threads or min(threads, MAX_ENCODER_THREADS, resources.cpus / (2 * workers))
     model = ModelConfig(

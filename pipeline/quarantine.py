@@ -14,14 +14,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.rows import Batch, Item
-from pipeline.stages.encode import Encode
-from pipeline.stages.sample import Sample
+from pipeline.stages import ENCODE, SAMPLE
 from pipeline.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-SKIPPING = (Encode.name, Sample.name)
+SKIPPING = (ENCODE, SAMPLE)
 """Stages that begin nothing new once the job is stopping: decoding and publishing save work that is done."""
 
 

@@ -21,7 +21,7 @@ from pipeline.metrics import QueueMetrics, StageMetrics
 from pipeline.plan import Node, Plan, PlanError, Pool, Resources, StageSpec
 from pipeline.quarantine import MAX_ATTEMPTS, Guarded, start_watch
 from pipeline.rows import Batch, pack, unpack
-from pipeline.stages.publish import Publish
+from pipeline.stages import PUBLISH
 from pipeline.stages.stage import Stage
 from pipeline.worklist import PartWork, RowRules, Worklist
 
@@ -65,7 +65,7 @@ class Worker:
 
 
 def _made(spec: StageSpec, node: str) -> Stage:
-    place = {"node": node} if spec.stage is Publish else {}
+    place = {"node": node} if spec.name == PUBLISH else {}
     return spec.stage(**spec.arguments, **place)
 
 

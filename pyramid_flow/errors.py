@@ -33,3 +33,7 @@ class ShapeError(PyramidFlowError, ValueError):
 
 class CheckpointError(PyramidFlowError):
     """A checkpoint folder lacks something, holds something unknown, or cannot be read."""
+
+
+class TeamError(PyramidFlowError):
+    """The processes that share a clip are out of step; only starting all of them again helps."""

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from pyramid_flow.checkpoint import Checkpoint
-from pyramid_flow.errors import PyramidFlowError
+from pyramid_flow.errors import PyramidFlowError, TeamError
 from pyramid_flow.noise import NoiseSource
 from pyramid_flow.parallel import Parallel, join
 from pyramid_flow.parallel_config import Ways, split_ways
@@ -31,10 +31,6 @@ from pyramid_flow.transformer import PyramidTransformer
 CLOSE_S = 5.0
 
 logger = logging.getLogger(__name__)
-
-
-class TeamError(PyramidFlowError):
-    """The processes are out of step, and nothing but starting all of them again helps."""
 
 
 class Team:

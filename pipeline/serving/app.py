@@ -26,8 +26,8 @@ from pipeline.serving.webhooks import Webhook
 from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
 from pipeline.stages import STAGES
 from pipeline.stages.encode import Encode
+from pipeline.stages.model import ModelConfig
 from pipeline.stages.publish import Publish
-from pipeline.stages.stage import ModelConfig
 from pipeline.storage import Storage
 from pipeline.weights import open_checkpoint
 from pyramid_flow.memory_modes import Memory

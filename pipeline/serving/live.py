@@ -15,8 +15,9 @@ from pipeline.rows import Item, as_tensor
 from pipeline.serving.files import fragment_path, fragments_folder
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Claim
-from pipeline.stages.decode import FILE, THUMBNAIL, Decode
-from pipeline.stages.stage import ModelConfig
+from pipeline.stages import FILE, THUMBNAIL
+from pipeline.stages.decode import Decode
+from pipeline.stages.model import ModelConfig
 from pipeline.storage import Storage
 from pipeline.video import ThumbnailStrip
 from pyramid_flow.errors import PyramidFlowError

@@ -25,8 +25,8 @@ from pipeline.serving.live import LiveDecode, Relay
 from pipeline.serving.store import Store
 from pipeline.serving.watch import Watch
 from pipeline.serving.webhooks import Webhook
+from pipeline.stages.model import ModelConfig
 from pipeline.stages.sample import Sample
-from pipeline.stages.stage import ModelConfig
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)

@@ -8,5 +8,8 @@ from typing import Literal
 ENCODE, SAMPLE, DECODE, PUBLISH = STAGES = ("encode", "sample", "decode", "publish")
 """Names, in the order of the data."""
 
+FILE, THUMBNAIL = "file", "thumbnail"
+"""Tensors of a decoded row: the bytes of its video or still, and of its thumbnail strip."""
+
 Layout = Literal["auto", "staged", "fused"]
 """Which stages share a worker: none but sample and decode (staged), or all (fused)."""

@@ -15,8 +15,9 @@ from pipeline.image_text import ImageTextModel, PickedFrames
 from pipeline.quality import STANDARD, QualityMeter, Thresholds
 from pipeline.request import UNTOLD, ResolvedRequest
 from pipeline.rows import Item, as_tensor
-from pipeline.stages import DECODE
-from pipeline.stages.stage import ModelConfig, Stage
+from pipeline.stages import DECODE, FILE, THUMBNAIL
+from pipeline.stages.model import ModelConfig
+from pipeline.stages.stage import Stage
 from pipeline.still import encode_still
 from pipeline.video import Frames, ThumbnailStrip, VideoWriter
 from pyramid_flow import Checkpoint, SamplingParams
@@ -28,7 +29,6 @@ from pyramid_flow.tile import Tile
 
 logger = logging.getLogger(__name__)
 
-FILE, THUMBNAIL = "file", "thumbnail"
 COUNTED_SHAPES = 256
 
 

@@ -13,7 +13,8 @@ from pipeline.images import ImageRoot
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Item, as_bytes
 from pipeline.stages import ENCODE
-from pipeline.stages.stage import ModelConfig, Stage
+from pipeline.stages.model import ModelConfig
+from pipeline.stages.stage import Stage
 from pyramid_flow import TextEmbedding
 from pyramid_flow.images import open_image
 from pyramid_flow.memory import VAE

@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from pipeline.provenance import Signing
 from pipeline.request import UNTOLD
 from pipeline.rows import Item, as_bytes
-from pipeline.stages import PUBLISH
-from pipeline.stages.decode import FILE, THUMBNAIL
+from pipeline.stages import FILE, PUBLISH, THUMBNAIL
 from pipeline.stages.stage import Stage
 from pipeline.storage import Storage
 

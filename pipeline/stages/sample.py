@@ -11,7 +11,8 @@ from torch import Tensor
 from pipeline.request import sampling_params
 from pipeline.rows import Item
 from pipeline.stages import SAMPLE
-from pipeline.stages.stage import ModelConfig, Stage
+from pipeline.stages.model import ModelConfig
+from pipeline.stages.stage import Stage
 from pyramid_flow import (
     Checkpoint,
     NonFiniteError,

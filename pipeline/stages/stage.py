@@ -1,77 +1,15 @@
-"""What all stages share: which model they load, and that an error fails a row and never a batch."""
+"""What all stages share: an error fails a row and never a batch."""
 
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
-
 from pipeline.rows import Batch, Item
-from pipeline.weights import open_checkpoint
-from pyramid_flow import Checkpoint
-from pyramid_flow.checkpoint import DTYPES
-from pyramid_flow.fit import SMALLER_TILES, choose_placement
-from pyramid_flow.memory_modes import Memory
-from pyramid_flow.placement import Placement, free_bytes, process_bytes, release_memory, set_up_process
-from pyramid_flow.team import TeamError
+from pyramid_flow.errors import TeamError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which checkpoint a worker loads, and how: device ("cpu", "cuda") and dtype ("float32", "bfloat16").
-
-    path: folder, name or URL; threads: CPU threads of the worker's tensor operations; lora: adapters, as
-    `Checkpoint.open` takes them; memory: see `PyramidFlowPipeline.from_pretrained`; together: whether one process loads
-    all stages; cache_gib: of the sampler's history cache, None = half of the memory that is free; gpus_per_clip:
-    devices that share every batch of a sampler; fingerprint: the checkpoint's, to be told in files, empty = it is not.
-    """
-
-    path: str
-    variant: str | None
-    device: str
-    dtype: str
-    threads: int
-    lora: tuple[str, ...] = ()
-    memory: Memory = "auto"
-    together: bool = False
-    cache_gib: float | None = None
-    gpus_per_clip: int = 1
-    fingerprint: str = ""
-
-    def open(self) -> Checkpoint:
-        """Open the checkpoint, in a process that is set up for it."""
-        set_up_process(self.threads)
-        return open_checkpoint(self.path, self.variant, self.lora)
-
-    def placement(self, checkpoint: Checkpoint, parts: Collection[str]) -> Placement:
-        """Return where a stage's parts compute, and in which mode; together: as all parts of the process allow.
-
-        Decoding counts in the smallest tiles, which are tried when it runs out of memory.
-        """
-        return choose_placement(
-            checkpoint,
-            self.torch_dtype,
-            self.device,
-            self.memory,
-            parts=None if self.together else parts,
-            tile=SMALLER_TILES[-1],
-            available=process_bytes if self.together else free_bytes,
-        )
-
-    @property
-    def cache_bytes(self) -> float | None:
-        """Budget of the history cache in bytes."""
-        return None if self.cache_gib is None else self.cache_gib * 2**30
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return DTYPES[self.dtype]
 
 
 class Stage(ABC):
@@ -98,9 +36,13 @@ class Stage(ABC):
     def _attempt(self, items: Sequence[Item]) -> list[Item]:
         try:
             return self.process(items)
-        except (torch.AcceleratorError, TeamError):
-            raise  # a device-side assert, say: every later call would fail too
-        except Exception as caught:  # noqa: BLE001 - recorded in the row, or tried again row by row
+        except Exception as caught:
+            import torch  # here, so that workers whose stages need no model do not load it
+
+            from pyramid_flow.placement import release_memory
+
+            if isinstance(caught, torch.AcceleratorError | TeamError):
+                raise  # a device-side assert, say: every later call would fail too
             error = caught.with_traceback(None)  # whose frames would keep the attempt's tensors while rows are retried
         if isinstance(error, torch.OutOfMemoryError):
             release_memory()

@@ -12,7 +12,7 @@ import ray
 
 from pipeline.plan import Plan, Pool, StageSpec
 from pipeline.rows import Item, as_bytes, as_tensor
-from pipeline.stages.decode import FILE, THUMBNAIL
+from pipeline.stages import FILE, THUMBNAIL
 from pipeline.stages.publish import Publish
 from pipeline.stages.stage import Stage
 from tests.chaos.scenario import Scenario, latent_bytes, video_bytes

@@ -11,7 +11,7 @@ from pipeline.batching import read_rows
 from pipeline.compact import compact
 from pipeline.plan import Pool, StageSpec
 from pipeline.rows import as_tensor
-from pipeline.stages.decode import FILE, THUMBNAIL
+from pipeline.stages import FILE, THUMBNAIL
 from pipeline.stages.publish import Publish
 from pipeline.stages.stage import Stage
 from tests.chaos.inprocess import InProcess

@@ -12,7 +12,7 @@ from PIL import Image
 
 from jobs import cli
 from pipeline.stages.encode import Encode
-from pipeline.stages.stage import ModelConfig
+from pipeline.stages.model import ModelConfig
 from pyramid_flow import PyramidFlowError, PyramidFlowPipeline
 from tests.pipeline.tables import batch, item, write_table
 from tests.pyramid_flow.goldens import TINY_MINIFLUX

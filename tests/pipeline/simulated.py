@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from pipeline.batching import read_rows
 from pipeline.inputs import list_parts
 from pipeline.job import RenderJob
@@ -47,6 +45,8 @@ class Sample(Stage):
         if "hang" in prompts:
             time.sleep(1000)
         if "poison" in prompts:
+            import torch  # here, so that other workers do not load it
+
             raise torch.AcceleratorError("device-side assert triggered")
         if "disk" in prompts:
             raise OSError("no space left on device")

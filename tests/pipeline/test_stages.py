@@ -13,14 +13,15 @@ from PIL import Image
 from pipeline.provenance import KEY, REQUEST, Signing, SigningError
 from pipeline.quality import Thresholds
 from pipeline.rows import Batch, Item, as_tensor, pack, unpack
+from pipeline.stages import FILE, THUMBNAIL
 from pipeline.stages import decode as decode_module
+from pipeline.stages import model as model_module
 from pipeline.stages import sample as sample_module
-from pipeline.stages import stage as stage_module
-from pipeline.stages.decode import FILE, THUMBNAIL, Decode
+from pipeline.stages.decode import Decode
 from pipeline.stages.encode import Encode
+from pipeline.stages.model import ModelConfig
 from pipeline.stages.publish import Publish
 from pipeline.stages.sample import Sample
-from pipeline.stages.stage import ModelConfig
 from pipeline.still import encode_still
 from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
 from pyramid_flow.placement import Placement, free_bytes, process_bytes
@@ -329,7 +330,7 @@ def test_what_decoding_takes_is_counted_once_per_size(model, monkeypatch):
 
 def test_one_process_of_all_stages_counts_all_parts(model, monkeypatch):
     given = []
-    monkeypatch.setattr(stage_module, "choose_placement", lambda *_, **how: given.append(how))
+    monkeypatch.setattr(model_module, "choose_placement", lambda *_, **how: given.append(how))
     for together in (False, True):
         replace(model, together=together).placement(Checkpoint.open("toy"), ("vae",))
     assert [how["parts"] for how in given] == [("vae",), None]
@@ -347,6 +348,7 @@ def test_decoding_that_never_fits_fails_its_row(model, preset, encode, sample, m
     assert not row.error.is_own_fault
 
 
+@pytest.mark.integration
 def test_two_processes_sample_what_one_does(model, preset, encode, sample):
     encoded = encode(batch(*(item(preset, prompt="a ball", seed=seed, **SHAPE) for seed in (1, 2))))
     stage = Sample(replace(model, gpus_per_clip=2))
@@ -360,6 +362,7 @@ def test_two_processes_sample_what_one_does(model, preset, encode, sample):
         assert difference.norm() / other.tensors["latents"].norm() <= 1e-5
 
 
+@pytest.mark.integration
 def test_processes_that_are_out_of_step_are_no_rows_fault(model, preset, encode, monkeypatch):
     def generate_latents(*arguments, **options):
         raise torch.OutOfMemoryError("out of memory")
