@@ -4,6 +4,7 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from pyramid_flow import Checkpoint, Preset
@@ -22,6 +23,7 @@ def example(page: str, first_words: str) -> str:
     return code
 
 
+@pytest.mark.integration
 def test_the_readmes_example_renders_a_video_and_goes_on_from_an_image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -31,6 +33,7 @@ def test_the_readmes_example_renders_a_video_and_goes_on_from_an_image(tmp_path,
     assert names["again"].shape == (9, 64, 64, 3)
 
 
+@pytest.mark.integration
 def test_the_models_example_shows_progress_keeps_latents_and_stops_early():
     names: dict[str, object] = {}
     exec(example("docs/model.md", "import torch\nfrom pyramid_flow"), names)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save
 
 from jobs import cli
@@ -158,7 +158,27 @@ def test_after_a_lasting_cut_the_next_run_takes_only_what_is_missing(hub, capsys
     Checkpoint.open("miniflux", "384p").check()
 
 
-def test_ctrl_c_keeps_what_came_whole(hub, tmp_path):
+def test_an_interrupt_keeps_what_came_whole(hub, monkeypatch, capsys):
+    download = HfApi.hf_hub_download
+
+    def interrupted(self: HfApi, repository: str, file: str, **options: object) -> object:
+        if file == WEIGHTS and not options.get("dry_run"):
+            raise KeyboardInterrupt
+        return download(self, repository, file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "hf_hub_download", interrupted)
+        assert cli.main(["fetch", "miniflux"]) == 130
+    assert "interrupted; what came whole is kept" in capsys.readouterr().err
+    came = set(hub.served)
+    assert VAE in came
+    hub.served.clear()
+    assert cli.main(["fetch", "miniflux"]) == 0
+    assert set(hub.served) == needed_of(hub) - came
+
+
+@pytest.mark.integration
+def test_ctrl_c_during_a_download_leaves_no_part_of_a_file(hub, tmp_path):
     hub.stall = WEIGHTS
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "jobs.cli", "fetch", "miniflux"]
