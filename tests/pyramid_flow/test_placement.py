@@ -6,7 +6,7 @@ accelerate's hooks a weight rests on the meta device, and those that do not are 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import finalize
 
@@ -45,7 +45,7 @@ def bytes_on(device: torch.device, module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors(module) if tensor.device == device)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param("toy", marks=pytest.mark.integration), *TINY])
 def test_every_mode_gives_the_same_latents_and_frames(model):
     results = []
     for mode in MODES:
@@ -147,11 +147,12 @@ class MostBytes(TorchDispatchMode):
 
 def test_sequential_has_one_layer_on_the_device():
     pipe = loaded("toy", "sequential")
-    for part in parts(pipe):
-        assert all(weight.device == META for weight in part.parameters())
+    assert all(weight.device == META for part in parts(pipe) for weight in part.parameters())
+    with ExitStack() as stack:
+        most_bytes = {part: stack.enter_context(MostBytes(part)) for part in parts(pipe)}
+        pipe("it moves", image=PICTURE, **QUICK)
+    for part, most in most_bytes.items():
         largest = max(sum(w.nbytes for w in layer.parameters(recurse=False)) for layer in part.modules())
-        with MostBytes(part) as most:
-            pipe("it moves", image=PICTURE, **QUICK)
         assert 0 < most.bytes <= largest
         assert all(weight.device == META for weight in part.parameters())
 
