@@ -45,16 +45,19 @@ def splits(table: pa.Table) -> dict[str, list[dict[str, object]]]:
     return {split: [row for row in rows if row["split"] == split] for split in ("train", "held_out")}
 
 
-@pytest.mark.parametrize("made", [recipe(seed=3, held_out=0.2, fields={"num_frames": [9, 17]}), numbered(50)])
-def test_a_recipe_makes_the_same_table_in_another_process(made, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False))
+def test_a_recipe_makes_the_same_table_in_another_process(tmp_path):
+    made = (recipe(seed=3, held_out=0.2, fields={"num_frames": [9, 17]}), numbered(50))
+    files = [tmp_path / "listed.yaml", tmp_path / "drawn.yaml"]
+    for file, each in zip(files, made, strict=True):
+        file.write_text(yaml.safe_dump(each.model_dump(mode="json"), sort_keys=False))
     code = (
-        "import sys, hashlib; from pathlib import Path; from pipeline.prompts import Recipe, as_parquet, make_table;"
-        "print(hashlib.sha256(as_parquet(make_table(Recipe.read(Path(sys.argv[1]))))).hexdigest())"
+        "import sys, hashlib; from pathlib import Path; from pipeline.prompts import Recipe, as_parquet, make_table\n"
+        "for file in sys.argv[1:]:"
+        " print(hashlib.sha256(as_parquet(make_table(Recipe.read(Path(file))))).hexdigest())"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, "-c", code, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    assert done.stdout.strip() == hashlib.sha256(as_parquet(make_table(made))).hexdigest()
+    assert done.stdout.split() == [hashlib.sha256(as_parquet(make_table(each))).hexdigest() for each in made]
 
 
 def test_what_is_drawn_does_not_change_with_versions():
