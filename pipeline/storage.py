@@ -278,7 +278,8 @@ class Storage:
             else:
                 self._fs.pipe_file(target, data, **options)
         except BaseException:
-            self._abort_uploads(target)
+            if sent > S3_PART_BYTES:
+                self._abort_uploads(target)
             raise
         self._verify(target, sent)
 
