@@ -26,6 +26,19 @@ LOCAL_OWNER = "local"
 
 
 @dataclass(frozen=True)
+class Polling:
+    """Intervals, in seconds, at which the state of a video is read."""
+
+    client_s: float = 1.0
+    """Interval that clients are asked to keep; it grows with the number of videos ahead of theirs."""
+    max_client_s: float = 10.0
+    events_s: float = 0.3
+    """For event streams and for requests that wait for their video."""
+    stream_s: float = 0.1
+    """For streams of videos that are being made."""
+
+
+@dataclass(frozen=True)
 class Service:
     """What the interface stands on.
 
@@ -45,6 +58,7 @@ class Service:
     nodes: Callable[[], Sequence[str]] = tuple
     names_requests: bool = True
     open: Counter[str] = field(default_factory=Counter)
+    polling: Polling = Polling()
 
 
 async def _service(request: Request) -> Service:

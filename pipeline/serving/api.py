@@ -41,8 +41,6 @@ from pyramid_flow.params import TEMPORAL_FACTOR
 
 logger = logging.getLogger(__name__)
 
-POLL_S, POLL_MOST_S = 1.0, 10.0
-EVENT_POLL_S, STREAM_POLL_S = 0.3, 0.1
 UNMADE = {"cancelled": 409, "invalid_request": 400}
 """How a request that waits is answered whose video was not made, unless it is the service's fault."""
 NEW = errors(404, 408, 409, 413, 429)
@@ -155,7 +153,7 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
             if job.has_ended:
                 code = job.error_code or job.status
                 raise APIError(UNMADE.get(code, 500), code, job.error_message or f"the video was {job.status}")
-            await asyncio.sleep(EVENT_POLL_S)
+            await asyncio.sleep(service.polling.events_s)
     except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
         give_up(service, *(await creating))
         raise
@@ -254,7 +252,7 @@ async def events(first: Told, service: Served) -> AsyncIterator[ServerSentEvent]
                 yield ServerSentEvent(event=f"video.{video.status}", data=video)
             if video.status.is_end:
                 return
-            await asyncio.sleep(EVENT_POLL_S)
+            await asyncio.sleep(service.polling.events_s)
             job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 
@@ -290,7 +288,7 @@ async def _parts(service: Service, first: Job) -> AsyncIterator[bytes]:
             elif job.has_ended:
                 return
             else:
-                await asyncio.sleep(STREAM_POLL_S)
+                await asyncio.sleep(service.polling.stream_s)
                 job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 
@@ -303,6 +301,6 @@ def _shown(service: Service, job: Job, response: Response) -> Video:
     """Show a job, and say when to ask again: the later, the more wait before it."""
     video = _video(service, job)
     if not video.status.is_end:
-        wait = min(POLL_MOST_S, POLL_S * (1 + (video.position or 0)))
-        response.headers["openai-poll-after-ms"] = str(int(1000 * wait))
+        wait_s = min(service.polling.max_client_s, service.polling.client_s * (1 + (video.position or 0)))
+        response.headers["openai-poll-after-ms"] = str(int(1000 * wait_s))
     return video

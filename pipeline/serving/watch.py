@@ -24,26 +24,33 @@ BEFORE, SAMPLING = 5, 85
 class Watch:
     """The sampler's `on_step` for a batch of claimed jobs; see `generate_latents`.
 
-    The table is told at most every `REPORT_S` seconds. Rows whose claim is lost, because they were cancelled or are
+    The table is told at most every `report_s` seconds. Rows whose claim is lost, because they were cancelled or are
     someone else's by now, leave the batch. The finished units of rows that are followed are handed to `relay`.
     """
 
-    def __init__(self, store: Store, relay: Callable[[Item, Sequence[Tensor]], None], items: Sequence[Item]) -> None:
-        self.store, self.relay, self.items = store, relay, items
+    def __init__(
+        self,
+        store: Store,
+        relay: Callable[[Item, Sequence[Tensor]], None],
+        items: Sequence[Item],
+        *,
+        report_s: float = REPORT_S,
+    ) -> None:
+        self.store, self.relay, self.items, self.report_s = store, relay, items, report_s
         self.claims = [Claim.of_row(item.row.id) for item in items]
         self.params = sampling_params([item.request for item in items])
         self.wanted = [True] * len(items)
         self.followed: set[Claim] = set()
         self.relayed = [0] * len(items)
         self.done, self.total = 0, 0
-        self.told_at = -REPORT_S
+        self.told_at = -report_s
 
     def __call__(self, info: StepInfo) -> Tensor:
         """Count a step, and say which rows shall go on: bool [B]."""
         if not self.total:
             self.total = self._work_from(info.unit)
         self.done += _pixels(info.level)
-        if time.monotonic() - self.told_at >= REPORT_S or self.done == self.total:
+        if time.monotonic() - self.told_at >= self.report_s or self.done == self.total:
             self._tell(BEFORE + SAMPLING * self.done // self.total)
             self.told_at = time.monotonic()
         self._relay(info)

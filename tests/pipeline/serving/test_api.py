@@ -8,12 +8,10 @@ import re
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import httpx2 as httpx
-import openai
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -21,12 +19,13 @@ from starlette.testclient import TestClient
 from pipeline.fragments import padded
 from pipeline.images import ImageRoot
 from pipeline.logs import with_fields
-from pipeline.serving import access, fields
+from pipeline.serving import access, api, fields
+from pipeline.serving.access import Polling
 from pipeline.serving.api import create_app
 from pipeline.serving.files import fragment_path
 from pipeline.serving.middleware import SECURITY_HEADERS
 from pipeline.serving.store import Limits
-from tests.pipeline.serving.running import PRESET, VIDEO, Running, run, service_in
+from tests.pipeline.serving.running import PRESET, VIDEO, WAIT_S, Running, run, service_in, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # of the service the client is for
 
@@ -61,14 +60,14 @@ def test_the_openai_client_makes_a_video(running):
 
 
 def test_the_openai_client_polls_until_the_end(running):
-    worker = threading.Timer(1, running.work)
-    worker.start()
-    video = running.client().videos.create_and_poll(prompt="a fox", model="toy")
-    worker.join()
+    with running.after("get", running.work):
+        video = running.client().videos.create_and_poll(prompt="a fox", model="toy")
     assert video.status == "completed"
 
 
 def test_the_openai_client_uploads_remixes_lists_and_deletes(running):
+    from openai import NotFoundError
+
     client = running.client()
     first = client.videos.create(
         prompt="a fox", model="toy", input_reference=picture(), extra_body={"guidance_scale": 3}
@@ -83,7 +82,7 @@ def test_the_openai_client_uploads_remixes_lists_and_deletes(running):
     assert client.videos.list(limit=2, order="asc").data[0].id == first.id
     running.work()
     assert client.videos.delete(first.id).deleted
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(NotFoundError):
         client.videos.retrieve(first.id)
     assert len(running.service.storage.list("uploads")) == 1
     assert len(running.service.storage.list("videos")) == 4
@@ -123,13 +122,13 @@ def test_content_comes_in_ranges(running):
 def test_events_tell_each_change(running):
     http = running.http()
     video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
-    threading.Timer(0.8, running.work).start()
     events = []
     with http.stream("GET", f"/v1/videos/{video['id']}/events") as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         for line in answer.iter_lines():
             if line.startswith("data:"):
                 events.append(json.loads(line[5:]))
+                running.work()
     assert [event["status"] for event in events if event["status"] != "in_progress"] == ["queued", "completed"]
     assert http.get("/v1/videos/video_none/events").status_code == 404
 
@@ -167,14 +166,25 @@ def test_one_key_does_not_see_anothers_videos(running):
 
 
 def test_a_full_queue_says_when_to_come_again(running):
+    from openai import RateLimitError
+
     running.service.store.limits = Limits(max_queued=1)
     http = running.http()
-    assert http.post("/v1/videos", json={"prompt": "a fox"}).headers["openai-poll-after-ms"] == "1000"
+    assert http.post("/v1/videos", json={"prompt": "a fox"}).status_code == 200
     answer = http.post("/v1/videos", files={"input_reference": picture()}, data={"prompt": "a fox"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
     assert int(answer.headers["retry-after"]) > 0
-    with pytest.raises(openai.RateLimitError):
+    with pytest.raises(RateLimitError):
         running.client().videos.create(prompt="a fox", model="toy")
+
+
+def test_clients_are_asked_to_poll_less_often_the_more_videos_wait_before_theirs(tmp_path):
+    with run(replace(service_in(tmp_path), polling=Polling(max_client_s=2.5))) as running:
+        http = running.http()
+        answers = [http.post("/v1/videos", json={"prompt": f"{number}"}) for number in range(4)]
+        assert [answer.headers["openai-poll-after-ms"] for answer in answers] == ["1000", "2000", "2500", "2500"]
+        running.work()
+        assert "openai-poll-after-ms" not in http.get(f"/v1/videos/{answers[0].json()['id']}").headers
 
 
 def test_a_queue_that_fills_up_meanwhile_keeps_no_picture(running, monkeypatch):
@@ -208,39 +218,61 @@ def test_a_request_that_is_sent_again_makes_no_second_video(running):
     assert retried["id"] == plain["id"]
 
 
+JSON = {"content-type": "application/json"}
+FORM = {"content-type": "multipart/form-data; boundary=x"}
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory) -> Iterator[httpx.Client]:
+    """Yield a client of a service that is only asked for what it refuses."""
+    limits = Limits(max_per_minute=10**6)
+    with run(service_in(tmp_path_factory.mktemp("service"), limits)) as running:
+        yield running.http()
+        assert sum(running.service.store.counts().values()) == 0
+
+
 @pytest.mark.parametrize(
-    "sent",
+    ("sent", "param"),
     [
-        {"content": b"{", "headers": {"content-type": "application/json"}},
-        {"content": b"[1]", "headers": {"content-type": "application/json"}},
-        {"content": b"[" * 100_000, "headers": {"content-type": "application/json"}},
-        {"content": b"\xff\xfe", "headers": {"content-type": "text/plain"}},
-        {"content": b"garbage", "headers": {"content-type": "multipart/form-data; boundary=x"}},
-        {"content": b"garbage", "headers": {"content-type": "multipart/form-data"}},
-        {"data": {"prompt": "a", "size": "1x1"}},
-        {"data": {"prompt": "a", "colour": "red"}},
-        {"data": {"prompt": ["a", "b"]}},
-        {"data": {"prompt": "a"}, "files": {"other": b"x"}},
-        {"data": {"prompt": "a"}, "files": {"input_reference": b"x"}},
-        {"data": {"prompt": "a"}, "files": [("input_reference", picture()), ("input_reference", picture())]},
-        {"json": {"prompt": "\ud800"}},
-        {"json": {"prompt": "a" * 20_000}},
-        {"json": {"prompt": "a", "seconds": 10**400}},
-        {"json": {"prompt": {"a": 1}}},
-        {"json": {"prompt": "a", "input_reference": "a.png"}},
-        {"json": {"prompt": "a", "seed": 1e400}},
-        {"json": {}},
+        ({"content": b"{", "headers": JSON}, None),
+        ({"content": b"[1]", "headers": JSON}, None),
+        ({"content": b"[" * 100_000, "headers": JSON}, None),
+        ({"content": b"\xff\xfe", "headers": {"content-type": "text/plain"}}, None),
+        ({"content": b"garbage", "headers": FORM}, None),
+        ({"content": b"garbage", "headers": {"content-type": "multipart/form-data"}}, None),
+        ({"content": b'{"prompt": "\\ud800"}', "headers": JSON}, "prompt"),
+        ({"content": b'{"prompt": "a", "seed": 1e400}', "headers": JSON}, "seed"),
+        ({"data": {"prompt": ["a", "b"]}}, "prompt"),
+        ({"data": {"prompt": "a"}, "files": {"other": b"x"}}, "other"),
+        ({"data": {"prompt": "a"}, "files": {"input_reference": b"x"}}, "input_reference"),
+        ({"data": {"prompt": "a"}, "files": [("input_reference", picture()), ("input_reference", picture())]}, None),
     ],
 )
-def test_what_is_not_understood_is_a_clear_error(running, sent):
-    if "json" in sent and "seed" not in sent["json"]:
-        sent = {"content": json.dumps(sent["json"]), "headers": {"content-type": "application/json"}}
-    elif "json" in sent:
-        sent = {"content": '{"prompt": "a", "seed": 1e400}', "headers": {"content-type": "application/json"}}
-    answer = running.http().post("/v1/videos", **sent)
+def test_a_body_that_is_not_understood_is_a_clear_error(refusing, sent, param):
+    answer = refusing.post("/v1/videos", **sent)
     assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["code"]
-    assert answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert error["code"]
+    assert error["message"]
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize("kind", ["json", "data"])
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": "a", "num_frames": "100"}, "num_frames", "num_frames 100 is not 1 + 8k"),
+        ({"prompt": "a", "size": "64x65"}, "height", "height 65 is not a multiple of 64"),
+        ({"prompt": "a", "colour": "red"}, "colour", "no field 'colour'"),
+        ({"seed": "1"}, "prompt", "prompt is missing"),
+    ],
+)
+def test_a_broken_rule_arrives_with_its_field(refusing, kind, fields, param, message):
+    for path in ("/v1/videos", "/v1/videos/sync"):
+        answer = refusing.post(path, **{kind: fields})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"] != "http_error", error["param"]) == (400, True, param)
+        assert message in error["message"]
 
 
 def test_large_bodies_are_refused_however_they_are_sent(running):
@@ -291,10 +323,8 @@ def test_the_model_is_listed(running):
 
 
 def test_sync_answers_with_the_file(running):
-    worker = threading.Timer(0.5, running.work)
-    worker.start()
-    answer = running.http().post("/v1/videos/sync", json={"prompt": "a fox"})
-    worker.join()
+    with running.after("get", running.work):
+        answer = running.http().post("/v1/videos/sync", json={"prompt": "a fox"})
     assert (answer.status_code, answer.content) == (200, VIDEO)
     assert answer.headers["content-type"] == "video/mp4"
     assert running.http().post("/v1/videos/sync", json={"prompt": " "}).status_code == 400
@@ -302,51 +332,55 @@ def test_sync_answers_with_the_file(running):
 
 def test_a_sync_client_is_told_that_its_video_was_cancelled(running):
     store = running.service.store
-    canceller = threading.Timer(0.5, lambda: [store.cancel(job.id, "me") for job in store.list("me").jobs])
-    canceller.start()
-    answer = running.http().post("/v1/videos/sync", json={"prompt": "a fox"})
-    canceller.join()
+    with running.after("get", lambda: [store.cancel(job.id, "me") for job in store.list("me").jobs]):
+        answer = running.http().post("/v1/videos/sync", json={"prompt": "a fox"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
 
 
-def test_a_sync_client_that_goes_away_cancels_its_video(running):
+def ask_and_go_away(running: Running, **ask: object) -> None:
+    """Ask for a video and wait for it, but not for long."""
     with pytest.raises(httpx.ReadTimeout):
-        running.http().post("/v1/videos/sync", json={"prompt": "a fox"}, timeout=0.5)
-    deadline = time.monotonic() + 10
-    while running.service.store.counts()["cancelled"] != 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        running.http().post("/v1/videos/sync", **ask, timeout=httpx.Timeout(WAIT_S, read=0.1))
+
+
+def test_a_sync_client_that_goes_away_cancels_its_video(running):
+    with running.after("cancel") as cancelled:
+        ask_and_go_away(running, json={"prompt": "a fox"})
+        assert cancelled.wait(WAIT_S)
+    assert running.service.store.counts()["cancelled"] == 1
 
 
 def test_a_sync_request_that_is_sent_again_makes_another_video(running):
     ask = {"json": {"prompt": "a fox"}, "headers": {"Idempotency-Key": "1"}}
-    with pytest.raises(httpx.ReadTimeout):
-        running.http().post("/v1/videos/sync", **ask, timeout=0.5)
-    deadline = time.monotonic() + 10
-    while running.service.store.counts()["cancelled"] != 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    worker = threading.Timer(0.5, running.work)
-    worker.start()
-    answer = running.http().post("/v1/videos/sync", **ask)
-    worker.join()
+    with running.after("cancel") as cancelled:
+        ask_and_go_away(running, **ask)
+        assert cancelled.wait(WAIT_S)
+    with running.after("get", running.work):
+        answer = running.http().post("/v1/videos/sync", **ask)
     assert (answer.status_code, answer.content) == (200, VIDEO)
 
 
-def test_a_sync_client_that_goes_away_leaves_a_video_that_was_asked_for_before(running):
+def test_a_sync_client_that_goes_away_leaves_a_video_that_was_asked_for_before(running, monkeypatch):
+    given_up, give_up = threading.Event(), api.give_up
+
+    def noticed(*arguments: object) -> None:
+        give_up(*arguments)
+        given_up.set()
+
+    monkeypatch.setattr(api, "give_up", noticed)
     http, ask = running.http(), {"json": {"prompt": "a fox"}, "headers": {"Idempotency-Key": "1"}}
     video = http.post("/v1/videos", **ask).json()
-    with pytest.raises(httpx.ReadTimeout):
-        running.http().post("/v1/videos/sync", **ask, timeout=0.5)
-    time.sleep(2)  # in which the interface sees that the client has gone
+    ask_and_go_away(running, **ask)
+    assert given_up.wait(WAIT_S)
     assert http.get(f"/v1/videos/{video['id']}").json()["status"] == "queued"
 
 
 def test_a_slow_host_of_pictures_holds_up_no_other_request(tmp_path):
-    answered = threading.Event()
+    asked, answered = threading.Semaphore(0), threading.Event()
 
     class SlowImages(ImageRoot):
         def read(self, uri: str) -> bytes:
+            asked.release()
             answered.wait()
             return picture()
 
@@ -358,8 +392,8 @@ def test_a_slow_host_of_pictures_holds_up_no_other_request(tmp_path):
         for thread in waiting:
             thread.start()
         try:
-            time.sleep(0.5)
-            assert running.http().post("/v1/videos", json={"prompt": "a wolf"}, timeout=5).status_code == 200
+            assert all(asked.acquire(timeout=WAIT_S) for _ in range(8))  # as many as are read at once
+            assert running.http().post("/v1/videos", json={"prompt": "a wolf"}, timeout=WAIT_S).status_code == 200
         finally:
             answered.set()
             for thread in waiting:
@@ -405,7 +439,8 @@ def test_a_video_streams_while_it_is_made_and_a_new_attempt_goes_on_where_it_was
         assert next(parts) == padded(b"1:1;")
         fragment(running, job, 2)
         assert store.lose(job.claim, alone=True, max_deaths=3)
-        time.sleep(0.5)
+        with running.after("get") as looked:
+            assert looked.wait(WAIT_S)
         [job] = store.claim(1, 60)
         for index in range(3):
             fragment(running, job, index)
@@ -441,10 +476,7 @@ def test_one_key_may_have_so_many_streams_open(running, monkeypatch):
             refused = http.get(f"{path}/{name}")
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
     running.work()
-    deadline = time.monotonic() + 5
-    while http.get(f"{path}/stream").status_code != 200:  # the stream that was left is noticed
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: http.get(f"{path}/stream").status_code == 200)  # the stream that was left is noticed
 
 
 def test_a_still_is_a_picture_and_does_not_stream(running):
@@ -518,10 +550,7 @@ def test_no_file_is_left_behind_by_a_bad_range(running, tmp_path, monkeypatch):
     running.work()
     for value in ("bytes=99999-", "nonsense", "bytes=0-9"):
         http.get(f"/v1/videos/{video['id']}/content", headers={"Range": value})
-    deadline = time.monotonic() + 5
-    while {path for path in set(tmp_path.iterdir()) - before if path.is_file() and path.name.startswith("tmp")}:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not [path for path in set(tmp_path.iterdir()) - before if path.name.startswith("tmp")])
 
 
 def test_without_keys_only_this_machines_own_pages_may_ask(running):

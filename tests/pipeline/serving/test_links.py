@@ -10,9 +10,9 @@ from tests.pipeline.serving.running import VIDEO, Running, run, service_in
 PATH, NOW = "/v1/videos/video_a/content", 1000.0
 
 
-@pytest.fixture
-def running(tmp_path) -> Iterator[Running]:
-    with run(service_in(tmp_path)) as running:
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[Running]:
+    with run(service_in(tmp_path_factory.mktemp("service"))) as running:
         yield running
 
 
@@ -81,9 +81,10 @@ def test_a_link_opens_nothing_else(running, video):
     assert anyone.delete(f"{video}?{query}").status_code == 401
 
 
-def test_a_link_that_is_over_is_refused(running, video):
+def test_a_link_that_is_over_is_refused(running, video, monkeypatch):
     link = running.http().post(f"{video}/links").json()["video"]
-    clock, running.service.store.clock = running.service.store.clock, lambda: clock() + VALID_S + 60
+    clock = running.service.store.clock
+    monkeypatch.setattr(running.service.store, "clock", lambda: clock() + VALID_S + 60)
     assert running.http(None).get(link).status_code == 401
 
 

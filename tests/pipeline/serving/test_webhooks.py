@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-import openai
 import pytest
 from aiohttp import web
 
@@ -60,6 +59,8 @@ def tell(receiver: Receiver) -> None:
 
 
 def test_the_openai_client_takes_a_message_for_good():
+    import openai  # here, so that sessions without its tests do not load it
+
     receiver = Receiver(200)
     tell(receiver)
     [(body, headers)] = receiver.messages
@@ -86,21 +87,28 @@ def test_a_receiver_that_always_fails_is_given_up_and_redirects_are_not_followed
     assert len(receiver.messages) == ATTEMPTS
 
 
-def test_the_dispatcher_tells_each_end_once(tmp_path):
+def test_the_dispatcher_tells_each_end_once(tmp_path, monkeypatch):
     store = Store(f"sqlite:///{tmp_path}/videos.db")
     for name in ("a", "b"):
         store.add(Job(id=name, owner="me", model="toy", given={}, request={}, created_at=1.0))
         store.cancel(name, "me")
-    receiver = Receiver(200)
+    receiver, unannounced, found = Receiver(200), store.unannounced, []
 
     async def both() -> None:
+        loop, is_idle = asyncio.get_running_loop(), asyncio.Event()
+
+        def looked(limit: int) -> object:
+            found.append(unannounced(limit))
+            if found[-2:] == [[], []]:
+                loop.call_soon_threadsafe(is_idle.set)
+            return found[-1]
+
+        monkeypatch.setattr(store, "unannounced", looked)
         async with receiver.running() as webhook:
             settings = DispatchSettings(poll_s=0.01)
             dispatcher = Dispatcher(store, Storage(str(tmp_path)), None, settings, webhook)
             task = asyncio.create_task(dispatcher._announce(webhook))
-            while store.unannounced(1):
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.1)
+            await asyncio.wait_for(is_idle.wait(), 20)
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
