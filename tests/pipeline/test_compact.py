@@ -563,6 +563,7 @@ def test_long_work_says_how_far_it_is(storage, monkeypatch, caplog):
     assert {"7 of 7 parts read", "6 of 6 parts merged", "7 of 7 replaced parts deleted"} <= set(caplog.messages)
 
 
+@pytest.mark.integration
 def test_it_works_in_an_object_store(s3, bucket, small):
     storage = Storage(f"s3://{bucket}/out")
     before = history(storage)

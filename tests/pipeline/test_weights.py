@@ -1,10 +1,10 @@
 """Models in an object store: brought to a node once, whole, checked, and no further than needed."""
 
 import hashlib
-import multiprocessing
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -44,21 +44,46 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stored(bucket: str) -> tuple[Storage, list[str]]:
+def store(tmp_path: Path) -> str:
+    """Return an object store in memory; whatever the store, a copy sizes, lists and downloads whole files."""
+    return f"memory://{tmp_path.name}"
+
+
+@pytest.fixture
+def stored(store: str) -> tuple[Storage, list[str]]:
+    storage = Storage(f"{store}/models/tiny-miniflux")
+    return storage, upload(TINY_MINIFLUX, storage)
+
+
+@pytest.fixture
+def stored_in_s3(bucket: str) -> tuple[Storage, list[str]]:
     storage = Storage(f"s3://{bucket}/models/tiny-miniflux")
     return storage, upload(TINY_MINIFLUX, storage)
 
 
-def test_a_copy_is_what_is_stored_and_nothing_that_is_not_needed(s3, cache, stored):
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note which files are downloaded."""
+    names, original = [], Storage.download
+
+    def download(self: Storage, path: str, target: Path) -> None:
+        names.append(path)
+        original(self, path, target)
+
+    monkeypatch.setattr(Storage, "download", download)
+    return names
+
+
+def test_a_copy_is_what_is_stored_and_nothing_that_is_not_needed(cache, stored, downloads):
     storage, names = stored
     checkpoint = open_checkpoint(storage.uri, "384p")
     assert checkpoint.fingerprint == Checkpoint.open(TINY_MINIFLUX).fingerprint
     assert checkpoint.name == Checkpoint.open(TINY_MINIFLUX).name
     copied = {path.relative_to(checkpoint.root).as_posix() for path in checkpoint.root.rglob("*") if path.is_file()}
-    assert copied == set(names)
-    s3.requests.clear()
+    assert copied == set(names) == set(downloads)
+    downloads.clear()
     assert local_copy(storage.uri, "384p") == checkpoint.root
-    assert s3.count("GET", "safetensors") == 0
+    assert downloads == []
 
 
 def test_a_broken_download_goes_on_where_it_stopped(cache, stored, monkeypatch):
@@ -82,12 +107,16 @@ def test_a_broken_download_goes_on_where_it_stopped(cache, stored, monkeypatch):
     assert (folder / WEIGHTS).read_bytes() == (TINY_MINIFLUX / WEIGHTS).read_bytes()
 
 
-def test_faults_of_the_store_are_waited_out(s3, cache, stored):
-    storage, _ = stored
+@pytest.mark.integration
+def test_faults_of_the_store_are_waited_out(s3, cache, stored_in_s3):
+    storage, _ = stored_in_s3
     s3.fail("resets in answer", "GET", WEIGHTS)
     folder = local_copy(storage.uri, "384p")
     assert (folder / WEIGHTS).read_bytes() == (TINY_MINIFLUX / WEIGHTS).read_bytes()
     assert not s3.pending()
+    s3.requests.clear()
+    assert local_copy(storage.uri, "384p") == folder
+    assert s3.count("GET", "safetensors") == 0
 
 
 def test_a_file_that_is_not_what_its_checksum_says_is_refused_until_it_is(cache, stored):
@@ -101,8 +130,8 @@ def test_a_file_that_is_not_what_its_checksum_says_is_refused_until_it_is(cache,
     assert (local_copy(storage.uri, "384p") / WEIGHTS).read_bytes() == right
 
 
-def test_a_file_that_changed_in_the_store_is_fetched_again(cache, bucket, caplog):
-    storage = Storage(f"s3://{bucket}/tiny")
+def test_a_file_that_changed_in_the_store_is_fetched_again(cache, store, caplog):
+    storage = Storage(f"{store}/tiny")
     upload(TINY_MINIFLUX, storage, sums=False)
     folder = local_copy(storage.uri, "384p")
     assert "has no SHA256SUMS: only the sizes of its files are checked" in caplog.text
@@ -111,40 +140,41 @@ def test_a_file_that_changed_in_the_store_is_fetched_again(cache, bucket, caplog
     assert (folder / WEIGHTS).exists()
 
 
-def test_what_is_not_there_is_said(cache, stored, bucket):
+def test_what_is_not_there_is_said(cache, stored, store):
     storage, _ = stored
-    with pytest.raises(CheckpointError, match=r"there is no checkpoint at s3://.*/nothing"):
-        local_copy(f"s3://{bucket}/nothing", None)
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint at memory://.*/nothing"):
+        local_copy(f"{store}/nothing", None)
     with pytest.raises(CheckpointError, match="there is no variant 'image', there are: 384p"):
         local_copy(storage.uri, "image")
 
 
-def test_a_full_disk_is_said_before_anything_is_fetched(s3, cache, stored, monkeypatch):
+def test_a_full_disk_is_said_before_anything_is_fetched(cache, stored, downloads, monkeypatch):
     storage, _ = stored
     usage = shutil.disk_usage(cache)
     monkeypatch.setattr("pipeline.weights.shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match=r"needs [0-9]+ bytes in .*, and 1000 are free"):
         local_copy(storage.uri, "384p")
-    assert s3.count("GET", "safetensors") == 0
+    assert downloads == []
 
 
-def fetch(cache: Path, url: str) -> None:
-    import pipeline.weights
+FETCH = """
+import sys
+from pathlib import Path
+from pipeline import weights
 
-    pipeline.weights.cache_folder = lambda: cache
-    local_copy(url, "384p")
+weights.cache_folder = lambda: Path(sys.argv[1])
+weights.local_copy(sys.argv[2], "384p")
+"""
 
 
-def test_processes_of_a_node_fetch_a_model_once(s3, cache, stored):
-    storage, names = stored
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=fetch, args=(cache, storage.uri)) for _ in range(3)]
+@pytest.mark.integration
+def test_processes_of_a_node_fetch_a_model_once(s3, cache, stored_in_s3):
+    storage, names = stored_in_s3
+    command = [sys.executable, "-c", FETCH, str(cache), storage.uri]
     s3.requests.clear()
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    with ExitStack() as stack:
+        processes = [stack.enter_context(subprocess.Popen(command, cwd=Path(__file__).parents[2])) for _ in range(2)]
+    assert [process.returncode for process in processes] == [0, 0]
     assert {name: s3.count("GET", f"/{name}") for name in names} == dict.fromkeys(names, 1)
 
 
