@@ -36,10 +36,12 @@ def seen():
     return list(zip(scenes, map(judge, videos), strict=True))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "least"), [("colour", 7), ("background", 8), ("direction", 6), ("speed", 6)])
 def test_it_makes_what_the_prompt_says(seen, name, least):
     assert sum(getattr(scene, name) == getattr(found, name) for scene, found in seen) >= least
 
 
+@pytest.mark.integration
 def test_what_moves_is_in_one_piece(seen):
     assert sum(found.pieces == 1 for _, found in seen) >= 7
