@@ -54,6 +54,23 @@ def sample(model: ModelConfig) -> Sample:
     return Sample(model)
 
 
+@pytest.fixture(scope="module")
+def decode(model: ModelConfig) -> Decode:
+    """Return a stage that no test changes."""
+    return Decode(model, window=1, tile=None, encoder_threads=1)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> PyramidFlowPipeline:
+    return PyramidFlowPipeline.from_pretrained("toy", torch_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def sampled(preset: Preset, encode: Encode, sample: Sample) -> Batch:
+    """Return the latents of a red ball with seed 11."""
+    return through(batch(item(preset, prompt="a red ball", seed=11, **SHAPE)), encode, sample)
+
+
 def through(value: Batch, *stages: object) -> Batch:
     """Pass a batch through stages as the farm does: packed in between."""
     for stage in stages:
@@ -67,11 +84,11 @@ def picture(colour: tuple[int, int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_batch_becomes_videos_with_metadata(model, preset, encode, sample, tmp_path):
+def test_a_batch_becomes_videos_with_metadata(preset, encode, sample, decode, tmp_path):
     prompts = ["a red ball", "a much longer prompt about a blue ball on green grass"]
     requests = [item(preset, prompt=prompt, seed=seed, **SHAPE) for seed, prompt in enumerate(prompts)]
     publish = Publish(str(tmp_path), node="here")
-    done = through(batch(*requests), encode, sample, Decode(model, window=1, tile=None, encoder_threads=1), publish)
+    done = through(batch(*requests), encode, sample, decode, publish)
     for one, prompt in zip(done.items, prompts, strict=True):
         row, path = one.row, tmp_path / str(one.row.uri)
         assert row.error is None
@@ -126,26 +143,25 @@ def test_a_publisher_that_cannot_sign_does_not_start(tmp_path, monkeypatch):
         Publish(str(tmp_path), node="here", signing=Signing(identity().certificates, {"software_version": "1"}))
 
 
-def test_a_video_outlives_an_image_text_model_that_fails(model, preset, encode, sample, tmp_path, monkeypatch):
+def test_a_video_outlives_an_image_text_model_that_fails(model, sampled, tmp_path, monkeypatch):
     decode = Decode(model, window=1, tile=None, encoder_threads=1, image_text=small_clip(tmp_path))
     monkeypatch.setattr(decode.image_text, "scores", lambda *given: 1 / 0)
-    [row] = rows(decode(sample(encode(batch(item(preset, prompt="a red ball", **SHAPE))))))
+    [row] = rows(decode(sampled))
     assert (row.error, row.text_similarity, row.frames) == (None, None, 17)
     assert row.brightness > 0
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "png"), ("png", "png"), ("webp", "webp")])
-def test_one_frame_becomes_a_picture_with_its_tags(model, preset, encode, sample, tmp_path, given, expected):
+def test_one_frame_becomes_a_picture_with_its_tags(preset, encode, sample, decode, pipe, tmp_path, given, expected):
     one = item(preset, prompt="a red ball", seed=5, image_format=given, **SHAPE | {"num_frames": 1})
     publish = Publish(str(tmp_path), node="here")
-    [done] = through(batch(one), encode, sample, Decode(model, window=1, tile=None, encoder_threads=1), publish).items
+    [done] = through(batch(one), encode, sample, decode, publish).items
     row, path = done.row, tmp_path / str(done.row.uri)
     assert row.error is None
     assert row.uri == f"images/{row.id[:2]}/{row.id}-{row.sha256[:8]}.{expected}"
     assert (row.media_type, row.frames, row.bytes) == (f"image/{expected}", 1, path.stat().st_size)
     image = Image.open(io.BytesIO(path.read_bytes()))
     assert (image.format, image.size) == (expected.upper(), (64, 64))
-    pipe = PyramidFlowPipeline.from_pretrained("toy", torch_dtype=torch.float32)
     [[frame]] = pipe("a red ball", seed=5, **SHAPE | {"num_frames": 1}).frames
     difference = np.abs(np.asarray(image.convert("RGB")).astype(int) - frame)
     assert difference.max() <= 1 if expected == "png" else difference.mean() < 4
@@ -160,20 +176,18 @@ def test_one_frame_becomes_a_picture_with_its_tags(model, preset, encode, sample
     assert not (tmp_path / "videos").exists()
 
 
-def test_the_stages_equal_the_pipeline(preset, encode, sample):
+def test_the_stages_equal_the_pipeline(preset, encode, sample, pipe):
     one = item(preset, prompt="a red ball", seed=11, **SHAPE)
     two = item(preset, prompt="something else that is longer", seed=12, guidance_scale=4.0, **SHAPE)
     latents = through(batch(one, two), encode, sample).items[0].tensors["latents"]
-    pipe = PyramidFlowPipeline.from_pretrained("toy", torch_dtype=torch.float32)
     expected = pipe("a red ball", seed=11, output_type="latent", **SHAPE).frames
     assert (latents - expected).norm() / expected.norm() <= 1e-5
 
 
-def test_an_image_row_equals_the_pipeline_and_depends_on_its_image(preset, encode, sample):
+def test_an_image_row_equals_the_pipeline_and_depends_on_its_image(preset, encode, sample, pipe):
     red, blue = picture((200, 30, 30)), picture((30, 30, 200))
     requests = [item(preset, prompt="it moves", seed=3, image=data, **SHAPE) for data in (red, blue)]
     first, second = (one.tensors["latents"] for one in through(batch(*requests), encode, sample).items)
-    pipe = PyramidFlowPipeline.from_pretrained("toy", torch_dtype=torch.float32)
     image = Image.open(io.BytesIO(red))
     expected = pipe("it moves", image=image, seed=3, output_type="latent", **SHAPE).frames
     assert (first - expected).norm() / expected.norm() <= 1e-5
@@ -210,11 +224,8 @@ def test_rows_of_any_negative_prompt_and_decay_share_a_batch(preset, encode, sam
     assert not torch.allclose(constant.tensors["latents"], together[0].tensors["latents"], atol=1e-2)
 
 
-def test_decoded_frames_equal_the_pipeline(model, preset, encode, sample, tmp_path):
-    one = item(preset, prompt="a red ball", seed=11, **SHAPE)
-    publish = Publish(str(tmp_path), node="here")
-    done = through(batch(one), encode, sample, Decode(model, window=1, tile=None, encoder_threads=1), publish)
-    pipe = PyramidFlowPipeline.from_pretrained("toy", torch_dtype=torch.float32)
+def test_decoded_frames_equal_the_pipeline(sampled, decode, pipe, tmp_path):
+    done = through(sampled, decode, Publish(str(tmp_path), node="here"))
     expected = pipe("a red ball", seed=11, **SHAPE).frames[0].astype(int)
     actual = read_frames(tmp_path / str(done.items[0].row.uri)).astype(int)
     assert actual.shape == expected.shape
@@ -247,7 +258,7 @@ def test_a_row_that_breaks_a_batch_fails_alone(preset, encode, sample):
     assert [row.batch_size for row in rows(done)] == [1, None, 1]
 
 
-def test_decoding_tries_smaller_tiles_when_memory_runs_out(model, preset, encode, sample, monkeypatch):
+def test_decoding_tries_smaller_tiles_when_memory_runs_out(sampled, decode, monkeypatch):
     tried = []
 
     def decode_frames(vae, latents, statistics, *, window, tile):
@@ -258,16 +269,15 @@ def test_decoding_tries_smaller_tiles_when_memory_runs_out(model, preset, encode
 
     original = decode_module.decode_frames
     monkeypatch.setattr(decode_module, "decode_frames", decode_frames)
-    encoded = through(batch(item(preset, prompt="big", **SHAPE)), encode, sample)
-    [row] = rows(Decode(model, window=1, tile=None, encoder_threads=1)(encoded))
+    [row] = rows(decode(sampled))
     assert tried == [None, 512, 256]
     assert (row.error, row.tiling) == (None, 256)
 
 
 @pytest.mark.parametrize("memory", ["offload", "sequential"])
 def test_stages_in_every_mode_give_the_same_rows(model, preset, encode, sample, tmp_path, memory):
-    other = replace(model, memory=memory)
-    requests = [item(preset, prompt="it moves", seed=s, image=picture((200, 30, 30)), **SHAPE) for s in range(2)]
+    other, short = replace(model, memory=memory), SHAPE | {"num_frames": 9, "num_inference_steps": 1}
+    requests = [item(preset, prompt="it moves", seed=3, image=picture((200, 30, 30)), **short)]
     results = []
     for config, first, second in (
         (model, encode, sample),
@@ -323,9 +333,10 @@ def test_auto_takes_the_largest_tile_that_fits(model, preset, monkeypatch):
 def test_what_decoding_takes_is_counted_once_per_size(model, monkeypatch):
     decode, counted, count = Decode(model, window=1, tile="auto", encoder_threads=1), [], decode_module.part_memory
     monkeypatch.setattr(decode_module, "part_memory", lambda *a, **b: counted.append(b["tile"]) or count(*a, **b))
-    sizes = [decode._activations(256, 256, 17, tile) for tile in (None, 128, None, 128)]
-    assert counted == [None, 128]
-    assert sizes[0] == sizes[2] > sizes[1] > 0
+    still, tiled, video = (1, None), (1, 96), (9, None)
+    sizes = [decode._activations(128, 128, *given) for given in (still, tiled, video, still, tiled)]
+    assert counted == [None, 96, None]
+    assert sizes[2] > sizes[0] == sizes[3] > sizes[1] == sizes[4] > 0
 
 
 def test_one_process_of_all_stages_counts_all_parts(model, monkeypatch):
@@ -337,13 +348,12 @@ def test_one_process_of_all_stages_counts_all_parts(model, monkeypatch):
     assert [how["available"] for how in given] == [free_bytes, process_bytes]
 
 
-def test_decoding_that_never_fits_fails_its_row(model, preset, encode, sample, monkeypatch):
+def test_decoding_that_never_fits_fails_its_row(sampled, decode, monkeypatch):
     def decode_frames(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(decode_module, "decode_frames", decode_frames)
-    encoded = through(batch(item(preset, prompt="big", **SHAPE)), encode, sample)
-    [row] = rows(Decode(model, window=1, tile=None, encoder_threads=1)(encoded))
+    [row] = rows(decode(sampled))
     assert row.error.type == "OutOfMemoryError"
     assert not row.error.is_own_fault
 
@@ -476,13 +486,13 @@ def test_skipped_rows_pass_through(preset, encode, sample):
     assert rows(through(batch(skipped), encode, sample)) == [skipped.row]
 
 
-def test_failed_rows_pass_through_untouched(model, encode, sample, tmp_path):
+def test_failed_rows_pass_through_untouched(encode, sample, decode, tmp_path):
     failed = item(Preset(), prompt="no such size", height=70)
     result = through(
         batch(failed),
         encode,
         sample,
-        Decode(model, window=1, tile=None, encoder_threads=1),
+        decode,
         Publish(str(tmp_path), node="here"),
     )
     assert rows(result) == [failed.row]
@@ -516,11 +526,9 @@ def test_truncated_prompts_are_marked(preset, encode):
     assert [row.prompt_truncated for row in rows(encode(batch(*requests)))] == [False, True]
 
 
-def test_an_unwritable_output_fails_the_row_in_publish(model, preset, encode, sample, tmp_path):
+def test_an_unwritable_output_fails_the_row_in_publish(sampled, decode, tmp_path):
     (tmp_path / "videos").write_text("a file where a folder must be")
-    decoded = through(
-        batch(item(preset, prompt="x", **SHAPE)), encode, sample, Decode(model, window=1, tile=None, encoder_threads=1)
-    )
+    decoded = through(sampled, decode)
     [row] = rows(Publish(str(tmp_path), node="here")(decoded))
     assert row.error.stage == "publish"
     assert row.uri is None
