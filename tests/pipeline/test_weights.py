@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipeline import ledger
 from pipeline.storage import Storage
-from pipeline.weights import SUMS, local_copy, open_checkpoint
+from pipeline.weights import LOCK, SUMS, local_copy, open_checkpoint
 from pyramid_flow import Checkpoint, CheckpointError
 from pyramid_flow.layout import needed_files
 from tests.pipeline.tables import write_table
@@ -155,6 +156,21 @@ def test_a_full_disk_is_said_before_anything_is_fetched(cache, stored, downloads
     with pytest.raises(CheckpointError, match=r"needs [0-9]+ bytes in .*, and 1000 are free"):
         local_copy(storage.uri, "384p")
     assert downloads == []
+
+
+def test_a_copy_waits_for_the_process_that_fetches_it(cache, stored, monkeypatch):
+    storage, _ = stored
+    folder = local_copy(storage.uri, "384p")
+    held, waiting = FileLock(folder.parent / LOCK), []
+    held.acquire()
+
+    def log(message: str, *_: object) -> None:
+        waiting.append(message)
+        held.release()
+
+    monkeypatch.setattr("pipeline.weights.logger.info", log)
+    assert local_copy(storage.uri, "384p") == folder
+    assert waiting == ["%s: waiting for the process that fetches it"]
 
 
 FETCH = """
