@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads torch: processes share the cores
+os.environ.setdefault("RAY_worker_niceness", "0")  # else what runs beside a cluster starves its workers
 
 import shutil
 import signal
