@@ -87,6 +87,11 @@ def test_of_rows_that_succeeded_the_one_of_the_most_rerolls_wins_whatever_the_cl
     assert (x["rerolls"], old["rerolls"]) == (2, None)
 
 
+def test_parts_of_before_rerolls_are_read(storage):
+    written(storage, *(rows("a", failed=failed).drop_columns(["rerolls"]) for failed in (False, True)))
+    assert statuses(storage) == {"a": "succeeded"}
+
+
 def test_the_view_is_ordered_by_run_then_as_its_rows_appear(storage):
     written(storage, rows("c", "a", failed=True), rows("b"), rows("a", "c", "d"))
     assert list(statuses(storage).items()) == [(row_id, "succeeded") for row_id in "bacd"]
