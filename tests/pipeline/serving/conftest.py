@@ -7,8 +7,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from pipeline.serving.store import Limits, Store
-from pipeline.stages.encode import Encode
-from tests.pipeline.serving.farm import MODEL, Farm
+from tests.pipeline.serving.farm import Farm, Models
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=[pytest.mark.integration, pytest.mark.database])])
@@ -48,12 +47,21 @@ def store(database: str, clock: Clock) -> Iterator[Store]:
 
 
 @pytest.fixture(scope="session")
-def encode() -> Encode:
-    return Encode(MODEL, "nowhere", frozenset())
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
-def farm(tmp_path: Path, encode: Encode) -> Iterator[Farm]:
-    farm = Farm(tmp_path, encode)
+def farm(tmp_path: Path) -> Iterator[Farm]:
+    """Yield a farm whose videos are drawn, not rendered."""
+    farm = Farm(tmp_path)
+    yield farm
+    farm.store.close()
+
+
+@pytest.fixture
+def rendering_farm(tmp_path: Path, models: Models) -> Iterator[Farm]:
+    """Yield a farm with the real stages."""
+    farm = Farm(tmp_path, models)
     yield farm
     farm.store.close()

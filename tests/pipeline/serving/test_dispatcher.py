@@ -1,4 +1,4 @@
-"""The dispatcher and the real stages, in this process: videos are made, cancelled, lost with a worker, and expire."""
+"""The dispatcher and stages in this process: videos are made, cancelled, lost with a worker, and expire."""
 
 import threading
 
@@ -9,10 +9,27 @@ from pipeline.faults import StorageError
 from pipeline.serving.files import fragment_path, remove_files
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Status
+from pipeline.serving.watch import BEFORE, SAMPLING
 from tests.pipeline.mp4 import probe
+from tests.pipeline.serving.farm import LEASE_S
+from tests.pipeline.serving.running import until
 
 
-def test_videos_of_one_shape_are_made_together(farm):
+@pytest.fixture
+def reported(rendering_farm, monkeypatch) -> list[int]:
+    """Return the progress of each report to the table."""
+    progress, report = [], rendering_farm.store.report
+
+    def counted(claims, percent):
+        progress.append(percent)
+        return report(claims, percent)
+
+    monkeypatch.setattr(rendering_farm.store, "report", counted)
+    return progress
+
+
+def test_videos_of_one_shape_are_made_together(rendering_farm):
+    farm = rendering_farm
     ids = [farm.ask(f"prompt {number}", seed=number) for number in range(4)] + [farm.ask("longer", num_frames=17)]
     farm.run_all()
     assert sorted(farm.local.sizes) == [1, 1, 3]
@@ -24,19 +41,18 @@ def test_videos_of_one_shape_are_made_together(farm):
     assert probe(farm.storage.url(farm.job(ids[4]).result["uri"]).removeprefix("file://")).frames == 17
 
 
-def test_progress_is_told_while_a_video_is_made(farm):
-    video_id = farm.ask("slowly", num_inference_steps=20, video_num_inference_steps=20, num_frames=17)
-    seen = set()
-
-    def done() -> bool:
-        seen.add(farm.job(video_id).progress)
-        return not farm.going_on()
-
-    farm.run(done)
-    assert {0, 100} < seen
+def test_progress_is_told_while_a_video_is_made(rendering_farm, reported):
+    video_id = rendering_farm.ask("slowly")
+    rendering_farm.local.before = lambda prompts: reported.append(rendering_farm.job(video_id).progress)
+    rendering_farm.run_all()
+    assert reported[:2] == [0, BEFORE + SAMPLING * 1 // 42]
+    assert reported[-1] == BEFORE + SAMPLING
+    assert reported == sorted(reported)
+    assert rendering_farm.job(video_id).progress == 100
 
 
-def test_a_cancelled_video_leaves_its_neighbours_unharmed(farm):
+def test_a_cancelled_video_leaves_its_neighbours_unharmed(rendering_farm):
+    farm = rendering_farm
     first, second = farm.ask("stays", seed=1), farm.ask("goes", seed=2)
     farm.local.before = lambda prompts: farm.store.cancel(second, "me")
     farm.run_all()
@@ -95,8 +111,9 @@ def test_a_fault_that_passes_costs_nothing_and_one_that_lasts_is_said_without_it
     assert farm.job(ids[1]).error_message == "publish failed (OSError) 3 times"
 
 
-def test_a_database_that_fails_for_a_while_costs_no_video(farm, monkeypatch):
-    video_id = farm.ask("patient", num_inference_steps=5)
+def test_a_database_that_fails_for_a_while_costs_no_video(rendering_farm, monkeypatch):
+    farm = rendering_farm
+    video_id = farm.ask("patient")
     report, calls = farm.store.report, []
 
     def failing(claims, progress):
@@ -233,12 +250,37 @@ def test_a_video_that_nobody_wants_after_its_sampling_leaves_no_file(farm, end):
 def test_a_dispatcher_that_stops_gives_its_jobs_back(farm):
     video_id = farm.ask("later")
     entered = threading.Event()
-    farm.local.before = lambda prompts: entered.set()
+
+    def hold(prompts: list[str]) -> None:
+        if not entered.is_set():
+            entered.set()
+            until(lambda: farm.job(video_id).status == Status.QUEUED)
+
+    farm.local.before = hold
     farm.run(entered.is_set)
     job = farm.job(video_id)
     assert (job.status, job.attempts) == (Status.QUEUED, 0)
     farm.run_all()
     assert farm.job(video_id).status == Status.COMPLETED
+
+
+def test_what_is_in_the_stages_is_kept_and_what_others_have_lost_waits_again(farm):
+    lost = farm.ask("lost")
+    farm.store.claim(1, LEASE_S / 2)
+    mine, now, leases = farm.ask("mine"), farm.store.clock(), []
+
+    def keep(prompts: list[str]) -> None:
+        if not leases:
+            farm.store.clock = lambda: now + LEASE_S - 1
+            farm.dispatcher._keep()
+            leases.append(farm.job(mine).lease_until)
+
+    farm.local.before = keep
+    farm.run_all()
+    assert leases == [now + LEASE_S - 1 + LEASE_S]
+    for video_id, attempts in ((mine, 1), (lost, 2)):
+        job = farm.job(video_id)
+        assert (job.status, job.attempts) == (Status.COMPLETED, attempts)
 
 
 def test_expired_videos_go_with_their_files(farm):
