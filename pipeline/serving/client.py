@@ -10,6 +10,9 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, FormData
 
 from pyramid_flow.errors import PyramidFlowError
 
+COOKIE = "pyramid_render_key"
+"""Holds a visitor's API key in the browser."""
+
 TIMEOUT_S = 60.0
 BELIEVED_S = 60.0
 """How long a key is taken as good that the service has accepted."""

@@ -11,11 +11,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pipeline.serving import markup
-from pipeline.serving.client import ServiceError, VideosClient
+from pipeline.serving.client import COOKIE, ServiceError, VideosClient
 from pipeline.serving.fields import MAX_BODY_BYTES
 from pipeline.serving.keys import hashed
 from pipeline.serving.middleware import LOCAL_HOSTS, BodyLimit, OwnPagesOnly, RequestLog, SecurityHeaders
-from pipeline.serving.ui import COOKIE, Page
+from pipeline.serving.ui import Page
 
 SIGN_IN = "sign-in"
 POLICY = "; ".join(

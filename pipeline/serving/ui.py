@@ -11,10 +11,9 @@ from typing import Any
 import gradio as gr
 
 from pipeline.serving import markup
-from pipeline.serving.client import Fields, ServiceError, VideosClient
+from pipeline.serving.client import COOKIE, Fields, ServiceError, VideosClient
 from pipeline.serving.forms import IMAGE, Form, Values, asked, filled, form, offered
 
-COOKIE = "pyramid_render_key"
 PAGE_LENGTH = 12
 WATCH_S, REFRESH_S = 1.0, 3.0
 """How often a video that is being made is looked at, and the gallery while it holds one."""

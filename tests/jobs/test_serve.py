@@ -2,7 +2,6 @@
 
 import pytest
 import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from jobs import cli
 from pipeline.serving.keys import hashed
@@ -44,6 +43,8 @@ def test_a_new_key_comes_with_its_line(capsys):
 
 
 def test_the_printed_config_is_one_of_serves(tmp_path, capsys):
+    from ray.serve.schema import ServeDeploySchema  # here, so that collecting does not load Ray Serve
+
     flags = ["--api-keys", f"me:{'a' * 64}", "--memory", "offload", "--tile", "none"]
     flags += ["--gpus-per-clip", "4", "--device", "cuda", "--place", "sample:pool=gpu"]
     assert cli.main(["serve", "--output", str(tmp_path), "--print-config", *flags]) == 0

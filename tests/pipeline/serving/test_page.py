@@ -3,30 +3,29 @@
 import asyncio
 from collections.abc import Iterator
 
-import gradio
 import pytest
 from fastapi import FastAPI
-from gradio.context import LocalContext
-from gradio.exceptions import InvalidPathError
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
+from pipeline.serving.client import COOKIE
 from pipeline.serving.fields import MAX_BODY_BYTES
-from pipeline.serving.page import create_page
-from pipeline.serving.ui import COOKIE
 from tests.pipeline.serving.running import Running, run, service_in
+
+pytestmark = pytest.mark.integration  # loading Gradio takes seconds
 
 LOCAL = "http://127.0.0.1:8000"
 
 
-@pytest.fixture
-def running(tmp_path) -> Iterator[Running]:
-    with run(service_in(tmp_path)) as running:
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[Running]:
+    with run(service_in(tmp_path_factory.mktemp("service"))) as running:
         yield running
 
 
 def page_of(url: str, *, asks_keys: bool = True) -> FastAPI:
     """Return a page that is made in an event loop, as in Serve: without one Gradio makes some and leaves them open."""
+    from pipeline.serving.page import create_page  # here, so that sessions without these tests do not load Gradio
 
     async def make() -> FastAPI:
         return create_page(url, asks_keys=asks_keys)
@@ -58,6 +57,10 @@ def test_who_has_no_key_is_led_to_the_form(visitor):
 
 @pytest.mark.parametrize("path", [__file__, "http://127.0.0.1:9/a.png", "https://example.com/a.png"])
 def test_no_file_is_read_and_no_url_fetched_for_a_visitor(running, path):
+    import gradio
+    from gradio.context import LocalContext
+    from gradio.exceptions import InvalidPathError
+
     [mount] = [route for route in page_of(running.url).routes if isinstance(route, Mount)]
     blocks = mount.app.get_blocks()
     [make] = [block for block in blocks.fns.values() if block.name == "create_from_text"]

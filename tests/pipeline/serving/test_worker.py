@@ -9,8 +9,6 @@ import pytest
 
 from pipeline.plan import StageSpec
 from pipeline.rows import Batch, Item, RenderRow, pack, unpack
-from pipeline.serving import worker
-from pipeline.serving.worker import StageReplica
 from pipeline.stages.stage import Stage
 
 FREED_BYTES = 96 * 2**20
@@ -31,8 +29,10 @@ class Littering(Stage):
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="malloc_trim is glibc's: nothing can be given back without it"
 )
 def test_what_a_batch_took_is_given_back_after_it(monkeypatch):
+    from pipeline.serving import worker  # here, so that sessions without it do not load Ray Serve
+
     monkeypatch.setattr(worker, "log_as_json", lambda **fields: None)
-    replica = StageReplica(StageSpec(Littering, {}), render_s=60)
+    replica = worker.StageReplica(StageSpec(Littering, {}), render_s=60)
     packed = pack(Batch((Item(RenderRow(id="x", position="x")),), pa.table({"own": ["x"]})))
     before = psutil.Process().memory_info().rss
     assert len(unpack(asyncio.run(replica(packed)))) == 1
