@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyramid_flow.checkpoint import Checkpoint
+    from pyramid_flow.diffusers_models import CausalVideoVAE, PyramidDiffusionMMDiT, PyramidFluxTransformer
     from pyramid_flow.errors import CheckpointError, InvalidValueError, NonFiniteError, PyramidFlowError, ShapeError
     from pyramid_flow.flops import RenderFlops, render_flops
     from pyramid_flow.noise import NoiseSource, SeededNoise
@@ -16,11 +17,9 @@ if TYPE_CHECKING:
     from pyramid_flow.presets import LatentStatistics, Preset
     from pyramid_flow.sampling import StepInfo, generate_latents
     from pyramid_flow.schedule import Level, PyramidSchedule
-    from pyramid_flow.text import TextEmbedding, TextEncoder
+    from pyramid_flow.text import TextEmbedding
+    from pyramid_flow.text_encoder import TextEncoder
     from pyramid_flow.transformer import PyramidTransformer
-    from pyramid_flow.transformer_flux import PyramidFluxTransformer
-    from pyramid_flow.transformer_mmdit import PyramidDiffusionMMDiT
-    from pyramid_flow.vae.model import CausalVideoVAE
 
 __all__ = [
     "CausalVideoVAE",
@@ -52,6 +51,7 @@ __all__ = [
 
 _PUBLIC_NAMES = {
     "checkpoint": ("Checkpoint",),
+    "diffusers_models": ("CausalVideoVAE", "PyramidDiffusionMMDiT", "PyramidFluxTransformer"),
     "errors": ("CheckpointError", "InvalidValueError", "NonFiniteError", "PyramidFlowError", "ShapeError"),
     "flops": ("RenderFlops", "render_flops"),
     "noise": ("NoiseSource", "SeededNoise"),
@@ -60,11 +60,9 @@ _PUBLIC_NAMES = {
     "presets": ("LatentStatistics", "Preset"),
     "sampling": ("StepInfo", "generate_latents"),
     "schedule": ("Level", "PyramidSchedule"),
-    "text": ("TextEmbedding", "TextEncoder"),
+    "text": ("TextEmbedding",),
+    "text_encoder": ("TextEncoder",),
     "transformer": ("PyramidTransformer",),
-    "transformer_flux": ("PyramidFluxTransformer",),
-    "transformer_mmdit": ("PyramidDiffusionMMDiT",),
-    "vae.model": ("CausalVideoVAE",),
 }
 """By module."""
 

@@ -1,40 +1,49 @@
 """A checkpoint folder in the published layout: which parts it has, loading them strictly, and writing one."""
 
+import inspect
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from pyramid_flow.adapters import Adapter, adapting, fused
 from pyramid_flow.errors import CheckpointError, InvalidValueError
 from pyramid_flow.fingerprint import fingerprint
-from pyramid_flow.layout import CONFIG_FILE, PRESET_FILE, TRANSFORMER_PREFIX, VAE_FOLDER
+from pyramid_flow.layout import (
+    CONFIG_FILE,
+    PRESET_FILE,
+    TEXT_LAYOUTS,
+    TRANSFORMER_PREFIX,
+    VAE_FOLDER,
+    TextLayout,
+    check_vocabulary,
+)
 from pyramid_flow.presets import PRESETS, Preset
 from pyramid_flow.published import REPOSITORIES, fetched_folder
-from pyramid_flow.text import TEXT_LAYOUTS, TextEncoder, TextLayout, check_vocabulary
 from pyramid_flow.transformer import PyramidTransformer
-from pyramid_flow.transformer_flux import PyramidFluxTransformer
-from pyramid_flow.transformer_mmdit import PyramidDiffusionMMDiT
-from pyramid_flow.vae.model import CausalVideoVAE
+from pyramid_flow.transformer_flux import FluxNetwork
+from pyramid_flow.transformer_mmdit import MMDiTNetwork
+from pyramid_flow.vae.model import VAENetwork
 from pyramid_flow.weight_files import read_json, stored_tensors
+
+if TYPE_CHECKING:
+    from pyramid_flow.diffusers_models import CausalVideoVAE, TransformerModel
+    from pyramid_flow.text_encoder import TextEncoder
 
 BUNDLED = {"toy": Path(__file__).resolve().parent / "toy" / "weights"}
 """Checkpoints that come with the package, by the name that stands for their path."""
 
-TRANSFORMERS: dict[str, type[PyramidTransformer]] = {
-    "miniflux": PyramidFluxTransformer,
-    "sd3": PyramidDiffusionMMDiT,
-}
-"""By family."""
+NETWORKS: dict[str, type[PyramidTransformer]] = {"miniflux": FluxNetwork, "sd3": MMDiTNetwork}
+"""Of the transformers, by family."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Model = TypeVar("Model", PyramidTransformer, CausalVideoVAE)
+Network = TypeVar("Network", bound=PyramidTransformer | VAENetwork)
 
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,7 +115,7 @@ class Checkpoint:
     def family(self) -> str:
         """What the transformer's class says: "miniflux" or "sd3"; raises CheckpointError for another one."""
         name = _read_config(self.transformer_folder).get("_class_name")
-        known = {transformer.__name__: family for family, transformer in TRANSFORMERS.items()}
+        known = {network.class_name: family for family, network in NETWORKS.items()}
         if name not in known:
             raise CheckpointError(f"{self.transformer_folder} holds a {name}, not a {' or '.join(known)}")
         return known[name]
@@ -114,8 +123,7 @@ class Checkpoint:
     @property
     def num_attention_heads(self) -> int:
         """Of the transformer; what several devices can share it by."""
-        heads: int = self.empty_transformer().config["num_attention_heads"]
-        return heads
+        return self.empty_transformer().num_attention_heads
 
     @property
     def text_layout(self) -> TextLayout:
@@ -144,25 +152,29 @@ class Checkpoint:
 
     def empty_transformer(self) -> PyramidTransformer:
         """Return the transformer that the config describes, on the meta device."""
-        return _empty(TRANSFORMERS[self.family], self.transformer_folder)
+        return _empty(NETWORKS[self.family], self.transformer_folder)
 
-    def empty_vae(self) -> CausalVideoVAE:
+    def empty_vae(self) -> VAENetwork:
         """Return the VAE that the config describes, on the meta device."""
-        vae: CausalVideoVAE = _empty(CausalVideoVAE, self.root / VAE_FOLDER)
-        return vae
+        return _empty(VAENetwork, self.root / VAE_FOLDER)
 
-    def load_transformer(self, dtype: torch.dtype, device: torch.device | str) -> PyramidTransformer:
+    def load_transformer(self, dtype: torch.dtype, device: torch.device | str) -> "TransformerModel":
         """Load the transformer with its adapters, strictly; raises CheckpointError naming what does not fit."""
-        transformer: PyramidTransformer = load_model(TRANSFORMERS[self.family], self.transformer_folder, dtype, device)
-        return fused(transformer, self.adapters)
+        from pyramid_flow.diffusers_models import TRANSFORMERS  # here, because diffusers is slow to import
 
-    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> CausalVideoVAE:
+        return fused(load_model(TRANSFORMERS[self.family], self.transformer_folder, dtype, device), self.adapters)
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> "CausalVideoVAE":
         """Load the VAE strictly."""
+        from pyramid_flow.diffusers_models import CausalVideoVAE  # here, because diffusers is slow to import
+
         vae: CausalVideoVAE = load_model(CausalVideoVAE, self.root / VAE_FOLDER, dtype, device)
         return vae
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
+    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | str) -> "TextEncoder":
         """Load the text encoders and their tokenizers strictly."""
+        from pyramid_flow.text_encoder import TextEncoder  # here, because transformers is slow to import
+
         return TextEncoder.from_pretrained(self.root, self.text_layout, check_dtype(dtype)).to(device)
 
     def check(self) -> None:
@@ -170,8 +182,8 @@ class Checkpoint:
 
         Loads no weights; raises CheckpointError.
         """
-        check_tensors(TRANSFORMERS[self.family], self.transformer_folder)
-        check_tensors(CausalVideoVAE, self.root / VAE_FOLDER)
+        check_tensors(NETWORKS[self.family], self.transformer_folder)
+        check_tensors(VAENetwork, self.root / VAE_FOLDER)
         layout = self.text_layout
         for name in (*layout.encoders, *layout.tokenizers):
             if not (self.root / name).is_dir():
@@ -187,9 +199,9 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path,
     variant: str,
-    transformer: PyramidTransformer,
-    vae: CausalVideoVAE,
-    text_encoder: TextEncoder,
+    transformer: "TransformerModel",
+    vae: "CausalVideoVAE",
+    text_encoder: "TextEncoder",
     preset: Preset,
 ) -> None:
     """Write a checkpoint in the published layout, weights in safetensors and the preset in pyramid.json.
@@ -197,7 +209,7 @@ def save_checkpoint(
     The folder must be new or empty, or hold a checkpoint of this family with this variant alone, none of whose parts is
     a link; they are replaced once all are written, files of other names stay. Else raises CheckpointError.
     """
-    family = next(name for name, cls in TRANSFORMERS.items() if isinstance(transformer, cls))
+    family = next(name for name, cls in NETWORKS.items() if isinstance(transformer, cls))
     folder = folder.expanduser().resolve()
     _check_replaceable(folder, family, variant)
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,17 +263,17 @@ def find_root(path: str | Path) -> Path:
     return BUNDLED.get(str(path), Path(path)).expanduser().resolve()
 
 
-def load_model(cls: type[Model], folder: Path, dtype: torch.dtype, device: torch.device | str) -> Model:
-    """Load a model whose tensors match its config exactly, ready for inference."""
+def load_model(cls: type[Network], folder: Path, dtype: torch.dtype, device: torch.device | str) -> Network:
+    """Load a model of diffusers whose tensors match its config exactly, ready for inference."""
     check_tensors(cls, folder)
-    model: Any = cls.from_pretrained(
+    model: Any = cls.from_pretrained(  # type: ignore[attr-defined]
         folder, torch_dtype=check_dtype(dtype), local_files_only=True, use_safetensors=True, low_cpu_mem_usage=True
     )
-    ready: Model = model.to(device).eval().requires_grad_(False)
+    ready: Network = model.to(device).eval().requires_grad_(False)
     return ready
 
 
-def check_tensors(cls: type[Model], folder: Path) -> None:
+def check_tensors(cls: type[Network], folder: Path) -> None:
     """Raise CheckpointError unless the folder holds exactly the tensors that its config asks for."""
     expected = {name: tuple(tensor.shape) for name, tensor in _empty(cls, folder).state_dict().items()}
     actual = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
@@ -274,16 +286,17 @@ def check_tensors(cls: type[Model], folder: Path) -> None:
             raise CheckpointError(f"{folder}: tensor {name} has shape {list(actual[name])}, expected {list(shape)}")
 
 
-def _empty(cls: type[Model], folder: Path) -> Model:
+def _empty(cls: type[Network], folder: Path) -> Network:
     config = _read_config(folder)
-    if config.get("_class_name") != cls.__name__:
-        raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a {cls.__name__}")
+    if config.get("_class_name") != cls.class_name:
+        raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a {cls.class_name}")
+    arguments = {name: config[name] for name in inspect.signature(cls).parameters if name in config}
     try:
         with torch.device("meta"):
-            model: Any = cls.from_config(config)
+            network: Any = cls(**arguments)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} describes no {cls.__name__}: {error}") from error
-    ready: Model = model.eval()
+        raise CheckpointError(f"{folder / CONFIG_FILE} describes no {cls.class_name}: {error}") from error
+    ready: Network = network.eval()
     return ready
 
 

@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, T5Config, T5EncoderModel
 
 from pyramid_flow.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError
@@ -23,7 +22,7 @@ from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS
 from pyramid_flow.tile import check_tile
 from pyramid_flow.tokens import PrefixLayout, frame_tokens, prefix_layout
 from pyramid_flow.transformer import PyramidTransformer
-from pyramid_flow.vae.model import SCALE, CausalVideoVAE, temporal_chunks
+from pyramid_flow.vae.model import SCALE, VAENetwork, temporal_chunks
 from pyramid_flow.vae.tiling import map_tiles
 
 META = torch.device("meta")
@@ -76,7 +75,7 @@ def render_flops(
         guidance_decay=None,
         min_guidance_scale=guidance,
     )
-    transformer, vae = checkpoint.empty_transformer(), nn.Module.to(checkpoint.empty_vae(), torch.bfloat16)
+    transformer, vae = checkpoint.empty_transformer(), checkpoint.empty_vae().to(torch.bfloat16)
     image = _image_flops(vae, params) if has_image else 0
     latents = torch.empty(params.latent_shape(1, transformer.latent_channels), device=META)
     return RenderFlops(
@@ -87,12 +86,16 @@ def render_flops(
 
 
 def _text_flops(checkpoint: Checkpoint, num_prompts: int) -> int:
+    # Here, because they are slow to import.
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
     layout = checkpoint.text_layout
+    clip_class = CLIPTextModelWithProjection if layout.projects_pooled else CLIPTextModel
     t5_config = _read(T5Config.from_pretrained, checkpoint.root / layout.t5)
     clip_configs = [_read(CLIPTextConfig.from_pretrained, checkpoint.root / folder) for folder in layout.clips]
     with META:
         t5 = T5EncoderModel(t5_config).eval()
-        clips = nn.ModuleList(layout.clip_class(config) for config in clip_configs).eval()
+        clips = nn.ModuleList(clip_class(config) for config in clip_configs).eval()
     with FlopCounterMode(display=False) as counter:
         # Not by TextEncoder: transformers reads the values of a mask that is given.
         t5(input_ids=torch.empty(num_prompts, MAX_TOKENS, dtype=torch.long, device=META))
@@ -101,7 +104,7 @@ def _text_flops(checkpoint: Checkpoint, num_prompts: int) -> int:
     return _total(counter)
 
 
-def _image_flops(vae: CausalVideoVAE, params: SamplingParams) -> int:
+def _image_flops(vae: VAENetwork, params: SamplingParams) -> int:
     with FlopCounterMode(display=False) as counter:
         vae.encode_moments(torch.empty(1, 3, 1, params.height, params.width, device=META))
     return _total(counter)
@@ -179,7 +182,7 @@ def clip_shapes(params: SamplingParams, unit: int, level: int, num_levels: int) 
     return [(1, height >> halving, width >> halving) for halving in halvings]
 
 
-def _decode_flops(vae: CausalVideoVAE, latents: Tensor, tile: int | None) -> int:
+def _decode_flops(vae: VAENetwork, latents: Tensor, tile: int | None) -> int:
     """Count the decoder on one tile of each size, times the number of such tiles."""
     check_tile(tile)
     sizes: Counter[tuple[int, int]] = Counter()
@@ -194,7 +197,7 @@ def _decode_flops(vae: CausalVideoVAE, latents: Tensor, tile: int | None) -> int
     )
 
 
-def _decode_stream_flops(vae: CausalVideoVAE, latents: Tensor) -> int:
+def _decode_stream_flops(vae: VAENetwork, latents: Tensor) -> int:
     """Count the decoder on the first and the second chunk of a video; all later ones equal the second."""
     first, *later = temporal_chunks(latents, window=1)
     with FlopCounterMode(display=False) as counter:

@@ -1,7 +1,9 @@
 """The published layout: names of a checkpoint's folders and files, and which of them a render needs."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from pyramid_flow.errors import CheckpointError
 
@@ -12,6 +14,8 @@ PRESET_FILE = "pyramid.json"
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 """Names of weight files without their ends: those of diffusers and of transformers."""
+
+VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
 
 MODEL_FOLDERS = (VAE_FOLDER, "text_encoder", "text_encoder_[2-9]", f"{TRANSFORMER_PREFIX}*")
 WEIGHT_FILES = [
@@ -25,6 +29,36 @@ NEEDED = (
     *(f"{folder}/{file}" for folder in ("tokenizer", "tokenizer_[2-9]") for file in ("*.json", "*.txt", "*.model")),
 )
 """What of a repository is needed; never pickled weights, which could run code when they are loaded."""
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """Where a family of checkpoints keeps its text encoders; a tokenizer lies beside each, under the same number.
+
+    clips: folders of the CLIP encoders, whose pooled vectors are joined in this order; t5: folder of the T5 encoder;
+    projects_pooled: whether the CLIP encoders project their pooled vectors.
+    """
+
+    clips: tuple[str, ...]
+    t5: str
+    projects_pooled: bool
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Folders of all encoders."""
+        return (*self.clips, self.t5)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Folders of all tokenizers."""
+        return tuple(tokenizer_of(encoder) for encoder in self.encoders)
+
+
+TEXT_LAYOUTS = {
+    "miniflux": TextLayout(("text_encoder",), "text_encoder_2", projects_pooled=False),
+    "sd3": TextLayout(("text_encoder", "text_encoder_2"), "text_encoder_3", projects_pooled=True),
+}
+"""By family."""
 
 
 def needed_files(names: Iterable[str], variants: Sequence[str]) -> list[str]:
@@ -44,3 +78,21 @@ def needed_files(names: Iterable[str], variants: Sequence[str]) -> list[str]:
                 f"there is no variant {folder.removeprefix(TRANSFORMER_PREFIX)!r}, there are: {there}"
             )
     return [name for name in needed if name.partition("/")[0] not in set(folders) - set(chosen)]
+
+
+def tokenizer_of(encoder: str) -> str:
+    """Return the folder of the tokenizer that belongs to an encoder's."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raise CheckpointError unless a tokenizer's folder has a vocabulary."""
+    if not any((existing_folder(folder) / name).exists() for name in VOCABULARIES):
+        raise CheckpointError(f"{folder} has no vocabulary: {', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}")
+
+
+def existing_folder(folder: Path) -> Path:
+    """Return a folder of a checkpoint; raises CheckpointError if it does not exist."""
+    if not folder.is_dir():
+        raise CheckpointError(f"the checkpoint has no folder {folder}")
+    return folder

@@ -1,7 +1,7 @@
 """How much device memory a checkpoint takes, by part and by memory mode.
 
-Weights come from the headers of their files. Activations are the peak of live tensors while a part works, counted on
-its own modules without weights, so any size takes a second or two.
+Weights come from the headers of their files. Activations are the peak of live tensors while a part computes: counted on
+its own modules without weights, for text encoders estimated from their configs. Any size takes a second or two.
 """
 
 import re
@@ -17,21 +17,20 @@ from weakref import finalize
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
 from pyramid_flow.checkpoint import Checkpoint
-from pyramid_flow.errors import CheckpointError
+from pyramid_flow.encoder_memory import encoder_peak
 from pyramid_flow.memory_modes import MemoryMode
 from pyramid_flow.params import SamplingParams
 from pyramid_flow.pixels import quantized
 from pyramid_flow.pyramid import latent_pyramid
 from pyramid_flow.sampling import plan_cache
 from pyramid_flow.schedule import PyramidSchedule
-from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS, TextEmbedding
+from pyramid_flow.text import MAX_TOKENS, TextEmbedding
 from pyramid_flow.vae.model import temporal_chunks
 from pyramid_flow.velocity import VelocityField
 from pyramid_flow.weight_files import StoredTensor, stored_tensors
@@ -39,11 +38,6 @@ from pyramid_flow.weight_files import StoredTensor, stored_tensors
 META, HOST = torch.device("meta"), torch.device("cpu")
 
 TRANSFORMER, VAE = "transformer", "vae"
-ENCODERS: dict[str, tuple[type[T5EncoderModel | CLIPTextModel], int]] = {
-    "t5": (T5EncoderModel, MAX_TOKENS),
-    "clip_text_model": (CLIPTextModel, POOLED_MAX_TOKENS),
-}
-"""Class and tokens of a text encoder, by the model_type of its config."""
 
 BLOCK = re.compile(r"(.*?\.\d+)\.")
 """Of a tensor's name what names its block: the outermost numbered module."""
@@ -105,7 +99,7 @@ def part_memory(
         taken[part] = PartMemory(
             weights=outside + sum(blocks.values()),
             block=outside + max(blocks.values(), default=0),
-            activations=peaks[part]() if part in peaks else _encoder_peak(folder, dtype),
+            activations=peaks[part]() if part in peaks else encoder_peak(folder, dtype.itemsize),
         )
     return taken
 
@@ -138,18 +132,17 @@ def _loaded_bytes(tensor: StoredTensor, dtype: torch.dtype) -> int:
 @torch.no_grad()
 def _sampling_peak(checkpoint: Checkpoint, dtype: torch.dtype, params: SamplingParams, batch_size: int) -> int:
     """Count the evaluation of the last unit at the last level, which has the most tokens."""
-    transformer: Any = nn.Module.to(checkpoint.empty_transformer(), dtype)
-    schedule, config = PyramidSchedule(), transformer.config
+    transformer, schedule = checkpoint.empty_transformer().to(dtype), PyramidSchedule()
     num_levels = len(schedule.levels)
     text = TextEmbedding(
-        tokens=torch.empty(batch_size, MAX_TOKENS, config["joint_attention_dim"], device=META),
+        tokens=torch.empty(batch_size, MAX_TOKENS, transformer.text_dim, device=META),
         mask=torch.ones(batch_size, MAX_TOKENS, dtype=torch.bool),
-        pooled=torch.empty(batch_size, config["pooled_projection_dim"], device=META),
+        pooled=torch.empty(batch_size, transformer.pooled_dim, device=META),
     )
     negative = text if params.guided else None
     scale = torch.empty(batch_size, 1, 1, 1, 1, device=META)
     no_cache = plan_cache(transformer, schedule, params, text, negative, cache=False)
-    with _peak() as peak:
+    with live_peak() as peak:
         latents = torch.empty(params.latent_shape(batch_size, transformer.latent_channels), device=META)
         frame, *past = latents.split(1, dim=2)
         finished = [latent_pyramid(each, num_levels) for each in past]
@@ -164,35 +157,20 @@ def _vae_peak(
     checkpoint: Checkpoint, dtype: torch.dtype, params: SamplingParams, has_image: bool, window: int, tile: int | None
 ) -> int:
     """Count the first chunk, which is the longest, and the second, which meets what the first one left."""
-    vae: Any = nn.Module.to(checkpoint.empty_vae(), dtype)
-    with _peak() as peak:
+    vae = checkpoint.empty_vae().to(dtype)
+    with live_peak() as peak:
         if has_image:
             vae.encode_moments(torch.empty(1, 3, 1, params.height, params.width, device=META))
-        latents = torch.empty(params.latent_shape(1, vae.config["decoder_in_channels"]), dtype=dtype, device=META)
+        latents = torch.empty(params.latent_shape(1, vae.latent_channels), dtype=dtype, device=META)
         chunks = [*temporal_chunks(latents, window)]
         for pixels in islice(vae.decode_stream(chunks, tile=tile), 2):
             quantized(pixels)
     return peak.bytes
 
 
-@torch.no_grad()
-def _encoder_peak(folder: Path, dtype: torch.dtype) -> int:
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-        cls, num_tokens = ENCODERS[config.model_type]
-        with META:
-            encoder: Any = cls(config)
-        encoder = encoder.eval().to(dtype)
-        with _peak() as peak:
-            encoder(input_ids=torch.empty(2, num_tokens, dtype=torch.long, device=META))
-    except Exception as error:  # whatever a config of nonsense makes of it
-        raise CheckpointError(f"{folder} is no text encoder that is known: {error}") from error
-    return peak.bytes
-
-
 @contextmanager
-def _peak() -> Iterator["_LiveTensors"]:
-    """Count tensors on the meta device, taking attention to be fused."""
+def live_peak() -> Iterator["_LiveTensors"]:
+    """Count the bytes of tensors on the meta device that are live together, as if attention were fused."""
     with _FusedAttention(), _LiveTensors() as live:
         yield live
 
@@ -204,6 +182,11 @@ class _LiveTensors(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         self._live: dict[int, int] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave the handler as it is; wrapped for `torch.compile`, it would import torch's compiler."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         out = _run(func, args, kwargs or {})

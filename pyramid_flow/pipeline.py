@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pyramid_flow.checkpoint import Checkpoint, check_dtype, save_checkpoint
+from pyramid_flow.diffusers_models import CausalVideoVAE, TransformerModel
 from pyramid_flow.errors import InvalidValueError, NonFiniteError
 from pyramid_flow.fit import choose_placement
 from pyramid_flow.images import ImageFit
@@ -29,10 +30,9 @@ from pyramid_flow.placement import Placement, check_device
 from pyramid_flow.presets import EFFORTS, Preset, Quality
 from pyramid_flow.sampling import Cache, OnStep, generate_latents
 from pyramid_flow.schedule import PyramidSchedule
-from pyramid_flow.text import TextEncoder
+from pyramid_flow.text_encoder import TextEncoder
 from pyramid_flow.tile import check_tile
-from pyramid_flow.transformer import PyramidTransformer
-from pyramid_flow.vae.model import CausalVideoVAE, LatentDistribution
+from pyramid_flow.vae.model import LatentDistribution
 
 OutputType = Literal["np", "pt", "pil", "latent"]
 
@@ -53,7 +53,7 @@ class PyramidFlowPipeline:
 
     def __init__(
         self,
-        transformer: PyramidTransformer,
+        transformer: TransformerModel,
         vae: CausalVideoVAE,
         text_encoder: TextEncoder,
         preset: Preset,

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyramid_flow.errors import NonFiniteError
 from pyramid_flow.images import ImageFit, fit_image
 from pyramid_flow.presets import LatentStatistics
-from pyramid_flow.vae.model import CausalVideoVAE, LatentDistribution, temporal_chunks
+from pyramid_flow.vae.model import LatentDistribution, VAENetwork, temporal_chunks
 
 Item = TypeVar("Item")
 
@@ -24,7 +24,7 @@ def image_pixels(image: Image.Image, height: int, width: int, fit: ImageFit = "c
 
 
 @torch.no_grad()
-def encode_image(vae: CausalVideoVAE, pixels: Tensor) -> LatentDistribution:
+def encode_image(vae: VAENetwork, pixels: Tensor) -> LatentDistribution:
     """Encode image pixels [B,3,1,H,W] to the posterior of their latent, float32 on the CPU."""
     posterior = vae.encode_moments(pixels.to(vae.device, vae.dtype))
     return LatentDistribution(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
@@ -37,7 +37,7 @@ def image_latent(posterior: LatentDistribution, noise: Tensor, statistics: Laten
 
 @torch.no_grad()
 def decode_frames(
-    vae: CausalVideoVAE,
+    vae: VAENetwork,
     latents: Tensor,
     statistics: LatentStatistics,
     *,

@@ -172,8 +172,8 @@ def plan_cache(
     _, _, num_units, height, width = params.latent_shape(len(text), transformer.latent_channels)
     shape = CacheShape(
         num_blocks=len(transformer.blocks),
-        num_heads=transformer.config["num_attention_heads"] // parallel.ways.sequence,
-        head_dim=transformer.config["attention_head_dim"],
+        num_heads=transformer.num_attention_heads // parallel.ways.sequence,
+        head_dim=transformer.attention_head_dim,
         text_tokens=max(int(prompt.mask.sum(dim=1).max()) for prompt in prompts),
         frame_tokens=(height // scale) * (width // scale),
         num_units=num_units,

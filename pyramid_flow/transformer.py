@@ -1,4 +1,4 @@
-"""PyramidTransformer: what both velocity models share, all but their patches, positions and blocks."""
+"""PyramidTransformer: what both velocity models share, all but their patches, positions and blocks. No diffusers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,23 +71,30 @@ BlockInputs = tuple[BlockConditioning, AttentionContext]
 """What a block takes beside tokens."""
 
 
-class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
+class PyramidTransformer(nn.Module, ABC):
     """A velocity model whose tensors have the published names.
 
     An evaluation is split by how often its parts change: `embed_text` once per prompt, `condition` once per prompt and
     timestep, `embed_history` once per unit and level, `forward` at every step.
     """
 
-    _supports_gradient_checkpointing = True
-    _required_config: ClassVar[Mapping[str, object]]
+    class_name: ClassVar[str]
+    """Name of the public class, which a checkpoint's config.json has as `_class_name`."""
 
     def __init__(
-        self, *, latent_channels: int, dim: int, text_dim: int, pooled_dim: int, axes_dims_rope: Sequence[int]
+        self,
+        *,
+        latent_channels: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        text_dim: int,
+        pooled_dim: int,
+        axes_dims_rope: Sequence[int],
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        for name, required in self._required_config.items():
-            if self.config[name] != required:
-                raise InvalidValueError(name, repr(self.config[name]), f"is not supported, only {required!r} is")
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.num_attention_heads, self.attention_head_dim = num_attention_heads, attention_head_dim
+        self.text_dim, self.pooled_dim = text_dim, pooled_dim
         self.gradient_checkpointing = False  # see `enable_gradient_checkpointing` of diffusers
         self.axes_dims_rope = tuple(axes_dims_rope)
         self.context_embedder = nn.Linear(text_dim, dim)
@@ -107,14 +112,18 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
         """Where it computes, wherever its weights rest."""
         return execution_device(self)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of its weights."""
+        return next(self.parameters()).dtype
+
     def embed_text(self, text: TextEmbedding) -> TextState:
         """Bring the pads to the front, trim those that no prompt of the batch needs, and embed the rest.
 
         Text has no positions, so its order means nothing; with pads in front, what a row may see is one slice.
         """
-        self._check("text tokens", "[B,L,{}]", text.tokens, self.context_embedder.in_features)
-        pooled_dim = self.time_text_embed.text_embedder.linear_1.in_features
-        self._check("pooled text", "[B,{}]", text.pooled, pooled_dim)
+        self._check("text tokens", "[B,L,{}]", text.tokens, self.text_dim)
+        self._check("pooled text", "[B,{}]", text.pooled, self.pooled_dim)
         valid = text.mask.bool()  # looked at where the text lies, so that a device is not waited for
         lengths = valid.sum(dim=1).tolist()
         order = valid.int().argsort(dim=1, stable=True)[:, valid.shape[1] - max(lengths) :]
@@ -231,6 +240,13 @@ class PyramidTransformer(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]
     def _check(self, name: str, pattern: str, tensor: Tensor, features: int) -> None:
         if tensor.ndim != pattern.count(",") + 1 or tensor.shape[-1] != features:
             raise ShapeError(name, pattern.format(features), tuple(tensor.shape))
+
+
+def check_supported(arguments: Mapping[str, object], supported: Mapping[str, object]) -> None:
+    """Raise InvalidValueError for an argument of a published config that has another value than the supported one."""
+    for name, value in supported.items():
+        if arguments[name] != value:
+            raise InvalidValueError(name, repr(arguments[name]), f"is not supported, only {value!r} is")
 
 
 def _check_clip(name: str, shape: Sequence[int], batch: int, channels: int, num_frames: int | None = None) -> None:

@@ -1,11 +1,10 @@
-"""PyramidFluxTransformer: joint blocks, then single-stream blocks, with a three-axis rotary embedding."""
+"""The miniFLUX network: joint blocks, then single-stream blocks, with a three-axis rotary embedding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from pyramid_flow.attention import AttentionContext
@@ -21,12 +20,14 @@ from pyramid_flow.layers import (
     split_heads,
 )
 from pyramid_flow.tokens import PATCH, patchify
-from pyramid_flow.transformer import BlockInputs, PyramidTransformer
+from pyramid_flow.transformer import BlockInputs, PyramidTransformer, check_supported
 
 RMS_EPS = 1e-6
 """Of the q/k norms: the other family has another one, and no test is fine enough to tell them apart."""
 
 TEXT_NORM = "norm_added"
+
+SUPPORTED = {"use_temporal_causal": True, "interp_condition_pos": True}
 
 
 class SingleAttention(nn.Module):
@@ -72,17 +73,14 @@ class SingleBlock(nn.Module):
         return torch.addcmul(context.asking(z), gate, self.proj_out(features))
 
 
-class PyramidFluxTransformer(PyramidTransformer):
+class FluxNetwork(PyramidTransformer):
     """The published miniFLUX velocity model: joint blocks, then single-stream ones, and rotary angles of three axes.
 
     `in_channels` counts a patch: 16 latent channels x 2 x 2. `patch_size` is not read.
     """
 
-    _repeated_blocks = ("JointBlock", "SingleBlock")  # type: ignore[assignment]
-    _no_split_modules = ("JointBlock", "SingleBlock")  # type: ignore[assignment]
-    _required_config: ClassVar[Mapping[str, object]] = {"use_temporal_causal": True, "interp_condition_pos": True}
+    class_name: ClassVar[str] = "PyramidFluxTransformer"
 
-    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         patch_size: int = 1,
@@ -100,12 +98,14 @@ class PyramidFluxTransformer(PyramidTransformer):
         use_gradient_checkpointing: bool = False,
         gradient_checkpointing_ratio: float = 0.6,
     ) -> None:
+        check_supported(locals(), SUPPORTED)
         if sum(axes_dims_rope) != attention_head_dim:
             raise InvalidValueError("axes_dims_rope", axes_dims_rope, f"does not sum to head size {attention_head_dim}")
         dim = num_attention_heads * attention_head_dim
         super().__init__(
             latent_channels=in_channels // PATCH**2,
-            dim=dim,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
             text_dim=joint_attention_dim,
             pooled_dim=pooled_projection_dim,
             axes_dims_rope=axes_dims_rope,

@@ -1,11 +1,10 @@
-"""PyramidDiffusionMMDiT: joint blocks only, with a map of spatial positions and a rotary embedding of time."""
+"""The SD3 network: joint blocks only, with a map of spatial positions and a rotary embedding of time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -22,13 +21,25 @@ from pyramid_flow.layers import (
     modulate,
 )
 from pyramid_flow.tokens import PATCH
-from pyramid_flow.transformer import BlockInputs, PyramidTransformer
+from pyramid_flow.transformer import BlockInputs, PyramidTransformer, check_supported
 
 RMS_EPS = 1e-5
 """Of the q/k norms: the other family has another one, and no test is fine enough to tell them apart."""
 
 TEXT_NORM = "norm_add"
 POSITION_BASE = 10000.0
+
+SUPPORTED = {
+    "patch_size": PATCH,
+    "pos_embed_type": "sincos",
+    "qk_norm": "rms_norm",
+    "use_temporal_causal": True,
+    # The published config does not name the following, with which its weights were trained.
+    "use_t5_mask": True,
+    "add_temp_pos_embed": True,
+    "temp_pos_embed_type": "rope",
+    "interp_condition_pos": True,
+}
 
 
 def sincos_positions(dim: int, side: int, extent: float) -> Tensor:
@@ -111,27 +122,14 @@ class LastJointBlock(nn.Module):
         return x, None
 
 
-class PyramidDiffusionMMDiT(PyramidTransformer):
+class MMDiTNetwork(PyramidTransformer):
     """The published SD3 velocity model: joint blocks, positions on the current frame's grid, rotary angles of time.
 
     A coarser history frame's positions are the current frame's, brought to its grid. `max_num_frames` is not read.
     """
 
-    _repeated_blocks = ("JointBlock", "LastJointBlock")  # type: ignore[assignment]
-    _no_split_modules = ("JointBlock", "LastJointBlock")  # type: ignore[assignment]
-    _required_config: ClassVar[Mapping[str, object]] = {
-        "patch_size": PATCH,
-        "pos_embed_type": "sincos",
-        "qk_norm": "rms_norm",
-        "use_temporal_causal": True,
-        # Of these the published config says nothing; so its weights were trained.
-        "use_t5_mask": True,
-        "add_temp_pos_embed": True,
-        "temp_pos_embed_type": "rope",
-        "interp_condition_pos": True,
-    }
+    class_name: ClassVar[str] = "PyramidDiffusionMMDiT"
 
-    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         sample_size: int = 128,
@@ -156,13 +154,15 @@ class PyramidDiffusionMMDiT(PyramidTransformer):
         use_gradient_checkpointing: bool = False,
         gradient_checkpointing_ratio: float = 0.6,
     ) -> None:
+        check_supported(locals(), SUPPORTED)
         dim = num_attention_heads * attention_head_dim
         if caption_projection_dim != dim:
             rule = f"is not {num_attention_heads} heads x {attention_head_dim}"
             raise InvalidValueError("caption_projection_dim", caption_projection_dim, rule)
         super().__init__(
             latent_channels=in_channels,
-            dim=dim,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
             text_dim=joint_attention_dim,
             pooled_dim=pooled_projection_dim,
             axes_dims_rope=(attention_head_dim,),

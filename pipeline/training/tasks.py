@@ -16,11 +16,11 @@ from pyramid_flow import (
     CausalVideoVAE,
     Checkpoint,
     PyramidSchedule,
-    PyramidTransformer,
     SamplingParams,
     SeededNoise,
     generate_latents,
 )
+from pyramid_flow.diffusers_models import TransformerModel
 from pyramid_flow.params import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from pyramid_flow.pixels import as_uint8, decode_frames
 from pyramid_flow.training.draws import KeyedDraws, TrainingDraws
@@ -113,7 +113,7 @@ class TransformerTask(Task):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        transformer: PyramidTransformer,
+        transformer: TransformerModel,
         num_units: int,
         objective: Objective,
         seed: int,
@@ -124,7 +124,7 @@ class TransformerTask(Task):
         self.schedule = PyramidSchedule()
 
     @property
-    def model(self) -> PyramidTransformer:
+    def model(self) -> TransformerModel:
         """The transformer."""
         return self.transformer
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
+    from pyramid_flow.diffusers_models import TransformerModel
     from pyramid_flow.transformer import PyramidTransformer
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -51,8 +52,8 @@ def check_lora(transformer: "PyramidTransformer", lora: LoRA) -> None:
 
 
 def merge_lora(
-    transformer: "PyramidTransformer", lora: LoRA, weights: Mapping[str, "Tensor"], folder: Path
-) -> "PyramidTransformer":
+    transformer: "TransformerModel", lora: LoRA, weights: Mapping[str, "Tensor"], folder: Path
+) -> "TransformerModel":
     """Write trained adapters to a folder as peft does, and return the transformer with them added to its weights.
 
     transformer: without adapters; weights: of the adapters, by their names in a transformer that has them.
@@ -60,7 +61,7 @@ def merge_lora(
     from peft import get_peft_model
 
     adapted = get_peft_model(transformer, lora.config)
-    inner = cast("PyramidTransformer", adapted.get_base_model())
+    inner = cast("TransformerModel", adapted.get_base_model())
     inner.load_state_dict(dict(weights), strict=False)
     adapted.save_pretrained(str(folder))
-    return cast("PyramidTransformer", adapted.merge_and_unload())
+    return cast("TransformerModel", adapted.merge_and_unload())

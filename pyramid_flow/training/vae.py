@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyramid_flow.presets import LatentStatistics
 from pyramid_flow.training.draws import TrainingDraws
 from pyramid_flow.vae.blocks import Downsample, ResnetBlock, SpatialUpsample, TemporalUpsample
-from pyramid_flow.vae.model import CausalVideoVAE
+from pyramid_flow.vae.model import VAENetwork
 
 NEW_SHARE = 0.3  # of the random part in convolutions that begin as something useful
 FIRST_LOGVAR = -4.0
@@ -40,7 +40,7 @@ class VAELosses:
     total: Tensor
 
 
-def vae_losses(vae: CausalVideoVAE, pixels: Tensor, draws: TrainingDraws, objective: VAEObjective) -> VAELosses:
+def vae_losses(vae: VAENetwork, pixels: Tensor, draws: TrainingDraws, objective: VAEObjective) -> VAELosses:
     """Encode pixels [B,3,1+8k,H,W] in [-1,1], sample, decode and compare. Draws, per sample: the posterior's noise."""
     posterior = vae.encode_moments(pixels)
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -64,7 +64,7 @@ def foreground_weights(pixels: Tensor, weight: float) -> Tensor:
 
 
 @torch.no_grad()
-def initialise_vae(vae: CausalVideoVAE) -> None:
+def initialise_vae(vae: VAENetwork) -> None:
     """Give a VAE its first weights, from torch's generator.
 
     Convolutions are fan-in normal, and weak at the end of a residual. Those that change the resolution begin as means
@@ -112,7 +112,7 @@ def _copy_kernel(conv: nn.Conv3d) -> Tensor:
 
 
 @torch.no_grad()
-def whiten(vae: CausalVideoVAE, latents: Iterable[Tensor]) -> None:
+def whiten(vae: VAENetwork, latents: Iterable[Tensor]) -> None:
     """Give every channel of the latents mean 0 and variance 1, without changing what is decoded.
 
     latents: un-normalised, of this VAE, each [B,C,T,h,w]. The scales go into `quant_conv` and `post_quant_conv`.

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
 from pyramid_flow.placement import execution_device
@@ -76,7 +74,7 @@ def temporal_chunks(latents: Tensor, window: int | None) -> Iterator[Tensor]:
     return (latents[:, :, start:stop] for start, stop in pairwise([0, *later, num_frames]))
 
 
-class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class VAENetwork(nn.Module):
     """Causal video autoencoder: 1 + 8k frames of H x W pixels <-> 1 + k latents of 16 x H/8 x W/8.
 
     Latent 0 stands for frame 0 alone, latent i for frames 8i-7 to 8i, and both directions look only backwards in time.
@@ -89,7 +87,9 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     published model does not use and this class does not implement.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    class_name: ClassVar[str] = "CausalVideoVAE"
+    """Name of the public class, which a checkpoint's config.json has as `_class_name`."""
+
     def __init__(
         self,
         encoder_in_channels: int = 3,
@@ -121,8 +121,9 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         interpolate: bool = False,
         downsample_scale: int = 8,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        check_config(self.config)
+        check_config(locals())
+        super().__init__()
+        self.in_channels, self.latent_channels = encoder_in_channels, decoder_in_channels
         moments = 2 * encoder_out_channels
         self.encoder = Encoder(
             encoder_in_channels,
@@ -149,6 +150,11 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def device(self) -> torch.device:
         """Where it computes, wherever its weights rest."""
         return execution_device(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of its weights."""
+        return next(self.parameters()).dtype
 
     def encode_moments(
         self, pixels: Tensor, *, window: int | None = None, tile: int | None = None
@@ -224,14 +230,14 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return x.to(self.device, self.dtype, memory_format=torch.channels_last_3d)
 
     def _check_pixels(self, pixels: Tensor) -> None:
-        _check_shape("pixels", pixels, self.config["encoder_in_channels"], "1+8k, H, W")
+        _check_shape("pixels", pixels, self.in_channels, "1+8k, H, W")
         if pixels.shape[2] % SCALE != 1:
             raise InvalidValueError("num_frames", pixels.shape[2], f"is not 1 + a multiple of {SCALE}")
         _check_multiple("height", pixels.shape[3], SCALE)
         _check_multiple("width", pixels.shape[4], SCALE)
 
     def _check_latents(self, latents: Tensor) -> None:
-        _check_shape("latents", latents, self.config["decoder_in_channels"], "T, h, w")
+        _check_shape("latents", latents, self.latent_channels, "T, h, w")
 
 
 def _run_chunk(

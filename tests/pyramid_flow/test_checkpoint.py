@@ -19,7 +19,7 @@ from pyramid_flow import (
     PyramidDiffusionMMDiT,
     PyramidFluxTransformer,
 )
-from pyramid_flow.checkpoint import load_model
+from pyramid_flow.checkpoint import NETWORKS, load_model
 from pyramid_flow.presets import PRESETS
 from tests.pyramid_flow.goldens import TINY, TINY_MINIFLUX, TINY_SD3, tiny_transformer
 
@@ -103,7 +103,9 @@ def test_the_transformers_class_decides_the_family(family, transformer):
     assert {folder.name for folder in checkpoint.folders} == MODELS[family]
     assert type(checkpoint.load_transformer(torch.float32, "cpu")) is transformer
     empty = checkpoint.empty_transformer()
-    assert type(empty) is transformer
+    assert type(empty) is NETWORKS[family]
+    assert issubclass(transformer, type(empty))
+    assert empty.class_name == transformer.__name__
     assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
 
 

@@ -22,6 +22,7 @@ from pyramid_flow import (
     generate_latents,
     render_flops,
 )
+from pyramid_flow.diffusers_models import TRANSFORMERS
 from pyramid_flow.pixels import decode_frames, encode_image
 from pyramid_flow.pyramid import history_level
 from tests.pyramid_flow.goldens import TINY, manifest, randn, random_text
@@ -101,7 +102,7 @@ def test_sampling_equals_a_counted_run(either, num_frames, has_image, guidance):
 )
 def test_every_block_is_counted(tmp_path, family, blocks):
     tiny = Checkpoint.open(TINY[family])
-    model = type(tiny.empty_transformer())
+    model = TRANSFORMERS[family]
     transformer = model.from_config({**model.load_config(tiny.transformer_folder), **blocks})
     transformer.save_config(tmp_path)
     expected = counted_sampling(family, transformer, PARAMS, has_image=False)

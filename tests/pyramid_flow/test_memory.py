@@ -185,8 +185,11 @@ def test_every_mode_needs_less_than_the_one_before(toy):
     assert full > offload > sequential > 0
 
 
-def test_an_encoder_that_is_not_known_is_named(wide):
+def test_an_unsupported_text_encoder_is_named(wide):
     checkpoint, _ = wide
     (checkpoint.root / "text_encoder" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match="text_encoder is no text encoder that is known"):
+    with pytest.raises(
+        CheckpointError,
+        match="text_encoder holds a text encoder of type 'bert'",
+    ):
         part_memory(checkpoint, torch.float32, PARAMS)
