@@ -1,3 +1,15 @@
-"""Sizes of the windows in which pages are looked at."""
+"""How pages are looked at: sizes of their windows, and what is expected of them."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+def expect(shown: "Page | Locator") -> Any:
+    """Return Playwright's assertions, which wait; it is loaded here, so that collecting the tests does not."""
+    from playwright import sync_api
+
+    return sync_api.expect(shown)

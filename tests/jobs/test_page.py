@@ -4,18 +4,21 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx2 as httpx
 import pytest
 from PIL import Image, ImageChops, ImageStat
-from playwright.sync_api import Page, expect
 from yarl import URL
 
 import jobs
+from pipeline.serving.client import COOKIE
 from pipeline.serving.keys import hashed
-from pipeline.serving.ui import COOKIE
 from tests.jobs.services import Running, service
-from tests.viewports import DESK, PHONE
+from tests.viewports import DESK, PHONE, expect
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -24,8 +27,6 @@ OWNER = {"Authorization": f"Bearer {KEY}"}
 PICTURE = Path(jobs.__file__).parent / "sample" / "first_frame.png"
 WAIT_MS, MADE_MS = 15_000, 60_000
 
-expect.set_options(timeout=WAIT_MS)
-
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory) -> Iterator[Running]:
@@ -33,9 +34,16 @@ def running(tmp_path_factory) -> Iterator[Running]:
         yield running
 
 
+on_a_phone = pytest.mark.parametrize("door", [PHONE], ids=["phone"], indirect=True)
+"""For what does not depend on the window; the narrow one shows what is too wide."""
+
+
 @pytest.fixture(params=[DESK, PHONE], ids=["desk", "phone"])
-def door(running, browser, request) -> Iterator[Page]:
+def door(running, browser, request) -> Iterator["Page"]:
     """Yield the page before the sign-in; what it asks of other hosts, and what breaks in it, is an error."""
+    from playwright import sync_api
+
+    sync_api.expect.set_options(timeout=WAIT_MS)
     context = browser.new_context(viewport=request.param)
     context.set_default_timeout(WAIT_MS)
     page = context.new_page()
@@ -51,7 +59,7 @@ def door(running, browser, request) -> Iterator[Page]:
 
 
 @pytest.fixture
-def page(door) -> Page:
+def page(door) -> "Page":
     """Return the page as someone with a key has it."""
     door.get_by_label("API key").fill(KEY)
     door.get_by_role("button", name="Sign in").click()
@@ -59,7 +67,7 @@ def page(door) -> Page:
     return door
 
 
-def ask(page: Page, tab: str, prompt: str, duration: str = "0.333 s", seed: str = "") -> None:
+def ask(page: "Page", tab: str, prompt: str, duration: str = "0.333 s", seed: str = "") -> None:
     """Fill the form of a tab and press its button."""
     page.get_by_role("tab", name=tab).click()
     panel = page.get_by_role("tabpanel")
@@ -70,7 +78,7 @@ def ask(page: Page, tab: str, prompt: str, duration: str = "0.333 s", seed: str 
     panel.get_by_role("button", name="Make video").click()
 
 
-def plays(page: Page) -> bool:
+def plays(page: "Page") -> bool:
     """Say whether the video in the player moves on."""
     handle = page.wait_for_function("() => document.querySelector('video')?.currentTime > 0")
     return bool(handle.json_value())
@@ -116,6 +124,7 @@ def test_a_video_from_text(page):
     expect(page.locator(f"[data-id={name}]")).to_have_count(0)
 
 
+@on_a_phone
 def test_a_still_from_text(page):
     ask(page, "Text to video", PROMPT, duration="still")
     expect(page.get_by_text("Made in")).to_be_visible(timeout=MADE_MS)
@@ -123,6 +132,7 @@ def test_a_still_from_text(page):
     expect(page.locator(".pr-card").first).to_contain_text("completed, still, 64x64")
 
 
+@on_a_phone
 def test_a_video_from_an_image(page):
     page.get_by_role("tab", name="Image to video").click()
     page.locator("input[type=file]").set_input_files(PICTURE)
@@ -137,6 +147,7 @@ def test_a_video_from_an_image(page):
     assert max(ImageStat.Stat(change).mean) < 16
 
 
+@on_a_phone
 def test_a_video_is_found_again_and_cancelled(running, page):
     slow_video(running)
     page.reload()
@@ -146,6 +157,7 @@ def test_a_video_is_found_again_and_cancelled(running, page):
     expect(page.locator(".pr-card").first).to_have_attribute("data-status", "cancelled")
 
 
+@on_a_phone
 def test_what_is_wrong_is_said(page):
     ask(page, "Text to video", "")
     expect(page.get_by_text("prompt '' is empty")).to_be_visible()
@@ -170,6 +182,7 @@ def test_a_video_plays_while_it_is_made(running, browser):
     page.close()
 
 
+@on_a_phone
 def test_the_page_shows_a_video_while_it_is_made(running, page):
     slow_video(running)
     page.reload()

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from playwright.sync_api import Page, expect
 from yarl import URL
 
 from pipeline.html_report import REPORT, write_report
@@ -15,7 +15,10 @@ from pipeline.still import encode_still
 from pipeline.storage import Storage
 from pipeline.video import ThumbnailStrip, VideoWriter
 from tests.pipeline.ledgers import recorded, recorded_rows, written
-from tests.viewports import DESK, PHONE
+from tests.viewports import DESK, PHONE, expect
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.integration]
 
@@ -82,7 +85,7 @@ def output(tmp_path_factory) -> Storage:
 
 
 @pytest.fixture(params=[DESK, PHONE], ids=["desk", "phone"])
-def page(output, browser, request) -> Iterator[Page]:
+def page(output, browser, request) -> Iterator["Page"]:
     """Yield the report as it is on disk; what breaks in it, and whatever it asks of the network, is an error."""
     write_report(output)
     page = browser.new_page(viewport=request.param, reduced_motion="reduce")
@@ -99,14 +102,14 @@ def page(output, browser, request) -> Iterator[Page]:
     assert errors == []
 
 
-def until(page: Page, condition: str) -> None:
+def until(page: "Page", condition: str) -> None:
     """Wait for a condition; the page's own rules forbid what `wait_for_function` does."""
     page.evaluate(
         f"() => new Promise(done => {{ const look = () => {condition} ? done() : setTimeout(look, 50); look(); }})"
     )
 
 
-def ids(page: Page) -> list[str | None]:
+def ids(page: "Page") -> list[str | None]:
     return [tile.get_attribute("data-id") for tile in page.locator(".tile").all()]
 
 
