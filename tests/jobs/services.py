@@ -1,19 +1,29 @@
 """Services that run in processes of their own."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import openai
+import psutil
 
 from tests.jobs.head import free_ports
+
+if TYPE_CHECKING:
+    import openai
+
+
+START_S = 240
+"""Time limit of a service's start, which takes some 20 seconds of CPU."""
+
+QUICK = {"num_frames": 9, "num_inference_steps": 2, "video_num_inference_steps": 1}
+"""Fields of a video that is made in a moment."""
 
 
 @dataclass
@@ -29,13 +39,20 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def client(self) -> openai.OpenAI:
+    def client(self) -> "openai.OpenAI":
+        import openai  # here, so that sessions without its tests do not load it
+
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none")
 
     def workers(self, name: str) -> list[int]:
-        """Return the processes of a deployment's replicas."""
-        lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        return [int(pid) for pid in re.findall(rf"^\s*(\d+) ray::ServeReplica:[^\n]*:{name}", lines, re.MULTILINE)]
+        """Return the processes of a deployment's replicas, in this service and no other one on the machine."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # ended meanwhile
+                title = " ".join(process.cmdline())
+                if title.startswith("ray::ServeReplica:") and f":{name}" in title:
+                    found.append(process.pid)
+        return found
 
 
 def start(folder: Path, *flags: str) -> Running:
@@ -45,11 +62,16 @@ def start(folder: Path, *flags: str) -> Running:
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     running = Running(folder, port, process)
-    deadline = time.monotonic() + 180
-    while f":{port}/v1/videos" not in (folder / "log").read_text():
-        assert process.poll() is None, (folder / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    try:
+        deadline = time.monotonic() + START_S
+        while f":{port}/v1/videos" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+    except BaseException:
+        process.kill()  # its Ray ends with it
+        process.wait()
+        raise
     return running
 
 
@@ -66,3 +88,14 @@ def service(folder: Path, *flags: str) -> Iterator[Running]:
     finally:
         if running.process.poll() is None:
             stop(running)
+
+
+def until_done(client: "openai.OpenAI", ids: list[str], seconds: float) -> list[str]:
+    """Wait until videos have ended; returns their statuses."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        statuses = [client.videos.retrieve(video_id).status for video_id in ids]
+        if all(status in ("completed", "failed", "cancelled") for status in statuses):
+            return statuses
+        time.sleep(0.25)
+    raise AssertionError(statuses)
