@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BIN = Path(sys.executable).parent
 
@@ -35,6 +36,23 @@ class Head:
         entrypoint = ["python", "-m", "jobs.cli", "render", "--device", "cpu", "--batch-size", "1", *flags]
         until(lambda: "submitted" in self.ray("submit", "--submission-id", name, "--no-wait", "--", *entrypoint), 60)
 
+    def status(self, name: str) -> str:
+        """Return a job's status; the command that prints it would take seconds of CPU."""
+        return str(self.get(f"api/jobs/{name}")["status"])
+
+    def get(self, path: str) -> Any:
+        headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard}/{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+
+    def has_started(self) -> bool:
+        """Tell whether it lists jobs."""
+        try:
+            return self.get("api/jobs/") == []
+        except OSError:
+            return False
+
     def counters(self) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
             return answer.read().decode()
@@ -49,7 +67,7 @@ def until(happened: Callable[[], object], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def free_ports(count: int) -> list[int]:
@@ -69,6 +87,7 @@ def head_node(folder: Path) -> Iterator[Head]:
     gcs, dashboard, agent, metrics, client = free_ports(5)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env |= {"RAY_worker_niceness": "0", "RAY_metrics_report_interval_ms": "500"}
     ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     ports += [f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"]
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", *ports, f"--temp-dir={folder}"]
@@ -76,7 +95,7 @@ def head_node(folder: Path) -> Iterator[Head]:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     started = Head(folder, dashboard, metrics, env)
     try:
-        until(lambda: "JobDetails" not in started.ray("list") and "Error" not in started.ray("list"), 90)
+        until(started.has_started, 90)
         yield started
     finally:
         os.killpg(process.pid, signal.SIGTERM)
