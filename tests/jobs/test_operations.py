@@ -11,7 +11,7 @@ from pipeline.storage import Storage
 from tests.jobs.head import free_ports, head_node
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def script() -> str:
