@@ -24,7 +24,8 @@ def test_slow():
 
 
 @pytest.fixture
-def suite(pytester):
+def suite(pytester, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # loading what is installed takes seconds
     pytester.makeini("[pytest]\nmarkers = slow")
     pytester.makepyfile(test_some=TESTS)
     return pytester

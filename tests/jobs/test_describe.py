@@ -57,7 +57,7 @@ def test_every_variant_is_told_with_the_memory_of_every_mode(capsys, folder):
 
 
 def test_smaller_tiles_need_less(capsys, folder):
-    (folder / "pyramid.json").write_text('{"sizes": [[256, 256]], "max_num_frames": 9}')
+    (folder / "pyramid.json").write_text('{"sizes": [[128, 128]], "max_num_frames": 9}')
     whole, tiled = (told(capsys, str(folder), *tile)["variants"][0]["memory"] for tile in ([], ["--tile", "64"]))
     assert tiled["vae"]["activations"] < whole["vae"]["activations"]
     assert tiled["transformer"] == whole["transformer"]

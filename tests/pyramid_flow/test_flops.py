@@ -196,6 +196,7 @@ def test_the_published_model_takes_what_is_known_of_it(published, size, num_fram
     assert flops.encode < flops.decode < flops.sample
 
 
+@pytest.mark.integration  # traces a decoder of full size
 def test_tiles_of_the_published_model_take_more(published):
     params = SamplingParams(384, 640, 17)
     whole, tiled = (render_flops(published, params, has_image=False, tile=tile).decode for tile in (None, 256))

@@ -119,6 +119,7 @@ def test_sampling_takes_what_the_widest_evaluation_takes(toy, dtype, change):
     assert expected == pytest.approx(measured(sample), rel=0.05)
 
 
+@pytest.mark.integration  # seconds of profiling
 @pytest.mark.parametrize("window", [1, 2])
 def test_decoding_takes_what_its_first_chunks_take(wide, window):
     checkpoint, vae = wide
@@ -128,6 +129,7 @@ def test_decoding_takes_what_its_first_chunks_take(wide, window):
     assert parts["vae"].activations == pytest.approx(measured_bytes, rel=0.05)
 
 
+@pytest.mark.integration  # seconds of profiling
 def test_what_tiles_leave_for_their_next_chunk_is_in_host_memory(wide):
     checkpoint, vae = wide
     latents = torch.zeros(1, 16, 3, 8, 16)
