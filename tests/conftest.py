@@ -57,6 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(TIMEOUTS_S[tier]))
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("cluster"))
+        elif item.get_closest_marker("ray"):  # one after another: memory is for two clusters
+            item.add_marker(pytest.mark.xdist_group("own cluster"))
         elif tier is not None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
