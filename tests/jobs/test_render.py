@@ -123,6 +123,7 @@ def rendered(cluster, tmp_path_factory) -> Rendered:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(180)
 def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(rendered):
     parts = [pq.read_table(path) for path in sorted((rendered.table.parent / "out" / "metadata").iterdir())]
     ids = pa.concat_tables(parts)["id"].to_pylist()
@@ -139,6 +140,7 @@ def test_every_row_is_in_the_ledger_once_and_every_file_is_whole(rendered):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(180)
 def test_a_row_that_cannot_be_rendered_tells_its_position_and_reason(rendered):
     row = rendered.noted("bad size")
     assert (row["status"], row["position"]) == ("failed", f"file://{rendered.table}:4")
@@ -146,6 +148,7 @@ def test_a_row_that_cannot_be_rendered_tells_its_position_and_reason(rendered):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(180)
 def test_stills_and_videos_of_one_table_share_job_and_ledger(rendered):
     rows = rendered.by_id
     media_types = {name: rows[name]["media_type"] for name in ("video", "still", "webp")}
@@ -155,6 +158,7 @@ def test_stills_and_videos_of_one_table_share_job_and_ledger(rendered):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(180)
 def test_duplicates_copies_and_conflicting_ids_get_their_own_rows(rendered):
     rows, original, duplicate = rendered.by_id, rendered.noted("first"), rendered.noted("second")
     assert duplicate["id"] == f"{original['id']}-dup1"
@@ -170,6 +174,7 @@ def test_duplicates_copies_and_conflicting_ids_get_their_own_rows(rendered):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(180)
 def test_a_finished_job_run_again_renders_nothing_and_says_what_there_is(rendered, capsys):
     assert cli.main(["render", *flags(rendered.table, rendered.table.parent / "out")]) == 3
     printed = capsys.readouterr().out
@@ -426,6 +431,7 @@ mount -o remount,size=64m "$OUT"
 
 @pytest.mark.integration
 @pytest.mark.ray
+@pytest.mark.timeout(180)
 def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(tmp_path):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", "fps": 24, **LONG} for i in range(60)])
     output = tmp_path / "out"
