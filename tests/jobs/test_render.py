@@ -429,9 +429,8 @@ mount -o remount,size=64m "$OUT"
 """
 
 
-@pytest.mark.integration
 @pytest.mark.ray
-@pytest.mark.timeout(180)
+@pytest.mark.integration
 def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(tmp_path):
     source = write_table(tmp_path / "in.parquet", [{"prompt": f"prompt {i}", "fps": 24, **LONG} for i in range(60)])
     output = tmp_path / "out"
