@@ -3,17 +3,19 @@
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 BIN = Path(sys.executable).parent
 
@@ -82,8 +84,14 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def head_node(folder: Path) -> Iterator[Head]:
-    """Run a head node on this machine; its folder's path must be short."""
+def head_node() -> Iterator[Head]:
+    """Run a head node on this machine."""
+    # not in pytest's own folder: its name is too long for Ray's sockets
+    with tempfile.TemporaryDirectory(prefix="head-", ignore_cleanup_errors=True) as folder:
+        yield from _head_node(Path(folder))
+
+
+def _head_node(folder: Path) -> Iterator[Head]:
     gcs, dashboard, agent, metrics, client = free_ports(5)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -98,8 +106,7 @@ def head_node(folder: Path) -> Iterator[Head]:
         until(started.has_started, 90)
         yield started
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()  # asked to end, it would wait up to 30 s for what runs on it
+        process.wait()

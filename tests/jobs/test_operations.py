@@ -23,7 +23,7 @@ def script() -> str:
 
 def test_every_kind_of_job_runs_as_its_commands_stand(tmp_path_factory):
     shared, [port] = tmp_path_factory.mktemp("shared"), free_ports(1)
-    with head_node(tmp_path_factory.mktemp("o")) as head:
+    with head_node() as head:
         env = head.env | {"HEAD": f"http://127.0.0.1:{head.dashboard}", "SHARED": str(shared), "PORT": str(port)}
         done = subprocess.run(
             ["bash", "-eu", "-o", "pipefail", "-c", script()],

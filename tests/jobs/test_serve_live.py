@@ -52,14 +52,14 @@ def test_a_stopped_service_goes_on_where_it_was(tmp_path, postgres):
         assert json.loads(shown[0].to_json())["stage_seconds"]["sample"] > 0
 
 
-def test_a_deployed_service_answers_on_its_cluster(tmp_path, tmp_path_factory):
+def test_a_deployed_service_answers_on_its_cluster(tmp_path):
     import openai  # here, so that collecting does not load it
 
     [port] = free_ports(1)
     config = tmp_path / "serve.yaml"
     command = [sys.executable, "-m", "jobs.cli", "serve", "--output", str(tmp_path / "out"), "--port", str(port)]
     config.write_text(subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True).stdout)
-    with head_node(tmp_path_factory.mktemp("r")) as head:
+    with head_node() as head:
         deploy = [str(BIN / "serve"), "deploy", str(config), "--address", f"http://127.0.0.1:{head.dashboard}"]
         subprocess.run(deploy, env=head.env, check=True)
         until(lambda: is_ready(port), 180)

@@ -18,8 +18,8 @@ SHAPE = {"num_frames": 17, "num_inference_steps": 4, "video_num_inference_steps"
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with head_node(tmp_path_factory.mktemp("r")) as started:
+def head() -> Iterator[Head]:
+    with head_node() as started:
         yield started
 
 
