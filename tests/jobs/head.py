@@ -95,15 +95,16 @@ def _head_node(folder: Path) -> Iterator[Head]:
     gcs, dashboard, agent, metrics, client = free_ports(5)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env["RAY_TMPDIR"] = str(folder)  # where `auto` finds this cluster, and no other of the machine
     env |= {"RAY_worker_niceness": "0", "RAY_metrics_report_interval_ms": "500"}
     ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     ports += [f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"]
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", *ports, f"--temp-dir={folder}"]
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", *ports]
     with (folder / "start.log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     started = Head(folder, dashboard, metrics, env)
     try:
-        until(started.has_started, 90)
+        until(started.has_started, 180)
         yield started
     finally:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
