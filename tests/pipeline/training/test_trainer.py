@@ -174,6 +174,17 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(alone, parts, tmp_path):
     assert distance(found, expected) <= 1e-6
 
 
+@pytest.mark.ray
+@pytest.mark.integration
+def test_a_finished_training_run_again_goes_on_where_it_ended(cluster, prompt_controller, parts, tmp_path):
+    short = job(parts, tmp_path, phases=(Phase(parts, 5, 6),))
+    first, metrics = weights(short)
+    assert metrics["step"] == 5
+    longer, metrics = weights(replace(short, phases=(Phase(parts, 10, 6),)))
+    assert metrics["step"] == 10
+    assert 0 < distance(longer, first) < 1
+
+
 @pytest.fixture
 def table(parts):
     return pa.concat_tables([table for part in parts for _, table in read_blocks(part)])
