@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,8 +109,8 @@ def browser() -> Iterator["Browser"]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """Run a PostgreSQL server of the session's own; yields the URL of its database `postgres`."""
+def postgres_server() -> Iterator[str]:
+    """Run a PostgreSQL server for the session; yields its URL, without a database."""
     [*_, bin_folder] = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
     shutil.chown(folder, "postgres")
@@ -127,7 +128,18 @@ def postgres() -> Iterator[str]:
         "pg_ctl", "-w", "-l", str(folder / "log"), "-o", f"-p {port} -k {folder} -c listen_addresses=127.0.0.1", "start"
     )
     try:
-        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        yield f"postgresql://postgres@127.0.0.1:{port}"
     finally:
         run("pg_ctl", "-m", "immediate", "stop")
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def postgres(postgres_server: str) -> str:
+    """Create an empty PostgreSQL database for one test; returns its URL."""
+    import psycopg  # here, so that sessions without a database do not load it
+
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(f"{postgres_server}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return f"{postgres_server}/{name}"

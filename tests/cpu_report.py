@@ -32,7 +32,8 @@ class CpuReport:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if call.when == "teardown":
-            report.user_properties.append((PROPERTY, cpu_seconds(item) - self._start_s))
+            # a killed process takes the time it has used out of the later sum
+            report.user_properties.append((PROPERTY, max(0.0, cpu_seconds(item) - self._start_s)))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -1,4 +1,4 @@
-"""`jobs.dataset` and `jobs.train` from clips to a model that renders; what is wrong is said before a cluster starts."""
+"""The commands `dataset` and `train`, from clips to a model that renders; bad settings fail before a cluster starts."""
 
 import os
 import subprocess
@@ -18,9 +18,9 @@ from pyramid_flow.toy.blank import write_blank_toy
 from tests.pyramid_flow.goldens import TINY_MINIFLUX
 
 
-def run(module: str, *arguments: str) -> None:
+def run(*arguments: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-m", "jobs.cli", *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

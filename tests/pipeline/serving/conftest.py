@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
 
 from pipeline.serving.store import Limits, Store
 from tests.pipeline.serving.farm import Farm, Models
@@ -15,13 +14,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the URL of an empty database, of each kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/videos.db"
-    url: str = request.getfixturevalue("postgres")
-    engine = create_engine(url.replace("postgresql", "postgresql+psycopg"))
-    with engine.begin() as connection:
-        connection.execute(text("DROP SCHEMA public CASCADE"))
-        connection.execute(text("CREATE SCHEMA public"))
-    engine.dispose()
-    return url
+    return str(request.getfixturevalue("postgres"))
 
 
 class Clock:
