@@ -16,7 +16,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26
-"""Of an input image; both are checked before it is decoded."""
+"""Default limits of an input image; both are checked before it is decoded."""
 
 BACKGROUND = "white"
 """What shows through where an input image is transparent."""
@@ -27,16 +27,21 @@ BARS = "black"
 ImageFit = Literal["crop", "pad"]
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Decode an image file, of an animation the first frame, and return it upright in RGB, see `upright`.
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image file and return it upright in RGB, see `upright`.
 
-    Raises InvalidValueError if it does not decode, or is larger than `MAX_BYTES` or `MAX_PIXELS`.
+    Args:
+        data: The file. An animation yields its first frame.
+        max_pixels: Largest width x height. The file's header decides, before any pixel is decoded.
+
+    Raises:
+        InvalidValueError: The file does not decode, or exceeds `MAX_BYTES` or `max_pixels`.
     """
     if len(data) > MAX_BYTES:
         raise InvalidValueError("image", f"({len(data)} bytes)", f"is larger than {MAX_BYTES} bytes")
     with _decoding(f"({len(data)} bytes)"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise InvalidValueError("image", f"{image.width}x{image.height}", f"has more than {MAX_PIXELS} pixels")
+        if image.width * image.height > max_pixels:
+            raise InvalidValueError("image", f"{image.width}x{image.height}", f"has more than {max_pixels} pixels")
         return upright(image)
 
 

@@ -153,6 +153,15 @@ def test_a_bomb_is_refused_before_it_is_decoded():
         open_image(bomb)
 
 
+@pytest.mark.parametrize("file_format", images.FORMATS)
+def test_a_caller_lowers_the_limit_on_pixels_for_every_format(file_format, monkeypatch):
+    data = encoded(PICTURE, file_format)
+    assert open_image(data, max_pixels=PICTURE.width * PICTURE.height).size == PICTURE.size
+    monkeypatch.setattr(images, "upright", lambda image: pytest.fail("pixels were decoded"))
+    with pytest.raises(InvalidValueError, match="image 16x12 has more than 191 pixels"):
+        open_image(data, max_pixels=191)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
 def test_images_of_any_mode_are_accepted(mode):
     source = PICTURE.convert("L").convert("I").convert("I;16") if mode == "I;16" else PICTURE.convert(mode)
