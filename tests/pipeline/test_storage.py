@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -538,13 +539,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """Forbid files of more than 1 MiB to this process."""
+    """Forbid files of more than 1 MiB to this process: during the call only, since coverage writes a larger one."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(params=["bytes", "file"])
@@ -574,5 +577,6 @@ def test_a_full_disk_keeps_the_old_file_and_nothing_else(two_mib, small_disk):
     refuses_what_has_no_room(small_disk, two_mib)
 
 
-def test_a_limit_of_file_sizes_counts_as_full(tmp_path, two_mib, small_files):
-    refuses_what_has_no_room(tmp_path / "out", two_mib)
+def test_a_limit_of_file_sizes_counts_as_full(tmp_path, two_mib):
+    with small_files():
+        refuses_what_has_no_room(tmp_path / "out", two_mib)
