@@ -4,10 +4,11 @@ import io
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from pyramid_flow.errors import InvalidValueError
 
@@ -40,9 +41,34 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise InvalidValueError("image", f"({len(data)} bytes)", f"is larger than {MAX_BYTES} bytes")
     with _decoding(f"({len(data)} bytes)"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > max_pixels:
+        if max(image.width * image.height, _tile_pixels(image, data)) > max_pixels:
             raise InvalidValueError("image", f"{image.width}x{image.height}", f"has more than {max_pixels} pixels")
         return upright(image)
+
+
+def _tile_pixels(image: Image.Image, data: bytes) -> int:
+    """Return the pixels of a TIFF's tile, which may be larger than the image but decodes as a whole; otherwise 0.
+
+    Raises InvalidValueError if a tag occurs twice: Pillow uses the last one and its decoder the first one.
+    """
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 0
+    tags = _tiff_tags(data)
+    if len(set(tags)) < len(tags):
+        raise InvalidValueError("image", f"({len(data)} bytes)", "repeats a tag of its TIFF directory")
+    sides = [image.tag_v2[tag] for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH) if tag in tags]
+    return prod(map(int, sides)) if sides else 0
+
+
+def _tiff_tags(data: bytes) -> list[int]:
+    """Return the tags of the first directory of a TIFF or BigTIFF."""
+    order = "<" if data.startswith(b"II") else ">"
+    is_big = 43 in data[2:4]
+    (start,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}I", data, 8 if is_big else 4)
+    (count,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}H", data, start)
+    head, size = (8, 20) if is_big else (2, 12)
+    entries = range(start + head, min(start + head + count * size, len(data)), size)
+    return [struct.unpack_from(f"{order}H", data, entry)[0] for entry in entries]
 
 
 @contextmanager

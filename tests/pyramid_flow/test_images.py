@@ -1,6 +1,8 @@
 """Input images: files of every kind become upright RGB of the right size, and broken ones are refused."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -160,6 +162,33 @@ def test_a_caller_lowers_the_limit_on_pixels_for_every_format(file_format, monke
     monkeypatch.setattr(images, "upright", lambda image: pytest.fail("pixels were decoded"))
     with pytest.raises(InvalidValueError, match="image 16x12 has more than 191 pixels"):
         open_image(data, max_pixels=191)
+
+
+def tiled_tiff(*tiles: int) -> bytes:
+    """Return a deflated TIFF of 10x10 black pixels in one tile; several sides repeat the tags of its size."""
+    body = zlib.compress(bytes(tiles[0] ** 2))
+    tags = [(256, 10), (257, 10), (258, 8), (259, 8), (262, 1), (277, 1)]
+    tags += [(tag, side) for tag in (322, 323) for side in tiles] + [(324, 8), (325, len(body))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tiled_tiff(2**11), "image 10x10 has more than 4000000 pixels"),
+        (tiled_tiff(2**11, 16), r"image \(\d+ bytes\) repeats a tag of its TIFF directory"),
+    ],
+    ids=["large tile", "two sizes of a tile"],
+)
+def test_a_tile_larger_than_its_image_counts_as_its_size(data, message):
+    with pytest.raises(InvalidValueError, match=message):
+        open_image(data, max_pixels=4_000_000)
+
+
+@pytest.mark.parametrize("data", [tiled_tiff(16), encoded(Image.new("L", (10, 10)), "TIFF", big_tiff=True)])
+def test_tiled_and_large_tiff_files_are_read(data):
+    assert np.asarray(open_image(data, max_pixels=16**2)).shape == (10, 10, 3)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
