@@ -1,6 +1,7 @@
 """Input images: decoding a file, bringing it upright and to RGB, and fitting it to a video's size."""
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 2**26
 """Default limits of an input image; both are checked before it is decoded."""
+
+MAX_SCANS = 100
+"""Of a JPEG, each of which costs the time of a whole image, however few bytes it has; encoders write about 10."""
 
 BACKGROUND = "white"
 """What shows through where an input image is transparent."""
@@ -43,7 +47,22 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with _decoding(f"({len(data)} bytes)"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if max(image.width * image.height, _tile_pixels(image, data)) > max_pixels:
             raise InvalidValueError("image", f"{image.width}x{image.height}", f"has more than {max_pixels} pixels")
+        if image.format in ("JPEG", "MPO") and _num_scans(data) > MAX_SCANS:
+            raise InvalidValueError("image", f"({len(data)} bytes)", f"has more than {MAX_SCANS} JPEG scans")
         return upright(image)
+
+
+_JPEG_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
+
+
+def _num_scans(data: bytes) -> int:
+    """Return the number of scans of the first image of a JPEG file, at most `MAX_SCANS` + 1."""
+    scans, position = 0, 2
+    while scans <= MAX_SCANS and (segment := _JPEG_SEGMENT.search(data, position)) and segment[1] != _END_OF_IMAGE:
+        scans += segment[1] == _START_OF_SCAN
+        position = segment.end() + int.from_bytes(data[segment.end() : segment.end() + 2])
+    return scans
 
 
 def _tile_pixels(image: Image.Image, data: bytes) -> int:

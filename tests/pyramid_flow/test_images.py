@@ -186,6 +186,24 @@ def test_a_tile_larger_than_its_image_counts_as_its_size(data, message):
         open_image(data, max_pixels=4_000_000)
 
 
+def progressive_jpeg(repeats: int) -> bytes:
+    """Return a JPEG whose last scan is repeated; a scan without any change has 56 bytes."""
+    data = encoded(Image.new("L", (16, 16)), "JPEG", progressive=True)
+    end, scan = data[-2:], data[data.rindex(b"\xff\xc4") : -2]
+    return data[:-2] + scan * repeats + end
+
+
+def test_a_jpeg_of_many_scans_is_refused():
+    data = progressive_jpeg(images.MAX_SCANS)
+    with pytest.raises(InvalidValueError, match=rf"image \({len(data)} bytes\) has more than 100 JPEG scans"):
+        open_image(data)
+
+
+def test_bytes_after_the_end_of_a_jpeg_are_no_scans():
+    data = progressive_jpeg(20) + b"\xff\xda" * images.MAX_SCANS  # a phone appends a video, a gain map or a preview
+    assert open_image(data).size == (16, 16)
+
+
 @pytest.mark.parametrize("data", [tiled_tiff(16), encoded(Image.new("L", (10, 10)), "TIFF", big_tiff=True)])
 def test_tiled_and_large_tiff_files_are_read(data):
     assert np.asarray(open_image(data, max_pixels=16**2)).shape == (10, 10, 3)
