@@ -107,14 +107,20 @@ def lacks_bucket(error: BaseException) -> bool:
     return any("NoSuchBucket" in _codes(link) for link in _chain(error))
 
 
+MAX_MESSAGE = 500
+"""Characters of an error message in the ledger, in logs and in what a user of the service sees."""
+
+# Errors quote text that anyone may have written, so each pattern is linear: no part of a text is scanned twice.
+_URL = re.compile(r"://[^\s\"'<>]+")
 _SECRETS = [
-    (re.compile(r"(://[^\s?\"'<>]*\?)[^\s\"'<>]+"), r"\1***"),  # signed URLs
-    (re.compile(r"(://)[^\s/@\"']+:[^\s/@\"']*@"), r"\1***@"),
+    (re.compile(r"(://)[^\s/:@\"']*:[^\s/\"']*@"), r"\1***@"),
+    (re.compile(r"(https?://)[^\s/@\"']+@"), r"\1***@"),
     (re.compile(r"\bA(?:KIA|SIA)[A-Z0-9]{12,}"), "***"),
     (
         re.compile(
-            r"(?i)\b((?:[\w-]*(?:signature|token|secret|password|credential|authorization|access_?key|accountkey)[\w-]*|sig)"
-            r"[\"']?\s*[=:]\s*[\"']?(?:bearer |basic )?)[^\s&\"',;]+"
+            r"(?i)(?<![\w-])(?=sig(?![\w-])|[\w-]*?"
+            r"(?:signature|token|secret|password|credential|authorization|access_?key|accountkey))"
+            r"([\w-]++(?:\\*+[\"'])?\s*+[=:]\s*+(?:\\*+[\"'])?(?:bearer |basic )?)[^\s&\"',;]+"
         ),
         r"\1***",
     ),
@@ -122,21 +128,34 @@ _SECRETS = [
 
 
 def redacted(text: str) -> str:
+    """Return a text without the secrets in it: queries and passwords of URLs, access keys, tokens."""
+    text = _URL.sub(_without_query, text)
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
 
 
+def brief(text: str) -> str:
+    """Return an error message without secrets, cut to `MAX_MESSAGE` characters."""
+    text = redacted(text[: 8 * MAX_MESSAGE])
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."
+
+
+def _without_query(url: re.Match[str]) -> str:
+    path, _, query = url[0].partition("?")
+    return f"{path}?***" if query else url[0]
+
+
 def presentable(error: Exception) -> Exception:
     """Returns the error itself, or a stand-in where a traceback of it would show a secret."""
     text = "\n".join(f"{link} {link!r}" for link in _chain(error))
-    return error if redacted(text) == text else StorageError(f"{type(error).__name__}: {redacted(str(error))}")
+    return error if redacted(text) == text else StorageError(brief(f"{type(error).__name__}: {error}"))
 
 
 def _reason(error: BaseException) -> str:
     silent = "the store did not answer in time" if isinstance(error, TimeoutError) else type(error).__name__
     lines = str(error).strip().splitlines() or [silent]
-    return redacted(lines[0])
+    return brief(lines[0])
 
 
 def explained(action: str, error: Exception, attempts: int = 1) -> StorageError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from pipeline.faults import brief
 from pipeline.request import ResolvedRequest
 
 if TYPE_CHECKING:  # torch is imported where tensors are made: commands that read the ledger need none
@@ -35,7 +36,7 @@ class RowError(BaseModel):
     @classmethod
     def of(cls, stage: str, error: Exception) -> "RowError":
         """Describe an exception that a stage caught."""
-        message = plain_text(str(error)) or type(error).__name__
+        message = brief(plain_text(str(error))) or type(error).__name__
         return cls(stage=stage, type=type(error).__name__, message=message)
 
 

@@ -13,8 +13,7 @@ MAX_DECODINGS = 4
 _SCHEMES = ("http", "https")
 _URI = re.compile(r"(?:[\w.~:/?#\[\]@!$&'()*+,;=-]|%[0-9a-f]{2})*", re.ASCII | re.IGNORECASE)
 _HOST = re.compile(r"[\w-]{1,63}(?:\.[\w-]{1,63})*", re.ASCII)
-_ADDRESS = re.compile(r".*:.*|(?:.*\.)?(?:\d+|0x[0-9a-f]*)")
-"""A host that is an address: it has a colon, or ends in a number in any of the known forms."""
+_NUMBER = re.compile(r"\d+|0x[0-9a-f]*")
 
 
 def is_web(uri: str) -> bool:
@@ -60,8 +59,8 @@ def host_name(text: str) -> str:
 
 
 def is_address(host: str) -> bool:
-    """Tell whether a host in the form of `host_name` is an IP address."""
-    return _ADDRESS.fullmatch(host) is not None
+    """Return whether a host is an IP address: it has a colon, or ends in a number in any of the known forms."""
+    return ":" in host or _NUMBER.fullmatch(host.rpartition(".")[2]) is not None
 
 
 def climbs(path: str) -> bool:
