@@ -2,27 +2,24 @@
 
 import base64
 import binascii
-import ipaddress
 import logging
 import sys
 import threading
-from contextlib import suppress
 
 import ray
 import torch
 import yaml
-from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
-from sqlalchemy.engine import make_url
-from yarl import URL
+from ray.serve.context import _get_global_client
+from sqlalchemy.engine import URL, make_url
+from yarl import URL as WebURL
 
 from jobs.settings import EXIT_BROKEN, EXIT_WRONG_JOB, ServeSettings, webhook_secret
 from jobs.signals import Signals
 from pipeline import runner
 from pipeline.plan import PlanError, Resources
-from pipeline.serving.api import PAGE_PREFIX
-from pipeline.serving.app import PageConfig, ServiceConfig, build, build_page
+from pipeline.serving.app import ServiceConfig, build, is_loopback
 from pipeline.serving.keys import Keys, hashed, new_key
 from pipeline.serving.store import Store
 from pipeline.storage import Storage
@@ -30,7 +27,7 @@ from pipeline.weights import is_stored, open_checkpoint
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.parallel_config import split_ways
 
-APPLICATION, PAGE = "pyramid-render", "pyramid-render-page"
+APPLICATION = "pyramid-render"
 MIN_SECRET_BYTES = 24
 
 logger = logging.getLogger("pyramid-render")
@@ -96,6 +93,9 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
         database=database,
         output=output,
         keys=_keys(settings),
+        allow_anonymous=settings.own_cluster and is_loopback(settings.host),
+        host=settings.host,
+        redirect_downloads=_redirects(settings, storage),
         image_hosts=tuple(settings.allow_image_host),
         replicas={
             "encode": settings.encode_replicas,
@@ -134,14 +134,21 @@ def application(config: ServiceConfig) -> Application:
     local = [name for name, url in (("database", config.database), ("output", config.output)) if _is_local(url)]
     if local and len(nodes) > 1:
         raise ServeError(f"the {' and the '.join(local)} must be reachable from all {len(nodes)} nodes of the cluster")
+    if config.keys is None and not is_loopback(_listening_host()):
+        raise ServeError(f"Serve listens on {_listening_host()}: without keys, http_options must have host 127.0.0.1")
     return build(config, webhook_secret())
 
 
-def page_config(settings: ServeSettings, config: ServiceConfig) -> PageConfig:
-    """Return the page's part of a service: it calls the API on its own machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    url = URL.build(scheme="http", host=host, port=settings.port)
-    return PageConfig(api_url=str(url.origin()), asks_keys=config.keys is not None)
+def _listening_host() -> str | None:
+    """Return the address that Serve listens on, which Ray tells by no public function."""
+    client = _get_global_client()
+    return None if client is None else client.http_config.host
+
+
+def _redirects(settings: ServeSettings, storage: Storage) -> bool:
+    if settings.redirect_downloads and storage.signed_url("probe", 1) is None:
+        raise ServeError(f"output {storage.uri} cannot sign URLs: --redirect-downloads needs an object store that can")
+    return settings.redirect_downloads
 
 
 def _database_in(output: str) -> str:
@@ -154,7 +161,7 @@ def _check_webhook(url: str | None) -> None:
     if url is None:
         return
     try:
-        asked = URL(url)
+        asked = WebURL(url)
     except ValueError as error:
         raise ServeError(f"webhook_url {url!r} is no URL: {error}") from error
     if asked.scheme not in ("http", "https") or not asked.host:
@@ -176,7 +183,7 @@ def _keys(settings: ServeSettings) -> dict[str, str] | None:
         except OSError as error:
             raise ServeError(f"the file of keys cannot be read: {error}") from error
     names = dict(Keys.parse(text).names)
-    loopback = _is_loopback(settings.host) and settings.own_cluster
+    loopback = is_loopback(settings.host) and settings.own_cluster
     if not settings.auth and not loopback:
         raise ServeError(f"--no-auth would let everyone who reaches {settings.host} render: it is for 127.0.0.1 only")
     if not names and not loopback:
@@ -184,25 +191,21 @@ def _keys(settings: ServeSettings) -> dict[str, str] | None:
     return names if settings.auth and names else None
 
 
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
 def config_file(settings: ServeSettings, config: ServiceConfig) -> str:
     """Return the service as a file for `serve deploy`."""
     http = {"host": settings.host, "port": settings.port}
-    applications = [
-        _entry(APPLICATION, "jobs.serve:application", "/", config),
-        _entry(PAGE, "pipeline.serving.app:build_page", PAGE_PREFIX, page_config(settings, config)),
-    ]
-    return yaml.safe_dump({"http_options": http, "applications": applications}, sort_keys=False)
+    args = config.model_dump(mode="json") | {"database": _without_password(config.database)}
+    application = {"name": APPLICATION, "import_path": "jobs.serve:application", "route_prefix": "/", "args": args}
+    return yaml.safe_dump({"http_options": http, "applications": [application]}, sort_keys=False)
 
 
-def _entry(name: str, import_path: str, route_prefix: str, config: BaseModel) -> dict[str, object]:
-    args = config.model_dump(mode="json")
-    return {"name": name, "import_path": import_path, "route_prefix": route_prefix, "args": args}
+def _without_password(database: str) -> str:
+    """Return a database URL that may be written down; PostgreSQL reads the password from PGPASSWORD."""
+    url = make_url(database)
+    if url.password is None and "password" not in url.query:
+        return database
+    logger.warning("left out the password of the database: set PGPASSWORD in the cluster's environment")
+    return URL.create(**url.difference_update_query(["password"])._asdict() | {"password": None}).render_as_string()
 
 
 def _serve(settings: ServeSettings, config: ServiceConfig, signals: Signals) -> int:
@@ -212,22 +215,18 @@ def _serve(settings: ServeSettings, config: ServiceConfig, signals: Signals) -> 
     stop = threading.Event()
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
-        shown = page_config(settings, config)
-        both = (
-            serve.RunTarget(application(config), APPLICATION, "/"),
-            serve.RunTarget(build_page(shown), PAGE, PAGE_PREFIX),
-        )
-        serve.run_many(both)
+        serve.run(application(config), name=APPLICATION, route_prefix="/")
         signals.on_signal = stop.set
-        logger.info("%s serves at %s/v1/videos, its page is %s/page/", config.model, shown.api_url, shown.api_url)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        url = WebURL.build(scheme="http", host=host, port=settings.port).origin()
+        logger.info("%s serves at %s/v1/videos, its page is %s/", config.model, url, url)
         stop.wait()
         logger.info("stopping: what is being made waits for the next start")
     finally:
         if settings.own_cluster:
             serve.shutdown()
         else:
-            for name in (PAGE, APPLICATION):
-                serve.delete(name)
+            serve.delete(APPLICATION)
     return signals.exit_code
 
 

@@ -39,6 +39,14 @@ class RequestError(PyramidFlowError, ValueError):
     """A request breaks a rule; the message names the field, the value and the rule."""
 
 
+class UntrainedError(RequestError):
+    """A request asks for a size or length that the model was not trained for; field: which."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class RenderRequest(BaseModel):
     """One video as the user asks for it; what is left out comes from the checkpoint's preset.
 
@@ -162,7 +170,7 @@ class RenderRequest(BaseModel):
         return hashlib.sha256(self.image).hexdigest() if isinstance(self.image, bytes) else None
 
     def resolve(self, preset: Preset, row_id: str, *, allow_untrained: bool = False) -> "ResolvedRequest":
-        """Fill in the preset's values; raises RequestError for a size or length the model was not trained for.
+        """Fill in the preset's values; raises UntrainedError for a size or length the model was not trained for.
 
         image_fit and image_format are left out where they have no effect.
         """
@@ -343,11 +351,11 @@ def _check_trained(request: ResolvedRequest, preset: Preset) -> None:
     if size not in preset.sizes:
         sizes = " or ".join(map(_by, preset.sizes))
         variants = _variants(lambda other: size in other.sizes)
-        raise _untrained(f"height x width {_by(size)} is not a trained size, which is {sizes}", variants)
+        raise _untrained("height", f"height x width {_by(size)} is not a trained size, which is {sizes}", variants)
     if request.num_frames > preset.max_num_frames:
         variants = _variants(lambda other: request.num_frames <= other.max_num_frames)
         most = f"more than the trained {preset.max_num_frames}"
-        raise _untrained(f"num_frames {request.num_frames} is {most}", variants)
+        raise _untrained("num_frames", f"num_frames {request.num_frames} is {most}", variants)
 
 
 def _variants(fits: Callable[[Preset], bool]) -> list[str]:
@@ -358,10 +366,10 @@ def _variants(fits: Callable[[Preset], bool]) -> list[str]:
     return [name if len(owners[name]) == len(PRESETS) else f"{name} of {owners[name][0]}" for name in names]
 
 
-def _untrained(broken: str, variants: Sequence[str]) -> RequestError:
+def _untrained(field: str, broken: str, variants: Sequence[str]) -> UntrainedError:
     """Return the error, with the published variants that were trained for what is asked."""
     others = f"; the published variant {' or '.join(variants)} was trained for it" if variants else ""
-    return RequestError(f"{broken}{others} (`render --allow-untrained` takes it)")
+    return UntrainedError(field, f"{broken}{others}")
 
 
 def _by(size: tuple[int, int]) -> str:

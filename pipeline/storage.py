@@ -135,14 +135,28 @@ class Storage:
                 self._discard(target)
             raise
 
-    def get(self, path: str) -> bytes:
-        """Returns a file's content.
+    def get(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Returns a file's content, or its bytes from `start` up to, not including, `stop`.
 
         Raises:
             StorageError: The path is refused, or there is no such file, or reading failed.
         """
         target = self._absolute(path)
-        return self._persist(f"read {self.url(path)}", lambda: bytes(self._fs.cat_file(target)))
+        return self._persist(f"read {self.url(path)}", lambda: bytes(self._fs.cat_file(target, start, stop)))
+
+    def signed_url(self, path: str, valid_s: int) -> str | None:
+        """Returns a URL that gives anyone access to a file for a while, or None if the store cannot sign.
+
+        Raises:
+            StorageError: The path is refused, or signing failed.
+        """
+        target = self._absolute(path)
+        try:
+            return self._persist(f"sign {self.url(path)}", lambda: str(self._fs.sign(target, expiration=valid_s)))
+        except StorageError as error:
+            if isinstance(error.__cause__, NotImplementedError):
+                return None
+            raise
 
     def exists(self, path: str) -> bool:
         """Says whether there is a file or folder of that name.

@@ -18,7 +18,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.inputs import REQUEST_COLUMNS, InputPart, read_blocks, request_values
-from pipeline.request import ID_PATTERN, RenderRequest, RequestError, ResolvedRequest, Shape, hash_of
+from pipeline.request import (
+    ID_PATTERN,
+    RenderRequest,
+    RequestError,
+    ResolvedRequest,
+    Shape,
+    UntrainedError,
+    hash_of,
+)
 from pipeline.rows import RenderRow, RowError, plain_text
 from pyramid_flow import Preset
 
@@ -64,9 +72,10 @@ def candidates(values: dict[str, object], position: str, rules: RowRules) -> lis
     base = request.id or content
     try:
         resolved = request.resolve(rules.preset, base, allow_untrained=rules.allow_untrained)
-    except RequestError as error:
+    except UntrainedError as untrained:
+        refused = RequestError(f"{untrained} (`render --allow-untrained` takes it)")
         ids = [base] if copies == 1 else [f"{base}-{number}" for number in range(copies)]
-        failed = RenderRow(id=base, position=position, prompt=request.prompt, error=RowError.of("read", error))
+        failed = RenderRow(id=base, position=position, prompt=request.prompt, error=RowError.of("read", refused))
         return [Candidate(failed.updated(id=row_id), content) for row_id in ids]
     image = request.image if isinstance(request.image, bytes) else None
     videos = [resolved] if copies == 1 else [resolved.copy_of(number) for number in range(copies)]

@@ -53,6 +53,9 @@ class ServeSettings(ClusterSettings):
         description="NAME:SHA256,... of the keys that are good (default: PYRAMID_RENDER_API_KEYS)",
     )
     keys_file: Path | None = Field(None, description="file with a line NAME:SHA256 per key")
+    redirect_downloads: bool = Field(
+        False, description="answer downloads of videos with signed URLs of the object store"
+    )
     allow_image_host: Hosts = Field([], description="fetch pictures by URL from this host; may be repeated")
     webhook_url: str | None = Field(
         None, description="is told the end of each video, signed with the secret in PYRAMID_RENDER_WEBHOOK_SECRET"

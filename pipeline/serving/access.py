@@ -1,25 +1,24 @@
 """What requests stand on, and who may ask for what: dependencies of the interface's routes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from pipeline.images import NO_IMAGES, ImageRoot
 from pipeline.serving.keys import Keys
 from pipeline.serving.links import Links
 from pipeline.serving.schemas import APIError
+from pipeline.serving.scrape import Scrape
+from pipeline.serving.sessions import COOKIE, Sessions, check_origin
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Job
 from pipeline.storage import Storage
 from pyramid_flow import Preset
-
-MAX_OPEN = 50
-"""Streams and series of events that one owner may have open at a replica."""
 
 LOCAL_OWNER = "local"
 """Owner of all videos when no keys are asked for."""
@@ -44,7 +43,8 @@ class Service:
 
     keys: who may ask; None = everyone, which is for one's own machine only. links: signs those to files; images: what
     pictures may be fetched; nodes: returns the URLs of the nodes' metrics; names_requests: whether an answer tells the
-    request's id, unless a proxy does; open: streams of each owner that one replica is sending.
+    request's id, unless a proxy does; redirects: whether files of videos come from the object store itself; downloads:
+    files that each reader is being sent by this replica; scrape: the metrics as they were last counted.
     """
 
     store: Store
@@ -57,8 +57,15 @@ class Service:
     images: ImageRoot = NO_IMAGES
     nodes: Callable[[], Sequence[str]] = tuple
     names_requests: bool = True
-    open: Counter[str] = field(default_factory=Counter)
+    redirects: bool = False
+    downloads: Counter[str] = field(default_factory=Counter)
+    scrape: Scrape = field(default_factory=Scrape)
     polling: Polling = Polling()
+
+    @property
+    def sessions(self) -> Sessions | None:
+        """Sign-ins of browsers; None = there are no keys to sign in with."""
+        return None if self.keys is None else Sessions(self.store, self.keys)
 
 
 async def _service(request: Request) -> Service:
@@ -71,19 +78,39 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(
 
 
 async def _owner(request: Request, service: Served, credentials: Credentials) -> str:
-    """Return who asks."""
-    if service.keys is None:
-        owner: str | None = LOCAL_OWNER
-    else:
-        owner = service.keys.owner(credentials.credentials) if credentials else None
+    """Return who asks, by API key or by the session in a browser's cookie."""
+    owner: str | None = LOCAL_OWNER
+    if service.keys is not None:
+        owner = service.keys.owner(credentials.credentials) if credentials else await _signed_in(request, service)
     if owner is None:
-        raise APIError(401, "invalid_api_key", "an API key is needed: Authorization: Bearer KEY")
+        raise APIError(401, "invalid_api_key", "an API key is required: Authorization: Bearer KEY")
     request.state.owner = owner
     return owner
 
 
+async def _signed_in(request: Request, service: Served) -> str | None:
+    """Return the owner of a browser's session, or None."""
+    session_id = request.cookies.get(COOKIE)
+    if session_id is None or service.sessions is None:
+        return None
+    check_origin(request)
+    return await run_in_threadpool(service.sessions.owner, session_id)
+
+
+SignedIn = Annotated[str | None, Depends(_signed_in)]
+"""Name of the key that a browser has signed in with."""
+
 Owner = Annotated[str, Depends(_owner)]
 """Name of the key that asks."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who reads a file: the owner of its video, or whoever has a signed link to it (owner None)."""
+
+    name: str
+    """Counts against the limit of downloads."""
+    owner: str | None
 
 
 async def _reader(
@@ -94,20 +121,23 @@ async def _reader(
     variant: str | None = None,
     expires: int = 0,
     signature: str | None = None,
-) -> str | None:
-    """Return who asks for a file, None for whoever has a good link to it."""
+) -> Reader:
     path = file_path(video_id, request.url.path.rpartition("/")[2])
     if signature and service.links.is_good(path, variant, expires, signature, service.store.clock()):
-        return None
-    return await _owner(request, service, credentials)
+        return Reader(f"link {signature}", None)
+    owner = await _owner(request, service, credentials)
+    return Reader(f"key {owner}", owner)
+
+
+FileReader = Annotated[Reader, Depends(_reader)]
 
 
 def _own(video_id: str, service: Served, owner: Owner) -> Job:
     return found(service.store.get(video_id, owner), video_id)
 
 
-def _readable(video_id: str, service: Served, reader: Annotated[str | None, Depends(_reader)]) -> Job:
-    return found(service.store.get(video_id, reader), video_id)
+def _readable(video_id: str, service: Served, reader: FileReader) -> Job:
+    return found(service.store.get(video_id, reader.owner), video_id)
 
 
 Own = Annotated[Job, Depends(_own)]
@@ -115,31 +145,6 @@ Own = Annotated[Job, Depends(_own)]
 
 Readable = Annotated[Job, Depends(_readable)]
 """The video whose file a path names, for its owner and for whoever has a signed link to the file."""
-
-
-def check_room(service: Service, job: Job) -> None:
-    """Raise APIError if the owner of a job has too many streams open already."""
-    if service.open[job.owner] >= MAX_OPEN:
-        raise APIError(429, "too_many_streams", f"{MAX_OPEN} streams of yours are open", retry_after_s=5)
-
-
-def _told(job: Own, service: Served) -> Job:
-    check_room(service, job)
-    return job
-
-
-@contextmanager
-def opened(service: Service, job: Job) -> Iterator[None]:
-    """Count a stream of a job while it is open."""
-    service.open[job.owner] += 1
-    try:
-        yield
-    finally:
-        service.open[job.owner] -= 1
-
-
-Told = Annotated[Job, Depends(_told)]
-"""The video whose changes are told for as long as it is made, if it is the asker's."""
 
 
 def file_path(video_id: str, name: str) -> str:

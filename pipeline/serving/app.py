@@ -1,12 +1,14 @@
 """The service as an application of Ray Serve: interface, dispatcher and stages, each with replicas of its own."""
 
+import ipaddress
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import ray
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -49,10 +51,11 @@ OWN_LOG = {"enable_access_log": False}
 class ServiceConfig(BaseModel):
     """What a service is made of; plain values, so that it can be written into a config file of Serve's.
 
-    keys: names by the hashes of API keys, None = no keys are asked for; image_hosts: from which pictures are fetched;
+    keys: names by the hashes of API keys; None = everyone who reaches `host`, the address that Serve listens on, which
+    then must be this machine's own, and only with `allow_anonymous`; image_hosts: from which pictures are fetched;
     replicas: of each stage, the sampler's at most, if `min_samplers` is fewer: so few again after `scale_down_s`
     seconds without work; gpus: of a replica of each stage. render_s: the longest that a batch may take; webhook_url: is
-    told the end of each video.
+    told the end of each video; redirect_downloads: clients read files of videos from the object store by signed URLs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +68,9 @@ class ServiceConfig(BaseModel):
     database: str
     output: str
     keys: dict[str, str] | None = None
+    allow_anonymous: bool = False
+    host: str | None = None
+    redirect_downloads: bool = False
     image_hosts: tuple[str, ...] = ()
     replicas: dict[str, int] = dict.fromkeys(STAGES, 1)
     min_samplers: int | None = None
@@ -87,19 +93,19 @@ class ServiceConfig(BaseModel):
     render_s: float = 1800.0
     webhook_url: str | None = None
 
+    @model_validator(mode="after")
+    def _is_closed(self) -> Self:
+        if self.keys is None and not (self.allow_anonymous and is_loopback(self.host)):
+            raise ValueError(
+                "without keys, everyone who reaches the service can use it: "
+                "set keys, or allow_anonymous: true and host: 127.0.0.1"
+            )
+        return self
+
     @property
     def limits(self) -> Limits:
         """What may wait."""
         return Limits(self.max_queued, self.max_unfinished, self.max_per_minute)
-
-
-class PageConfig(BaseModel):
-    """Where the page finds the API, and whether that asks for keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    api_url: str
-    asks_keys: bool
 
 
 def build(
@@ -135,18 +141,11 @@ def build(
     return application
 
 
-def build_page(config: PageConfig) -> Application:
-    """Return the page's application, for `serve.run` below a prefix; its one replica knows all visitors."""
-
-    def interface() -> FastAPI:
-        from pipeline.serving.page import create_page  # here, so that nothing else loads Gradio
-
-        log_as_json(deployment="page")
-        return create_page(config.api_url, asks_keys=config.asks_keys)
-
-    options = {"max_ongoing_requests": 1000, "graceful_shutdown_timeout_s": 1}  # open pages do not keep it
-    application: Application = _deployment(serve.ingress(interface)(), "page", **options).bind()
-    return application
+def is_loopback(host: str | None) -> bool:
+    """Whether an address to listen at is reached from this machine only."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host or "").is_loopback
+    return host == "localhost"
 
 
 def _deployment(replica: type, name: str, **options: Any) -> Any:  # noqa: ANN401 - as Serve's
@@ -225,6 +224,7 @@ def _service(config: ServiceConfig, links: Links) -> Service:
         nodes=_metrics_urls,
         names_requests=False,  # Serve's proxy does
         links=links,
+        redirects=config.redirect_downloads,
     )
 
 

@@ -1,4 +1,4 @@
-"""Asking for a video: one that was asked for before is found again, a new one is admitted, read and let wait."""
+"""Asking for a video: the request is admitted, then read; one that was sent before is found again."""
 
 import hashlib
 import logging
@@ -8,11 +8,12 @@ from functools import partial
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Request
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from pipeline.request import hash_of
 from pipeline.serving.access import Service
-from pipeline.serving.creation import NewVideo, new_video, remixed
+from pipeline.serving.creation import REFERENCES, NewVideo, Remix, new_video, remixed
 from pipeline.serving.fields import body_fields
 from pipeline.serving.files import remove_files
 from pipeline.serving.schemas import APIError
@@ -27,13 +28,11 @@ _with_picture = CapacityLimiter(8)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Who asks for a video, a hash of what is asked for, and what tells whether it was asked for before."""
+class Sender:
+    """Who sends a request, and what tells whether it was sent before."""
 
     owner: str
-    content: str
     headers: Mapping[str, str]
-    remixed_from: str | None = None
 
     @property
     def replay(self) -> str | None:
@@ -46,34 +45,41 @@ class Asked:
         """Whether the client says that it has sent the request before."""
         return self.replay is None and self.headers.get("x-stainless-retry-count", "0") not in ("", "0")
 
-    def checked(self, job: Job) -> Job:
-        """Return the job that came of the same request; raises APIError if it came of another one."""
-        if job.content != self.content:
-            raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
-        return job
-
 
 async def ask_for_video(request: Request, service: Service, owner: str) -> tuple[Job, bool]:
-    """Return the job that a request asks for, and whether it is new."""
+    """Return the job that a request asks for, and whether it is new. Its body is read once it is admitted."""
+    sender = Sender(owner, request.headers)
+    known = await run_in_threadpool(_admit, service, sender)
     fields, upload = await body_fields(request)
     content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
-    ask = Asked(owner, content, request.headers)
-    known = await run_in_threadpool(_known, service, ask)
+    if known is None and sender.is_retry:
+        known = await run_in_threadpool(service.store.asked_before, owner, content, REPLAY_S)
     if known is not None:
-        return known, False
+        return _same(known, content), False
     read = partial(new_video, fields, upload, service.preset, service.model, service.images)
-    limiter = _with_picture if upload is not None or "image_reference" in fields else None
-    return await to_thread.run_sync(_added, service, ask, read, limiter=limiter)
+    limiter = _with_picture if upload is not None or fields.keys() & REFERENCES else None
+    return await to_thread.run_sync(_added, service, sender, content, read, limiter=limiter)
 
 
-def ask_for_remix(service: Service, job: Job, prompt: str, headers: Mapping[str, str]) -> Job:
+async def ask_for_remix(request: Request, service: Service, job: Job) -> Job:
     """Return the job of a video with another prompt, the same seed and image."""
+    sender = Sender(job.owner, request.headers)
+    known = await run_in_threadpool(_admit, service, sender)
+    fields, _ = await body_fields(request)
+    try:
+        prompt = Remix.model_validate(fields).prompt
+    except ValidationError as error:
+        raise APIError(400, "invalid_value", "a remix has a prompt and nothing else", "prompt") from error
+    content = hash_of({"remix": job.id, "prompt": prompt})
+    if known is None and sender.is_retry:
+        known = await run_in_threadpool(service.store.asked_before, job.owner, content, REPLAY_S)
+    if known is not None:
+        return _same(known, content)
 
     def read() -> NewVideo:
         return remixed(job, prompt, service.storage.get(job.image) if job.image else None)
 
-    ask = Asked(job.owner, hash_of({"remix": job.id, "prompt": prompt}), headers, remixed_from=job.id)
-    return _known(service, ask) or _added(service, ask, read)[0]
+    return (await run_in_threadpool(_added, service, sender, content, read, remixed_from=job.id))[0]
 
 
 def give_up(service: Service, job: Job, is_new: bool) -> None:
@@ -82,18 +88,29 @@ def give_up(service: Service, job: Job, is_new: bool) -> None:
         service.store.cancel(job.id, job.owner, forget=True)
 
 
-def _known(service: Service, ask: Asked) -> Job | None:
-    """Return the job of a request that came before; else admit the request, which is counted whatever comes of it."""
-    known = service.store.replayed(ask.owner, ask.replay)
-    if ask.is_retry:
-        known = service.store.asked_before(ask.owner, ask.content, REPLAY_S)
-    if known is None:
-        service.store.admit(ask.owner)
-        return None
-    return ask.checked(known)
+def _admit(service: Service, sender: Sender) -> Job | None:
+    """Count a request; returns the job that an earlier one with the same idempotency key asked for.
+
+    Raises:
+        BusyError: The sender has sent too many, or no further job can be added.
+    """
+    service.store.count_request(sender.owner)
+    known = service.store.replayed(sender.owner, sender.replay)
+    if known is None and not sender.is_retry:
+        service.store.check_room(sender.owner)
+    return known
 
 
-def _added(service: Service, ask: Asked, read: Callable[[], NewVideo]) -> tuple[Job, bool]:
+def _same(job: Job, content: str) -> Job:
+    """Return a job if it came of the same content; raises APIError otherwise."""
+    if job.content != content:
+        raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
+    return job
+
+
+def _added(
+    service: Service, sender: Sender, content: str, read: Callable[[], NewVideo], remixed_from: str | None = None
+) -> tuple[Job, bool]:
     """Read what is asked for and let it wait, its picture stored first, unless the same was added meanwhile.
 
     Returns the job, and whether it is new.
@@ -101,12 +118,12 @@ def _added(service: Service, ask: Asked, read: Callable[[], NewVideo]) -> tuple[
     video = read()
     job = video.job(
         service.preset,
-        owner=ask.owner,
+        owner=sender.owner,
         model=service.model,
-        content=ask.content,
-        replay=ask.replay,
+        content=content,
+        replay=sender.replay,
         created_at=service.store.clock(),
-        remixed_from=ask.remixed_from,
+        remixed_from=remixed_from,
     )
     if isinstance(video.request.image, bytes):
         job.image = f"uploads/{job.id}"
@@ -120,4 +137,4 @@ def _added(service: Service, ask: Asked, read: Callable[[], NewVideo]) -> tuple[
         logger.info("created", extra={"video": job.id})
     else:
         remove_files(service.storage, job)
-    return ask.checked(added), added is job
+    return _same(added, content), added is job

@@ -1,7 +1,6 @@
 """The HTTP dialect: what a client may ask for."""
 
 import base64
-import binascii
 import secrets
 import threading
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.faults import StorageError
 from pipeline.fetch import ImageError
 from pipeline.images import NO_IMAGES, ImageRoot
-from pipeline.request import MAX_NUM_FRAMES, MAX_SEED, RenderRequest, RequestError
+from pipeline.request import MAX_NUM_FRAMES, RenderRequest, RequestError, UntrainedError
 from pipeline.rows import plain_text
 from pipeline.serving.schemas import APIError
 from pipeline.serving.tables import ID_PREFIX, PRIORITIES, Job
@@ -31,6 +30,16 @@ OWN_FIELDS = frozenset({"model", "seconds", "size", "input_reference", "image_re
 DATA_URL = "data:image/"
 MAX_PROMPT = 10_000
 """Characters; encoders read some hundred."""
+
+MAX_PIXELS = 16 * 2**20
+"""Pixels of a picture; many people's pictures are decoded on one machine."""
+
+MAX_DRAWN_SEED = 2**53 - 1
+"""Largest seed that the service draws: JavaScript rounds larger numbers, and asks for another video with them."""
+
+REFERENCES = frozenset({"input_reference", "image_reference"})
+TEXTS = frozenset({"prompt", "negative_prompt"})
+"""Fields that may be empty; any other empty value counts as absent."""
 
 _decoding = threading.BoundedSemaphore(2)
 """A picture takes hundreds of MB while it is decoded."""
@@ -56,8 +65,8 @@ class NewVideo:
         content_id = self.request.id or self.request.content_hash
         try:
             resolved = self.request.resolve(preset, content_id)
-        except RequestError as error:
-            raise invalid(str(error)) from error
+        except UntrainedError as error:
+            raise invalid(str(error), error.field) from error
         return Job(
             id=new_id(),
             given=self.request.model_dump(mode="json", exclude={"image"}, exclude_none=True),
@@ -86,7 +95,11 @@ def new_video(
     fields: of a form, where every value is text and lists are called `name[]`, or of JSON; upload: `input_reference`;
     images: fetches `image_reference` if it is a URL.
     """
-    known = {name.removesuffix("[]"): value for name, value in fields.items() if value is not None}
+    known = {
+        name.removesuffix("[]"): value
+        for name, value in fields.items()
+        if value is not None and (value != "" or name in TEXTS)
+    }
     for name in known.keys() - REQUEST_FIELDS - OWN_FIELDS:
         raise APIError(400, "unknown_parameter", f"there is no field {name!r}", plain_text(name))
     if known.get("model", model) != model:
@@ -97,9 +110,9 @@ def new_video(
     values = {name: value for name, value in known.items() if name in REQUEST_FIELDS}
     if values.get("num_videos_per_prompt") not in (None, 1, "1"):
         raise invalid("num_videos_per_prompt is more than 1: ask for each video by itself", "num_videos_per_prompt")
-    values |= _size(known) | _length(known, preset)
+    values |= _size(known, preset) | _length(known, preset)
     image = _image(known, upload, images)
-    return NewVideo(_request({"seed": secrets.randbelow(MAX_SEED + 1), **values} | image), priority)
+    return NewVideo(_request({"seed": secrets.randbelow(MAX_DRAWN_SEED + 1), **values} | image), priority)
 
 
 def remixed(job: Job, prompt: str, image: bytes | None) -> NewVideo:
@@ -118,16 +131,16 @@ def _request(values: dict[str, Any]) -> RenderRequest:
         raise invalid(str(error), str(error).partition(" ")[0]) from error
 
 
-def _size(fields: Mapping[str, Any]) -> dict[str, int]:
+def _size(fields: Mapping[str, Any], preset: Preset) -> dict[str, int]:
     size = fields.get("size")
     if size is None:
         return {}
     if "height" in fields or "width" in fields:
         raise invalid("size is given together with height or width", "size")
-    width, _, height = str(size).partition("x")
-    if not (width.isdecimal() and height.isdecimal() and max(len(width), len(height)) <= 5):
-        raise invalid(f"size {str(size)[:40]!r} is not WIDTHxHEIGHT in pixels", "size")
-    return {"width": int(width), "height": int(height)}
+    sizes = {f"{width}x{height}": {"height": height, "width": width} for height, width in preset.sizes}
+    if str(size) not in sizes:
+        raise invalid(f"size {str(size)[:40]!r} is not one of this model's: {', '.join(sizes)}", "size")
+    return sizes[str(size)]
 
 
 def _length(fields: Mapping[str, Any], preset: Preset) -> dict[str, int]:
@@ -138,49 +151,55 @@ def _length(fields: Mapping[str, Any], preset: Preset) -> dict[str, int]:
     if "num_frames" in fields:
         raise invalid("seconds is given together with num_frames", "seconds")
     try:
-        count = float(seconds) * float(fields.get("fps", preset.fps))
+        fps = float(fields.get("fps", preset.fps))
+        count = float(seconds) * fps
     except (TypeError, ValueError, OverflowError):
-        count = nan
-    if not 0 < count <= MAX_NUM_FRAMES:
-        raise invalid(f"seconds {str(seconds)[:40]!r} is not a number above 0", "seconds")
-    return {"num_frames": 1 + TEMPORAL_FACTOR * round((count - 1) / TEMPORAL_FACTOR)}
+        fps, count = preset.fps, nan
+    most = (preset.max_num_frames - 1) / fps if fps > 0 else 0.0
+    num_frames = 1 + TEMPORAL_FACTOR * round((count - 1) / TEMPORAL_FACTOR) if 0 < count < MAX_NUM_FRAMES else 0
+    if not 0 < num_frames <= preset.max_num_frames:
+        raise invalid(f"seconds {str(seconds)[:40]!r} is not a number above 0 and up to {most:.4g}", "seconds")
+    return {"num_frames": num_frames}
 
 
 def _image(fields: Mapping[str, Any], upload: bytes | None, images: ImageRoot) -> dict[str, bytes]:
     """Return the picture that a video starts from, which is decoded to see that it is one."""
-    if "input_reference" in fields:
-        raise invalid("input_reference is not a file", "input_reference")
-    reference = fields.get("image_reference")
-    if reference is not None and upload is not None:
-        raise invalid("image_reference is given together with input_reference", "image_reference")
-    if reference is None and upload is None:
-        return {}
-    data = upload if upload is not None else _referenced(reference, images)
+    given = {name: fields[name] for name in REFERENCES & fields.keys()}
+    if len(given) + (upload is not None) > 1:
+        raise invalid("give one picture: input_reference or image_reference", "image_reference")
+    if upload is not None:
+        return {"image": _decodable(upload, "input_reference")}
+    for name, reference in given.items():
+        return {"image": _decodable(_referenced(reference, name, images), name)}
+    return {}
+
+
+def _decodable(data: bytes, name: str) -> bytes:
     try:
         with _decoding:
-            open_image(data)
+            open_image(data, MAX_PIXELS)
     except InvalidValueError as error:
-        raise invalid(str(error), "input_reference" if upload is not None else "image_reference") from error
-    return {"image": data}
+        raise invalid(str(error), name) from error
+    return data
 
 
-def _referenced(reference: object, images: ImageRoot) -> bytes:
+def _referenced(reference: object, name: str, images: ImageRoot) -> bytes:
     """Return the picture that a data: URL holds, or the web server of an allowed host."""
     if isinstance(reference, Mapping):
         reference = reference.get("image_url")
     if isinstance(reference, str) and reference.startswith(DATA_URL):
-        return _from_data_url(reference)
+        return _from_data_url(reference, name)
     if not isinstance(reference, str) or not is_web(reference):
-        raise invalid("image_reference is neither a data:image/... nor an http(s) URL", "image_reference")
+        raise invalid(f"{name} is neither a file nor a data:image/... nor an http(s) URL", name)
     try:
         return images.read(reference)
     except (RequestError, ImageError, StorageError) as error:
-        raise invalid(str(error), "image_reference") from error
+        raise invalid(str(error), name) from error
 
 
-def _from_data_url(url: str) -> bytes:
+def _from_data_url(url: str, name: str) -> bytes:
     _, separator, payload = url.partition(";base64,")
     try:
         return base64.b64decode(payload if separator else "!", validate=True)
-    except binascii.Error as error:
-        raise invalid("image_reference is not in base64", "image_reference") from error
+    except ValueError as error:  # binascii.Error, or not ASCII
+        raise invalid(f"{name} is not in base64", name) from error

@@ -1,54 +1,88 @@
-"""The fields of a request's body, which is a form or JSON; it is read after the key was checked, and not for ever."""
+"""The fields of a request's body, which is a form or JSON. It is read after the request was admitted, within limits."""
 
 import asyncio
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qsl
 
+from python_multipart import create_form_parser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field, File
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from pipeline.serving.schemas import APIError
 
 MAX_BODY_BYTES = 25 * 2**20
 MAX_FIELDS = 64
+MAX_MARKS = 2**16
+"""Characters of JSON that may separate values, those inside of texts included. Prompts have room, and 60,000 values
+take milliseconds and a few MB; JSON of 6 MB with nothing but values would take seconds and hundreds of MB."""
+
 BODY_TIMEOUT_S = 60.0
+PICTURE = "input_reference"
+"""Name of the one file of a form."""
+
 NESTED = re.compile(r"(?P<name>\w+)\[(?P<key>\w+)\]")
 """How the client writes a value of an object into a form."""
 
 
 async def body_fields(request: Request) -> tuple[dict[str, Any], bytes | None]:
-    """Return the fields of a form or a JSON object, and the uploaded picture."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    """Return the fields of a form or a JSON object, and the uploaded picture.
+
+    The body is parsed in a thread, so that the event loop answers others meanwhile.
+
+    Raises:
+        APIError: The body does not arrive in time, is neither a form nor JSON, or exceeds a limit.
+    """
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-                async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_BODY_BYTES) as form:
-                    return await _form_fields(form)
             body = await request.body()
     except TimeoutError as error:
-        raise APIError(408, "request_timeout", f"the body did not come within {BODY_TIMEOUT_S:g} s") from error
+        raise APIError(408, "request_timeout", f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from error
+    content_type = request.headers.get("content-type", "")
+    return await run_in_threadpool(_parse, content_type, body)
+
+
+def _parse(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes | None]:
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return _form_fields(*_multipart(content_type, body))
+    if kind == "application/x-www-form-urlencoded":
+        return _form_fields(_urlencoded(body), {})
+    if sum(map(body.count, (b",", b":", b"[", b"{"))) > MAX_MARKS:
+        raise APIError(400, "invalid_body", f"the body has more than {MAX_MARKS} values")
     try:
-        fields = await run_in_threadpool(json.loads, body)
+        fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise APIError(400, "invalid_body", "the body is neither a form nor JSON") from error
     if not isinstance(fields, dict):
-        raise APIError(400, "invalid_body", "the body is no JSON object")
+        raise APIError(400, "invalid_body", "the body is not a JSON object")
+    if len(fields) > MAX_FIELDS:
+        raise APIError(400, "invalid_body", f"the body has more than {MAX_FIELDS} fields")
+    for name, value in fields.items():
+        if not _is_flat(value):
+            message = f"{name[:80]!r} is nested, or has more than {MAX_FIELDS} values"
+            raise APIError(400, "invalid_value", message, name[:80])
     return fields, None
 
 
-async def _form_fields(form: FormData) -> tuple[dict[str, Any], bytes | None]:
+def _is_flat(value: object) -> bool:
+    """Whether a value is a single one, or a short list or object of single ones."""
+    values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return len(values) <= MAX_FIELDS and not any(isinstance(each, (dict, list)) for each in values)
+
+
+def _form_fields(
+    texts: Mapping[str, list[str]], files: Mapping[str, list[bytes]]
+) -> tuple[dict[str, Any], bytes | None]:
+    """Return the fields of a form, of which `name[]` is a list and `name[key]` an object, and the uploaded picture."""
     fields: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
-    upload = None
-    for name in form:
-        values = form.getlist(name)
-        if isinstance(values[0], UploadFile):
-            if name != "input_reference":
-                raise APIError(400, "unknown_parameter", f"there is no file {name!r}", name)
-            upload = await values[0].read()
-        elif name.endswith("[]"):
+    for name, values in texts.items():
+        if name.endswith("[]"):
             fields[name] = values
         elif match := NESTED.fullmatch(name):
             nested.setdefault(match["name"], {})[match["key"]] = values[0]
@@ -58,5 +92,44 @@ async def _form_fields(form: FormData) -> tuple[dict[str, Any], bytes | None]:
             fields[name] = values[0]
     for name in nested.keys() & fields.keys():
         raise APIError(400, "invalid_value", f"{name} is given as a text and as an object", name)
-    fields |= nested
-    return fields, upload
+    for name in files.keys() - {PICTURE}:
+        raise APIError(400, "unknown_parameter", f"there is no file {name!r}", name)
+    pictures = files.get(PICTURE, [])
+    if len(pictures) > 1:
+        raise APIError(400, "invalid_value", f"{PICTURE} is given {len(pictures)} times", PICTURE)
+    return fields | nested, pictures[0] if pictures else None
+
+
+def _urlencoded(body: bytes) -> dict[str, list[str]]:
+    try:
+        pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
+    except ValueError as error:
+        raise APIError(400, "invalid_body", f"the form cannot be read, or has more than {MAX_FIELDS} fields") from error
+    texts: dict[str, list[str]] = {}
+    for name, value in pairs:
+        texts.setdefault(name, []).append(value)
+    return texts
+
+
+def _multipart(content_type: str, body: bytes) -> tuple[dict[str, list[str]], dict[str, list[bytes]]]:
+    """Return the texts and the files of a form by their names."""
+    texts: dict[str, list[str]] = {}
+    files: dict[str, list[bytes]] = {}
+
+    def on_field(field: Field) -> None:
+        texts.setdefault((field.field_name or b"").decode(), []).append((field.value or b"").decode())
+
+    def on_file(file: File) -> None:
+        with file.file_object as content:
+            content.seek(0)
+            files.setdefault((file.field_name or b"").decode(), []).append(content.read())
+
+    # files stay in memory, which the body's limit bounds
+    limits = {"MAX_FIELDS": MAX_FIELDS, "MAX_MEMORY_FILE_SIZE": MAX_BODY_BYTES}
+    try:
+        parser = create_form_parser({"Content-Type": content_type.encode()}, on_field, on_file, limits)
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, ValueError) as error:
+        raise APIError(400, "invalid_body", f"the form cannot be read, or has more than {MAX_FIELDS} fields") from error
+    return texts, files

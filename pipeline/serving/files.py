@@ -1,39 +1,162 @@
-"""Files of videos over HTTP: in ranges, a first frame out of a strip, and their end."""
+"""Files of videos over HTTP: streamed, in ranges, a first frame out of a strip, and their removal."""
 
-import hashlib
 import io
-import tempfile
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import PurePath
 from typing import Any
 
-from fastapi.responses import FileResponse
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response
+from starlette.datastructures import Headers
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pipeline.compact import FILES
+from pipeline.serving.schemas import APIError
 from pipeline.serving.tables import ID_PREFIX, Claim, Job
 from pipeline.storage import Storage
 from pipeline.video import THUMBNAIL_FRAMES
 
+CHUNK_BYTES = 2**20
+"""Bytes of a file that are read and sent at a time."""
 
-class BytesResponse(FileResponse):
-    """Sends bytes as a file is sent, in ranges if they are asked for."""
+MAX_DOWNLOADS = 32
+"""Files that a replica sends at the same time by one link, or for one key."""
 
-    def __init__(self, data: bytes, **options: Any) -> None:  # noqa: ANN401 - as FileResponse's
-        super().__init__("", **options)
-        self.data = data
+VALID_S = 3600
+"""Lifetime of an object store's signed URL."""
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """A file of a finished video, in the storage or in memory."""
+
+    source: str | bytes
+    """Path in the storage, or the content itself."""
+    size: int
+    media_type: str
+    name: str
+    """File name for the client."""
+    etag: str
+    """Name of the content, with quotes."""
+    completed_at: float
+    """Seconds since 1970."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of every answer about the file."""
+        return {
+            "Accept-Ranges": "bytes",
+            "Cache-Control": "private, max-age=3600",
+            "Content-Disposition": f'attachment; filename="{self.name}"',
+            "ETag": self.etag,
+            "Last-Modified": formatdate(self.completed_at, usegmt=True),
+        }
+
+    async def chunks(self, storage: Storage, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        """Yield the content, or its bytes from `start` up to, not including, `stop`."""
+        stop = self.size if stop is None else stop
+        for offset in range(start, stop, CHUNK_BYTES):
+            yield await run_in_threadpool(self._read, storage, offset, min(offset + CHUNK_BYTES, stop))
+
+    def _read(self, storage: Storage, start: int, stop: int) -> bytes:
+        return storage.get(self.source, start, stop) if isinstance(self.source, str) else self.source[start:stop]
+
+
+def media_file(storage: Storage, job: Job, variant: str) -> MediaFile:
+    """Return a file of a finished job: the video or still, its first frame, or its strip of frames."""
+    result = job.result or {}
+    etag, completed_at = result["sha256"], job.completed_at or 0.0
+    if variant == "video":
+        uri, kind = result["uri"], result["media_type"]
+        size = result.get("bytes") or storage.size(uri)
+        return MediaFile(uri, size, kind, f"{job.id}{PurePath(uri).suffix}", f'"{etag}"', completed_at)
+    data = storage.get(result["thumbnail_uri"])  # some 20 KB
+    if variant == "thumbnail":
+        data = first_of_strip(data, job.request["num_frames"])
+    name = f"{job.id}-{variant}.webp"
+    return MediaFile(data, len(data), "image/webp", name, f'"{etag}-{variant}"', completed_at)
+
+
+class FileAnswer(Response):
+    """Sends a file, or the part of it that a Range header names, in chunks that are read as they are sent.
+
+    Follows RFC 9110: a known ETag in If-None-Match is answered 304; If-Range guards a Range; several ranges are
+    answered with the whole file.
+
+    Args:
+        file: The file.
+        storage: Where it lies.
+        downloads: Number of files that are being sent to each reader.
+        reader: Name under which this answer counts there.
+    """
+
+    def __init__(self, file: MediaFile, storage: Storage, downloads: Counter[str], reader: str) -> None:
+        super().__init__()
+        self.file, self.storage, self.downloads, self.reader = file, storage, downloads, reader
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the bytes by way of a file that is gone afterwards, however the sending ends."""
-        with tempfile.NamedTemporaryFile() as file:
-            await run_in_threadpool(file.write, self.data)
-            file.flush()
-            self.path = file.name
-            await super().__call__(scope, receive, send)
+        """Answer a GET or HEAD request; raises APIError before anything is sent."""
+        headers = Headers(scope=scope)
+        if self._is_known(headers):
+            return await Response(status_code=304, headers=self.file.headers)(scope, receive, send)
+        start, stop = _range(headers.get("range"), self.file.size) or (0, self.file.size)
+        if "if-range" in headers and headers["if-range"] not in (self.file.etag, self.file.headers["Last-Modified"]):
+            start, stop = 0, self.file.size
+        about = {**self.file.headers, "Content-Length": str(stop - start)}
+        status = 200
+        if stop - start < self.file.size:
+            status, about["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{self.file.size}"
+        if scope["method"] == "HEAD":
+            return await Response(None, status, about, self.file.media_type)(scope, receive, send)
+        if self.downloads[self.reader] >= MAX_DOWNLOADS:
+            raise APIError(429, "too_many_downloads", f"{MAX_DOWNLOADS} of your downloads are open", retry_after_s=1)
+        self.downloads[self.reader] += 1
+        try:
+            chunks = self.file.chunks(self.storage, start, stop)
+            first = await anext(chunks, b"")  # before the head, so that a lost file is an error
+            await StreamingResponse(_chain(first, chunks), status, about, self.file.media_type)(scope, receive, send)
+        finally:
+            self.downloads[self.reader] -= 1
+            if not self.downloads[self.reader]:
+                del self.downloads[self.reader]
+
+    def _is_known(self, headers: Headers) -> bool:
+        known = [tag.strip().removeprefix("W/") for tag in headers.get("if-none-match", "").split(",")]
+        return self.file.etag in known or known == ["*"]
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def _range(header: str | None, size: int) -> tuple[int, int] | None:
+    """Return first byte and end of the one range that a header asks for, None for the whole file.
+
+    Raises:
+        APIError: 416 for a header that is malformed or starts beyond the file.
+    """
+    if header is None:
+        return None
+    unit, _, ranges = header.partition("=")
+    if unit.strip().lower() != "bytes" or "," in ranges:
+        return None
+    match = re.fullmatch(r"\s*(\d{0,18})-(\d{0,18})\s*", ranges, re.ASCII)
+    first, last = match.groups() if match else ("", "")
+    if first:
+        start, stop = int(first), min(int(last) + 1, size) if last else size
+    else:
+        start, stop = size - min(int(last or 0), size), size
+    if start >= stop:
+        message = f"Range {header[:80]!r} is not a part of {size} bytes"
+        raise APIError(416, "invalid_range", message, headers={"Content-Range": f"bytes */{size}"})
+    return start, stop
 
 
 def fragments_folder(job_id: str) -> str:
@@ -75,13 +198,3 @@ def first_of_strip(strip: bytes, num_frames: int) -> bytes:
     sink = io.BytesIO()
     frame.save(sink, "WEBP")
     return sink.getvalue()
-
-
-def file_answer(data: bytes, media_type: str, name: str, job: Job) -> Response:
-    """Return the answer that sends a file of a job."""
-    headers = {
-        "ETag": f'"{hashlib.sha256(data).hexdigest()[:32]}"',
-        "Last-Modified": formatdate(job.completed_at, usegmt=True),
-        "Cache-Control": "private, max-age=3600",
-    }
-    return BytesResponse(data, headers=headers, media_type=media_type, filename=name)

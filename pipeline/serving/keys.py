@@ -23,11 +23,14 @@ class Keys:
 
     @classmethod
     def parse(cls, text: str) -> "Keys":
-        """Read lines of `name:sha256`; a "#" begins a comment. Raises KeyFileError."""
+        """Read `NAME:SHA256` entries, separated by commas or line ends; "#" starts a comment up to the line's end.
+
+        Raises:
+            KeyFileError: An entry has another form.
+        """
         names = {}
-        for number, line in enumerate(text.replace(",", "\n").splitlines(), start=1):
-            entry = line.partition("#")[0].strip()
-            if entry:
+        for number, line in enumerate(text.splitlines(), start=1):
+            for entry in filter(None, map(str.strip, line.partition("#")[0].split(","))):
                 name, _, digest = entry.rpartition(":")
                 if not name or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
                     raise KeyFileError(f"API keys, line {number}: not NAME:SHA256 with 64 hex digits")

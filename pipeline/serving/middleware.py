@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,13 +23,14 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 """Names that a browser on this machine has for it."""
 
 
-class BodyLimit:
-    """Refuses bodies of more than `max_bytes`, whatever their length is said to be."""
+class RequestLimits:
+    """Refuses bodies of more than `max_bytes`, whatever length is announced, and NUL characters in the address."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
@@ -37,6 +39,9 @@ class BodyLimit:
         """Pass a request on, counting its body."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:  # PostgreSQL has no such texts
+            wrong = APIError(400, "invalid_value", "the address holds a NUL character")
+            return await JSONResponse(wrong.body, wrong.status)(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
         error = APIError(413, "body_too_large", f"the body is larger than {self.max_bytes} bytes")
         if length.isdigit() and int(length) > self.max_bytes:
@@ -107,10 +112,10 @@ class RequestLog:
 
 
 class SecurityHeaders:
-    """Adds headers that keep a browser from guessing types, framing and leaking; policy: what a page may load."""
+    """Adds headers that keep a browser from guessing types, framing and leaking; an answer's own policy is kept."""
 
-    def __init__(self, app: ASGIApp, policy: str = "default-src 'none'; frame-ancestors 'none'") -> None:
-        self.app, self.headers = app, SECURITY_HEADERS | {"Content-Security-Policy": policy}
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and add to the head of its answer."""
@@ -118,7 +123,7 @@ class SecurityHeaders:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in self.headers.items():
+                for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
@@ -133,12 +138,22 @@ class OwnPagesOnly:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, unless the browser says that another site sent it."""
-        if scope["type"] == "http" and _is_foreign(dict(scope["headers"]), scope["method"]):
-            error = APIError(403, "cross_site", "pages of other sites may not ask")
+        if scope["type"] == "http" and _is_foreign(Headers(scope=scope), scope["method"]):
+            error = APIError(403, "cross_site", "pages of other sites must not send requests here")
             return await JSONResponse(error.body, error.status)(scope, receive, send)
         return await self.app(scope, receive, send)
 
 
-def _is_foreign(headers: dict[bytes, bytes], method: str) -> bool:
-    is_link = method == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
-    return headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and not is_link
+def _is_foreign(headers: Headers, method: str) -> bool:
+    if method == "GET" and headers.get("sec-fetch-mode") == "navigate":
+        return False
+    return headers.get("sec-fetch-site") in ("cross-site", "same-site") or (
+        "origin" in headers and not is_own_origin(headers)
+    )
+
+
+def is_own_origin(headers: Headers) -> bool:
+    """Compare the Origin header with the address that the browser asked for, as a proxy passes it on."""
+    host = headers.get("x-forwarded-host", headers.get("host", ""))
+    origin = urlsplit(headers.get("origin", ""))
+    return origin.scheme in ("http", "https") and origin.netloc.lower() == host.lower()

@@ -1,6 +1,8 @@
 """The HTTP dialect: what a client is told of a video, a model, an error."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -17,11 +19,21 @@ class APIError(PyramidFlowError):
     """An answer that is an error: its HTTP status, a code for programs, a message for people, the field at fault."""
 
     def __init__(
-        self, status: int, code: str, message: str, param: str | None = None, retry_after_s: int | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.param = status, code, message, param
-        self.retry_after_s = retry_after_s
+        self.headers = dict(headers)
+        if retry_after_s is not None:
+            self.headers["Retry-After"] = str(retry_after_s)
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
 
     @property
     def body(self) -> dict[str, object]:
@@ -56,7 +68,7 @@ class Video(BaseModel):
     """A video as the dialect shows it, and what else is known of it.
 
     progress: percent; position: how many are taken before it, while it waits; image_format: of a still's file, None for
-    a video; stage_seconds: of each stage.
+    a video; seed_text: the seed for clients whose numbers are exact up to 2^53 only; stage_seconds: of each stage.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -78,6 +90,7 @@ class Video(BaseModel):
     position: int | None
     content_id: str
     seed: int
+    seed_text: str
     num_frames: int
     fps: int
     image_fit: ImageFit | None
@@ -115,6 +128,7 @@ class Video(BaseModel):
             error=VideoError(code=job.error_code or "", message=job.error_message or "") if failed else None,
             position=position,
             content_id=request.id,
+            seed_text=str(request.seed),
             stage_seconds=result.get("seconds"),
             video_sha256=result.get("sha256"),
             model_fingerprint=fingerprint,
@@ -129,6 +143,15 @@ class VideoList(BaseModel):
     has_more: bool
     first_id: str | None
     last_id: str | None
+
+
+class SessionState(BaseModel):
+    """Whether the service requires an API key, and who is signed in."""
+
+    object: Literal["session"] = "session"
+    requires_key: bool
+    signed_in: bool
+    owner: str | None
 
 
 class Deleted(BaseModel):

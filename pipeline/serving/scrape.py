@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
 from prometheus_client import generate_latest
@@ -11,16 +12,35 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+from starlette.concurrency import run_in_threadpool
 
-from pipeline.serving.store import Census
+from pipeline.serving.store import Census, Store
 from pipeline.serving.tables import PRIORITIES, Status
 
 logger = logging.getLogger(__name__)
 
 NODE_TIMEOUT_S = 2.0
+CACHE_S = 5.0
 PREFIX = "ray_pyramid_"
 LABELS = frozenset({"stage", "status", "reason", "le", "WorkerId"})
-"""What is passed on of a node's labels: whoever asks needs no key, and is told no address."""
+"""Labels of a node's series that are passed on: addresses stay inside."""
+
+
+@dataclass
+class Scrape:
+    """The text for Prometheus; requests within `CACHE_S` seconds share one."""
+
+    text: bytes = b""
+    made_at: float = -CACHE_S
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def latest(self, store: Store, nodes: Callable[[], Sequence[str]]) -> bytes:
+        """Return the text, made anew if it is too old."""
+        async with self.lock:
+            if time.monotonic() - self.made_at >= CACHE_S:
+                census, urls = await run_in_threadpool(store.census), await run_in_threadpool(nodes)
+                self.text, self.made_at = await scraped(census, urls), time.monotonic()
+            return self.text
 
 
 @dataclass(frozen=True)

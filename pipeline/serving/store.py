@@ -5,7 +5,8 @@ writes about a claimed job names the fence it was given: nobody who has lost a j
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,16 +91,36 @@ class Store:
         """Close all connections."""
         self.engine.dispose()
 
-    def admit(self, owner: str) -> None:
-        """Count a request of an owner for a job. Raises BusyError if it is one too many, or no job can be taken."""
+    @contextmanager
+    def counting(self) -> Iterator[Session]:
+        """Begin a transaction that counts rows and adds one; no other such transaction runs meanwhile."""
+        with self.writer.begin() as session:
+            if self.engine.dialect.name == "postgresql":  # SQLite lets one transaction write at a time anyway
+                session.execute(select(func.pg_advisory_xact_lock(LIMITS_LOCK)))
+            yield session
+
+    def count_request(self, owner: str) -> None:
+        """Count a request of an owner for a job, whatever comes of it.
+
+        Raises:
+            BusyError: The owner has sent too many within a minute.
+        """
         now = self.clock()
         recent = select(func.count()).select_from(Ask).where(Ask.owner == owner)
-        with self.writer.begin() as session:
-            self._check_room(session, owner)
+        with self.counting() as session:
             session.execute(delete(Ask).where(Ask.asked_at <= now - MINUTE_S))
             if (session.scalar(recent) or 0) >= self.limits.max_per_minute:
                 raise BusyError("rate_limited", f"{self.limits.max_per_minute} requests within a minute", 60)
             session.add(Ask(owner=owner, asked_at=now))
+
+    def check_room(self, owner: str) -> None:
+        """Check that a further job of an owner can be added.
+
+        Raises:
+            BusyError: The queue is full, or the owner has too many unfinished jobs.
+        """
+        with self.reader() as session:
+            self._check_room(session, owner)
 
     def add(self, job: Job) -> Job:
         """Let a job wait; returns it, or the one that the same owner has asked for with the same replay mark before.
@@ -107,7 +128,7 @@ class Store:
         Raises BusyError if no job can be taken.
         """
         try:
-            with self.writer.begin() as session:
+            with self.counting() as session:
                 self._check_room(session, job.owner)
                 session.add(job)
         except IntegrityError:  # the same request came before, or at the same moment
@@ -149,6 +170,11 @@ class Store:
         ahead = (Job.priority < job.priority) | ((Job.priority == job.priority) & _beyond(job, newest_first=True))
         with self.reader() as session:
             return session.scalar(_count(_WAITS).where(ahead)) or 0
+
+    def check(self) -> None:
+        """Read one row; raises SQLAlchemyError if the database does not answer."""
+        with self.reader() as session:
+            session.scalar(select(Job.id).limit(1))
 
     def counts(self) -> dict[Status, int]:
         """Return how many jobs there are of each status."""
@@ -294,8 +320,6 @@ class Store:
         return ended.rowcount, waiting.rowcount  # type: ignore[attr-defined]
 
     def _check_room(self, session: Session, owner: str) -> None:
-        if self.engine.dialect.name == "postgresql":  # SQLite lets one transaction write at a time anyway
-            session.execute(select(func.pg_advisory_xact_lock(LIMITS_LOCK)))
         unfinished, limits = _count((Job.owner == owner) & _GOES_ON), self.limits
         for query, limit, code, message in (
             (_count(_WAITS), limits.max_queued, "queue_full", "videos wait already"),

@@ -110,6 +110,29 @@ class Ask(Base):
     asked_at: Mapped[float] = mapped_column(index=True)
 
 
+class Session(Base):
+    """The sign-in of a browser, which stands for an API key; the browser alone knows the session's id.
+
+    id_hash and key_hash: SHA-256 of the id and of the key, so that the database gives access to nobody.
+    """
+
+    __tablename__ = "sessions"
+
+    id_hash: Mapped[str] = mapped_column(primary_key=True)
+    key_hash: Mapped[str]
+    expires_at: Mapped[float] = mapped_column(index=True)
+
+
+class Wait(Base):
+    """An answer that stays open until a video has ended; counts against its owner's limit until its lease is over."""
+
+    __tablename__ = "waits"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    lease_until: Mapped[float]
+
+
 @dataclass(frozen=True)
 class Claim:
     """The right to write about a job, until someone else claims it."""

@@ -99,7 +99,7 @@ def test_wrong_settings_are_one_line_and_exit_code_2(monkeypatch, capsys, argume
     assert word in line
 
 
-HEAVY = ("accelerate", "diffusers", "gradio", "peft", "ray", "scipy", "torch", "transformers")
+HEAVY = ("accelerate", "diffusers", "peft", "ray", "scipy", "torch", "transformers")
 LOADED = f"""
 import json, sys
 from contextlib import redirect_stdout

@@ -381,7 +381,6 @@ def test_only_untrained_sizes_and_lengths_need_leave(values):
     request = parsed(**values)
     with pytest.raises(RequestError, match="trained") as caught:
         request.resolve(PRESET, "x")
-    assert "--allow-untrained" in str(caught.value)
     assert str(caught.value).isprintable()
     lifted = request.resolve(PRESET, "x", allow_untrained=True)
     assert {name: getattr(lifted, name) for name in values} == values
@@ -391,15 +390,15 @@ def test_only_untrained_sizes_and_lengths_need_leave(values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"height": 448}, "height x width 448x640 is not a trained size, which is 384x640 or 640x384 (`"),
+        ({"height": 448}, "height x width 448x640 is not a trained size, which is 384x640 or 640x384"),
         (
             {"height": 768, "width": 1280},
             "768x1280 is not a trained size, which is 384x640 or 640x384; "
-            "the published variant 768p was trained for it (`",
+            "the published variant 768p was trained for it",
         ),
         ({"height": 1024, "width": 1024}, "the published variant image of miniflux was trained for it"),
         ({"num_frames": 129}, "num_frames 129 is more than the trained 121; the published variant 768p was trained"),
-        ({"num_frames": 249}, "num_frames 249 is more than the trained 121 (`"),
+        ({"num_frames": 249}, "num_frames 249 is more than the trained 121"),
     ],
 )
 def test_what_is_not_trained_says_what_is(values, message):

@@ -51,7 +51,7 @@ def test_inspect_loads_torch_but_no_model_library(tmp_path):
     code = f"from jobs.cli import main\nassert main(['inspect', 'toy']) == 0\n{PRINT}"
     *_, packages = loaded_packages(code, tmp_path)
     assert "torch" in packages
-    assert not packages & (MODELS | {"gradio", "ray"})
+    assert not packages & (MODELS | {"ray"})
 
 
 def test_public_names_are_listed_before_they_are_used():

@@ -23,7 +23,7 @@ from pyramid_flow import Preset
 if TYPE_CHECKING:
     import openai
 
-KEYS = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}")
+KEYS = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}\nmetrics:{hashed('scraper')}")
 LIMITS = Limits()
 POLLING = Polling(client_s=0.02, events_s=0.01, stream_s=0.01)
 PRESET = Preset(sizes=((64, 64),), max_num_frames=33)
@@ -82,7 +82,12 @@ class Running:
                 storage.put(f"videos/{job.id}.mp4", VIDEO)
                 storage.put(f"thumbnails/{job.id}.webp", STRIP.getvalue())
                 files = {"uri": f"videos/{job.id}.mp4", "thumbnail_uri": f"thumbnails/{job.id}.webp"}
-                facts = {"media_type": "video/mp4", "sha256": "ab" * 32, "seconds": {"sample": 1.5}}
+                facts = {
+                    "media_type": "video/mp4",
+                    "bytes": len(VIDEO),
+                    "sha256": "ab" * 32,
+                    "seconds": {"sample": 1.5},
+                }
                 store.complete(job.claim, files | facts)
 
 

@@ -15,11 +15,12 @@ import httpx2 as httpx
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
+from yarl import URL
 
 from pipeline.fragments import padded
 from pipeline.images import ImageRoot
 from pipeline.logs import with_fields
-from pipeline.serving import access, api, fields
+from pipeline.serving import api, fields, waits
 from pipeline.serving.access import Polling
 from pipeline.serving.api import create_app
 from pipeline.serving.files import fragment_path
@@ -189,20 +190,22 @@ def test_clients_are_asked_to_poll_less_often_the_more_videos_wait_before_theirs
 
 def test_a_queue_that_fills_up_meanwhile_keeps_no_picture(running, monkeypatch):
     running.service.store.limits = Limits(max_queued=0)
-    monkeypatch.setattr(running.service.store, "admit", lambda owner: None)
+    monkeypatch.setattr(running.service.store, "check_room", lambda owner: None)
     answer = running.http().post("/v1/videos", files={"input_reference": picture()}, data={"prompt": "a fox"})
     assert answer.status_code == 429
     assert running.service.storage.list("uploads") == []
 
 
-def test_requests_are_counted_before_their_picture_is_read(running):
-    running.service.store.limits = Limits(max_per_minute=2)
+def test_requests_are_counted_before_their_body_is_read(running):
+    running.service.store.limits = Limits(max_per_minute=3)
     http, key = running.http(), {"Idempotency-Key": "k"}
     made = http.post("/v1/videos", json={"prompt": "a fox"}, headers=key).json()
     broken = {"files": {"input_reference": b"no picture"}, "data": {"prompt": "a fox"}}
-    codes = [http.post("/v1/videos", **broken).json()["error"]["code"] for _ in range(2)]
-    assert codes == ["invalid_value", "rate_limited"]
+    assert http.post("/v1/videos", **broken).json()["error"]["code"] == "invalid_value"
     assert http.post("/v1/videos", json={"prompt": "a fox"}, headers=key).json()["id"] == made["id"]
+    for headers in ({}, key):
+        refused = http.post("/v1/videos", content=b"not read", headers=JSON | headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limited")
 
 
 def test_a_request_that_is_sent_again_makes_no_second_video(running):
@@ -245,7 +248,10 @@ def refusing(tmp_path_factory) -> Iterator[httpx.Client]:
         ({"data": {"prompt": ["a", "b"]}}, "prompt"),
         ({"data": {"prompt": "a"}, "files": {"other": b"x"}}, "other"),
         ({"data": {"prompt": "a"}, "files": {"input_reference": b"x"}}, "input_reference"),
-        ({"data": {"prompt": "a"}, "files": [("input_reference", picture()), ("input_reference", picture())]}, None),
+        (
+            {"data": {"prompt": "a"}, "files": [("input_reference", picture()), ("input_reference", picture())]},
+            "input_reference",
+        ),
     ],
 )
 def test_a_body_that_is_not_understood_is_a_clear_error(refusing, sent, param):
@@ -262,7 +268,7 @@ def test_a_body_that_is_not_understood_is_a_clear_error(refusing, sent, param):
     ("fields", "param", "message"),
     [
         ({"prompt": "a", "num_frames": "100"}, "num_frames", "num_frames 100 is not 1 + 8k"),
-        ({"prompt": "a", "size": "64x65"}, "height", "height 65 is not a multiple of 64"),
+        ({"prompt": "a", "size": "64x65"}, "size", "size '64x65' is not one of this model's: 64x64"),
         ({"prompt": "a", "colour": "red"}, "colour", "no field 'colour'"),
         ({"seed": "1"}, "prompt", "prompt is missing"),
     ],
@@ -337,15 +343,20 @@ def test_a_sync_client_is_told_that_its_video_was_cancelled(running):
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
 
 
-def ask_and_go_away(running: Running, **ask: object) -> None:
-    """Ask for a video and wait for it, but not for long."""
-    with pytest.raises(httpx.ReadTimeout):
-        running.http().post("/v1/videos/sync", **ask, timeout=httpx.Timeout(WAIT_S, read=0.1))
+def ask_and_go_away(running: Running, **headers: str) -> None:
+    """Ask for a video, and close the connection as soon as the service knows of it."""
+    body = b'{"prompt": "a fox"}'
+    given = {"Host": "a", "Authorization": "Bearer secret", "Content-Length": str(len(body)), **JSON, **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in given.items())
+    address = ("127.0.0.1", URL(running.url).port)
+    with running.after("get") as looked, socket.create_connection(address, timeout=WAIT_S) as connection:
+        connection.sendall(f"POST /v1/videos/sync HTTP/1.1\r\n{head}\r\n".encode() + body)
+        assert looked.wait(WAIT_S)
 
 
 def test_a_sync_client_that_goes_away_cancels_its_video(running):
     with running.after("cancel") as cancelled:
-        ask_and_go_away(running, json={"prompt": "a fox"})
+        ask_and_go_away(running)
         assert cancelled.wait(WAIT_S)
     assert running.service.store.counts()["cancelled"] == 1
 
@@ -353,7 +364,7 @@ def test_a_sync_client_that_goes_away_cancels_its_video(running):
 def test_a_sync_request_that_is_sent_again_makes_another_video(running):
     ask = {"json": {"prompt": "a fox"}, "headers": {"Idempotency-Key": "1"}}
     with running.after("cancel") as cancelled:
-        ask_and_go_away(running, **ask)
+        ask_and_go_away(running, **ask["headers"])
         assert cancelled.wait(WAIT_S)
     with running.after("get", running.work):
         answer = running.http().post("/v1/videos/sync", **ask)
@@ -370,7 +381,7 @@ def test_a_sync_client_that_goes_away_leaves_a_video_that_was_asked_for_before(r
     monkeypatch.setattr(api, "give_up", noticed)
     http, ask = running.http(), {"json": {"prompt": "a fox"}, "headers": {"Idempotency-Key": "1"}}
     video = http.post("/v1/videos", **ask).json()
-    ask_and_go_away(running, **ask)
+    ask_and_go_away(running, **ask["headers"])
     assert given_up.wait(WAIT_S)
     assert http.get(f"/v1/videos/{video['id']}").json()["status"] == "queued"
 
@@ -460,12 +471,12 @@ def test_a_finished_video_that_was_not_all_shown_streams_whole(running, shown):
     for index in range(shown):
         fragment(running, job, index)
     running.service.storage.put("videos/a.mp4", VIDEO)
-    store.complete(job.claim, {"uri": "videos/a.mp4"})
+    store.complete(job.claim, {"uri": "videos/a.mp4", "media_type": "video/mp4", "sha256": "ab" * 32})
     assert http.get(f"/v1/videos/{video['id']}/stream").content == VIDEO
 
 
 def test_one_key_may_have_so_many_streams_open(running, monkeypatch):
-    monkeypatch.setattr(access, "MAX_OPEN", 1)
+    monkeypatch.setattr(waits, "MAX_WAITS", 1)
     http = running.http()
     video = http.post("/v1/videos", json={"prompt": "a fox"}).json()
     path = f"/v1/videos/{video['id']}"
@@ -488,7 +499,7 @@ def test_a_still_is_a_picture_and_does_not_stream(running):
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "still_image")
     [job] = service.store.claim(1, 60)
     assert not job.followed
-    files = {"uri": "images/a.webp", "thumbnail_uri": "thumbnails/a.webp", "media_type": "image/webp"}
+    files = {"uri": "images/a.webp", "thumbnail_uri": "thumbnails/a.webp", "media_type": "image/webp", "sha256": "0"}
     service.storage.put(files["uri"], b"picture")
     service.storage.put(files["thumbnail_uri"], picture())
     service.store.complete(job.claim, files)
@@ -597,7 +608,7 @@ def test_an_id_that_is_not_plain_is_replaced(running, given):
 
 
 def test_what_breaks_is_a_500_with_its_id(running, log, monkeypatch):
-    monkeypatch.setattr(running.service.store, "census", lambda: 1 / 0)
+    monkeypatch.setattr(running.service.store, "check", lambda: 1 / 0)
     answer = running.http().get("/ready", headers={"X-Request-ID": "mine-1"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
     assert answer.headers["x-request-id"] == "mine-1"
@@ -609,7 +620,9 @@ def test_what_breaks_is_a_500_with_its_id(running, log, monkeypatch):
 
 def test_metrics_tell_what_waits_and_of_whom_nothing(running):
     running.http().post("/v1/videos", json={"prompt": "a secret", "priority": "batch"})
-    answer = running.http(None).get("/metrics")
+    for key, status in ((None, 401), ("secret", 403)):
+        assert running.http(key).get("/metrics").status_code == status
+    answer = running.http("scraper").get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'pyramid_service_videos{priority="batch",status="queued"} 1.0' in answer.text
     assert "secret" not in answer.text

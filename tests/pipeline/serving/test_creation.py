@@ -52,7 +52,7 @@ def test_lists_have_brackets_in_forms_and_none_in_json():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "num_frames"), [("5", 121), (5, 121), ("0.1", 1), ("1", 25), ("10", 241), ("1.4", 33)]
+    ("seconds", "num_frames"), [("5", 121), (5, 121), ("0.1", 1), ("1", 25), ("5.1", 121), ("1.4", 33)]
 )
 def test_seconds_become_the_nearest_length(seconds, num_frames):
     assert asked(seconds=seconds).request.num_frames == num_frames
@@ -69,11 +69,13 @@ def test_a_seed_is_drawn_if_none_is_given():
         ({"prompt": " "}, "prompt", "prompt ' ' is empty"),
         ({"prompt": "a" * 10_001}, "prompt", "10001 characters, more than 10000"),
         ({"negative_prompt": "a" * 10_001}, "negative_prompt", "10001 characters, more than 10000"),
-        ({"size": "640"}, "size", "WIDTHxHEIGHT"),
-        ({"size": "9999999x64"}, "size", "WIDTHxHEIGHT"),
-        ({"size": "700x64"}, "width", "not a multiple of 64: the nearest are 640 and 704"),
+        ({"size": "640"}, "size", "'640' is not one of this model's: 640x384, 64x64"),
+        ({"size": "128x128"}, "size", "'128x128' is not one of this model's: 640x384, 64x64"),
+        ({"size": ["64x64"]}, "size", "is not one of this model's"),
+        ({"width": "700"}, "width", "not a multiple of 64: the nearest are 640 and 704"),
         ({"size": "64x64", "width": 64}, "size", "together"),
         ({"seconds": "soon"}, "seconds", "not a number"),
+        ({"seconds": "10"}, "seconds", "'10' is not a number above 0 and up to 5"),
         ({"seconds": "nan"}, "seconds", "not a number"),
         ({"seconds": "5", "num_frames": "121"}, "seconds", "together"),
         ({"seconds": [5]}, "seconds", "not a number"),
@@ -87,7 +89,9 @@ def test_a_seed_is_drawn_if_none_is_given():
             "image_reference",
             "host 'example.com', which is",
         ),
-        ({"input_reference": "a.png"}, "input_reference", "not a file"),
+        ({"input_reference": "a.png"}, "input_reference", "neither a file nor"),
+        ({"image_reference": "data:image/png;base64,\u00e4"}, "image_reference", "base64"),
+        ({"input_reference": {"image_url": "file:///etc/passwd"}}, "input_reference", "data:image"),
         ({"image_reference": "file:///etc/passwd"}, "image_reference", "data:image"),
         ({"image_reference": "../secret.png"}, "image_reference", "data:image"),
         ({"image_reference": 7}, "image_reference", "data:image"),
@@ -109,17 +113,39 @@ def test_another_model_is_not_found():
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
-def test_an_untrained_size_is_refused_when_the_job_is_made():
-    with pytest.raises(APIError, match="128x128 is not a trained size, which is 384x640 or 64x64"):
-        asked(size="128x128").job(PRESET, owner="me", model="toy", created_at=0.0)
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"width": 128, "height": 128}, "height", "128x128 is not a trained size, which is 384x640 or 64x64"),
+        ({"num_frames": 129}, "num_frames", "129 is more than the trained 121"),
+    ],
+)
+def test_an_untrained_size_or_length_is_refused_without_flags_of_the_command_line(fields, param, message):
+    with pytest.raises(APIError, match=message) as caught:
+        asked(**fields).job(PRESET, owner="me", model="toy", created_at=0.0)
+    assert caught.value.param == param
+    assert "--" not in caught.value.message
+
+
+def test_empty_fields_count_as_absent():
+    request = asked(seed="", size="", seconds="", negative_prompt="").request
+    assert (request.height, request.num_frames, request.negative_prompt) == (None, None, "")
+    assert request.seed is not None
+
+
+def test_drawn_seeds_are_exact_in_javascript():
+    seeds = [asked().request.seed for _ in range(200)]
+    assert max(seeds) < 2**53
+    assert max(seeds) > 2**51
+    assert asked(seed=2**63 - 1).request.seed == 2**63 - 1
 
 
 def test_pictures_come_as_uploads_or_data_urls():
     data = png("LA")
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    for video in (asked(upload=data), asked(image_reference=url), asked(image_reference={"image_url": url})):
+    for video in (asked(upload=data), asked(image_reference=url), asked(input_reference={"image_url": url})):
         assert video.request.image == data
-    with pytest.raises(APIError, match="together"):
+    with pytest.raises(APIError, match="give one picture"):
         asked(upload=data, image_reference=url)
     with pytest.raises(APIError, match="picture format"):
         asked(upload=b"#!/bin/sh")

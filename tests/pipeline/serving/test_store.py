@@ -45,13 +45,13 @@ def test_a_request_that_comes_twice_is_one_job(store):
 def test_requests_are_counted_for_a_minute_whatever_comes_of_them(store, clock):
     store.limits = Limits(max_per_minute=2)
     for _ in range(2):
-        store.admit("me")
+        store.count_request("me")
     with pytest.raises(BusyError, match="within a minute") as caught:
-        store.admit("me")
+        store.count_request("me")
     assert (caught.value.code, caught.value.retry_after_s) == ("rate_limited", 60)
-    store.admit("you")
+    store.count_request("you")
     clock.now += 61
-    store.admit("me")
+    store.count_request("me")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_may_wait_is_limited(store, limits, code):
     store.limits = limits
     for number in range(3):
         store.add(job(number))
-    for asks in (lambda: store.add(job(3)), lambda: store.admit("me")):
+    for asks in (lambda: store.add(job(3)), lambda: store.check_room("me")):
         with pytest.raises(BusyError) as caught:
             asks()
         assert caught.value.code == code
@@ -71,7 +71,7 @@ def test_what_may_wait_is_limited(store, limits, code):
         store.add(job(5, owner="you"))
     for taken in store.claim(9, 10):
         store.complete(taken.claim, {})
-    store.admit("me")
+    store.count_request("me")
     store.add(job(6))
 
 
@@ -295,7 +295,7 @@ def test_what_is_followed_and_seen_is_of_one_claim(store):
     ("limits", "ask"),
     [
         (Limits(max_queued=3), lambda store, number: store.add(job(number))),
-        (Limits(max_per_minute=3), lambda store, number: store.admit("me")),
+        (Limits(max_per_minute=3), lambda store, number: store.count_request("me")),
     ],
 )
 def test_limits_hold_when_many_ask_at_once(database, limits, ask):

@@ -1,0 +1,52 @@
+"""Texts without secrets, of limited length, made in linear time from whatever anyone wrote."""
+
+import time
+
+import pytest
+
+from pipeline.redaction import MAX_MESSAGE, redacted
+from pipeline.rows import RowError
+from pipeline.urls import climbs, is_address, shown
+
+LENGTH = 2**18
+LIMIT_S = 10.0
+"""Of CPU time for so many characters; a linear pattern takes 0.1 s, a quadratic one minutes, and a cubic one years."""
+
+HOSTILE = [
+    *("token-", "token ", "token\t:\n", "token=", "sig", "secret_", "password'=", "token\\", "&sig=", "a:", "a@", "-"),
+    *("://", "://a?", "://a:", "://:@", "://u:p@", "://a:b:", "https://", "https://a@", "AKIA", "//", "?", "#"),
+    *(" ", "\\", '"', "x", "1.", "0x", ":", "%2e", "%25", "/.."),
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("call", [redacted, shown, climbs, is_address])
+def test_long_hostile_text_takes_linear_time(call, text):
+    began = time.process_time()
+    call(text * (LENGTH // len(text)) + "\n")
+    assert time.process_time() - began < LIMIT_S
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://h/a.png?X-Amz-Signature=s3cr3t&x=1 is gone", "https://h/a.png?*** is gone"),
+        ("https://h/a.png? is gone", "https://h/a.png? is gone"),
+        ("s3://b/a.png?X-Goog-Signature=s3cr3t", "s3://b/a.png?***"),
+        ("https://me:s3@cr3t@h/a", "https://***@h/a"),
+        ("https://s3cr3t@h/a", "https://***@h/a"),
+        ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
+        ("a.png?sv=2024&sig=s3cr3t&X-Amz-Signature=s3cr3t", "a.png?sv=2024&sig=***&X-Amz-Signature=***"),
+        (r"{\"access_token\": \"s3cr3t\"}", r'{\"access_token\": \"***"}'),
+        ("signal=1, tokenizer of a design: x", "signal=1, tokenizer of a design: x"),
+    ],
+)
+def test_secrets_are_replaced_and_the_rest_is_kept(text, expected):
+    assert redacted(text) == expected
+
+
+def test_a_message_of_a_row_is_short_and_holds_no_secret():
+    error = RowError.of("encode", ValueError("token=s3cr3t " + "x" * LENGTH))
+    assert error.message.startswith("token=*** xxx")
+    assert error.message.endswith("...")
+    assert len(error.message) == MAX_MESSAGE
