@@ -116,20 +116,24 @@ def _multipart(content_type: str, body: bytes) -> tuple[dict[str, list[str]], di
     texts: dict[str, list[str]] = {}
     files: dict[str, list[bytes]] = {}
 
+    def add(values: dict[str, list[Any]], name: bytes | None, value: object) -> None:
+        if sum(map(len, (*texts.values(), *files.values()))) >= MAX_FIELDS:
+            raise APIError(400, "invalid_body", f"the form has more than {MAX_FIELDS} fields")
+        values.setdefault((name or b"").decode(), []).append(value)
+
     def on_field(field: Field) -> None:
-        texts.setdefault((field.field_name or b"").decode(), []).append((field.value or b"").decode())
+        add(texts, field.field_name, (field.value or b"").decode())
 
     def on_file(file: File) -> None:
         with file.file_object as content:
             content.seek(0)
-            files.setdefault((file.field_name or b"").decode(), []).append(content.read())
+            add(files, file.field_name, content.read())
 
-    # files stay in memory, which the body's limit bounds
-    limits = {"MAX_FIELDS": MAX_FIELDS, "MAX_MEMORY_FILE_SIZE": MAX_BODY_BYTES}
+    in_memory = {"MAX_MEMORY_FILE_SIZE": MAX_BODY_BYTES}
     try:
-        parser = create_form_parser({"Content-Type": content_type.encode()}, on_field, on_file, limits)
+        parser = create_form_parser({"Content-Type": content_type.encode()}, on_field, on_file, in_memory)
         parser.write(body)
         parser.finalize()
     except (FormParserError, ValueError) as error:
-        raise APIError(400, "invalid_body", f"the form cannot be read, or has more than {MAX_FIELDS} fields") from error
+        raise APIError(400, "invalid_body", "the form cannot be read") from error
     return texts, files

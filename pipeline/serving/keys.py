@@ -32,8 +32,8 @@ class Keys:
         for number, line in enumerate(text.splitlines(), start=1):
             for entry in filter(None, map(str.strip, line.partition("#")[0].split(","))):
                 name, _, digest = entry.rpartition(":")
-                if not name or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-                    raise KeyFileError(f"API keys, line {number}: not NAME:SHA256 with 64 hex digits")
+                if name.split() != [name] or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+                    raise KeyFileError(f"API keys, line {number}: not NAME:SHA256 with 64 hex digits, and no spaces")
                 names[digest] = name
         return cls(names)
 

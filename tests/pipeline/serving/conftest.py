@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.serving.store import Limits, Store
 from tests.pipeline.serving.farm import Farm, Models
+from tests.pipeline.serving.running import Running, run, service_in
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=[pytest.mark.integration, pytest.mark.database])])
@@ -58,3 +59,10 @@ def rendering_farm(tmp_path: Path, models: Models) -> Iterator[Farm]:
     farm = Farm(tmp_path, models)
     yield farm
     farm.store.close()
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    """Run an interface that answers on a port; a worker is played by hand."""
+    with run(service_in(tmp_path, Limits(max_queued=50, max_per_minute=50))) as running:
+        yield running

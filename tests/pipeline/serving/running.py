@@ -27,6 +27,7 @@ KEYS = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}\nmetrics:{hashe
 LIMITS = Limits()
 POLLING = Polling(client_s=0.02, events_s=0.01, stream_s=0.01)
 PRESET = Preset(sizes=((64, 64),), max_num_frames=33)
+JSON = {"content-type": "application/json"}
 WAIT_S = 20.0
 """Time limit for what happens in another thread."""
 

@@ -26,15 +26,9 @@ from pipeline.serving.api import create_app
 from pipeline.serving.files import fragment_path
 from pipeline.serving.middleware import SECURITY_HEADERS
 from pipeline.serving.store import Limits
-from tests.pipeline.serving.running import PRESET, VIDEO, WAIT_S, Running, run, service_in, until
+from tests.pipeline.serving.running import JSON, PRESET, VIDEO, WAIT_S, Running, run, service_in, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # of the service the client is for
-
-
-@pytest.fixture
-def running(tmp_path) -> Iterator[Running]:
-    with run(service_in(tmp_path, Limits(max_queued=50, max_per_minute=50))) as running:
-        yield running
 
 
 def picture() -> bytes:
@@ -221,7 +215,6 @@ def test_a_request_that_is_sent_again_makes_no_second_video(running):
     assert retried["id"] == plain["id"]
 
 
-JSON = {"content-type": "application/json"}
 FORM = {"content-type": "multipart/form-data; boundary=x"}
 
 
