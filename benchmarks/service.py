@@ -17,10 +17,9 @@ APPLICATION = "load"
 
 def service(folder: Path, **values: Any) -> ServiceConfig:  # noqa: ANN401 - as ServiceConfig's
     """Return a service that refuses nobody."""
-    database, output = f"sqlite:///{folder}/videos.db", str(folder / "out")
-    return ServiceConfig(
-        database=database, output=output, max_unfinished=10**6, max_per_minute=10**6, max_queued=10**6, **values
-    )
+    places = {"database": f"sqlite:///{folder}/videos.db", "output": str(folder / "out")}
+    limits = dict.fromkeys(("max_unfinished", "max_per_minute", "max_queued"), 10**6)
+    return ServiceConfig(allow_anonymous=True, host="127.0.0.1", **places, **limits, **values)
 
 
 @contextmanager

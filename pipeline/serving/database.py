@@ -8,6 +8,7 @@ from sqlalchemy.exc import ArgumentError
 
 from pyramid_flow.errors import PyramidFlowError
 
+FORMS = "sqlite:///FILE or postgresql://USER@HOST/NAME"
 BUSY_TIMEOUT_S = 30
 CACHE_KIB = 256
 """Pages that each of a process's connections keeps; SQLite's own 2 MiB would look like a leak while a table grows."""
@@ -25,7 +26,7 @@ def connect(url: str) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise DatabaseError(f"{url!r} is no database URL") from error
+        raise DatabaseError(f"the database URL has not the form {FORMS}") from error
     if parsed.get_backend_name() == "sqlite":
         if parsed.database in (None, "", ":memory:"):
             raise DatabaseError("an SQLite database must be a file: sqlite:///videos.db")
@@ -35,7 +36,7 @@ def connect(url: str) -> Engine:
         return engine
     if parsed.get_backend_name() == "postgresql":
         return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
-    raise DatabaseError(f"a database is sqlite:///FILE or postgresql://..., not {parsed.drivername}")
+    raise DatabaseError(f"a database is {FORMS}, not {parsed.drivername}")
 
 
 def _write_ahead(connection: Any, _record: object) -> None:  # noqa: ANN401 - of sqlite3
