@@ -27,6 +27,7 @@ from pipeline.inputs import check_apart, folder_of, full_url, list_parts
 from pipeline.job import RenderJob, StopRequest
 from pipeline.plan import Job, Plan, PlanError, Resources, make_plan
 from pipeline.provenance import Signing
+from pipeline.redaction import brief
 from pipeline.storage import Storage
 from pipeline.weights import is_stored, open_checkpoint
 from pipeline.worklist import RowRules, scan
@@ -179,7 +180,7 @@ def _run(job: RenderJob, settings: RenderSettings, resources: Resources, stack: 
         stop.requested = True
     except Exception as error:  # noqa: BLE001 - whatever it was, the run's record has the traceback
         cause = getattr(error, "cause", None) or error  # what a worker raised
-        logger.error("the job broke: %s: %s", type(cause).__name__, str(cause).strip().split("\n")[0])
+        logger.error("the job broke: %s: %s", type(cause).__name__, brief(str(cause).strip().split("\n")[0]))
         logger.error("details: %s; run the same command again to resume", job.storage.url(f"runs/{job.run}.json"))
         return EXIT_BROKEN
     if stop.requested:
@@ -232,6 +233,6 @@ def _device(settings: RenderSettings, resources: Resources) -> str:
 def _job_record(settings: RenderSettings) -> dict[str, Any]:
     packages = ("pyramid-render", "torch", "ray", "diffusers", "transformers", "pyarrow")
     return {
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.record(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }

@@ -3,13 +3,13 @@
 import errno
 import http.client
 import logging
-import re
 import ssl
 from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 
 from tenacity import RetryCallState
 
+from pipeline.redaction import brief, redacted
 from pyramid_flow.errors import PyramidFlowError
 
 logger = logging.getLogger(__name__)
@@ -105,45 +105,6 @@ def _codes(error: BaseException) -> set[str]:
 
 def lacks_bucket(error: BaseException) -> bool:
     return any("NoSuchBucket" in _codes(link) for link in _chain(error))
-
-
-MAX_MESSAGE = 500
-"""Characters of an error message in the ledger, in logs and in what a user of the service sees."""
-
-# Errors quote text that anyone may have written, so each pattern is linear: no part of a text is scanned twice.
-_URL = re.compile(r"://[^\s\"'<>]+")
-_SECRETS = [
-    (re.compile(r"(://)[^\s/:@\"']*:[^\s/\"']*@"), r"\1***@"),
-    (re.compile(r"(https?://)[^\s/@\"']+@"), r"\1***@"),
-    (re.compile(r"\bA(?:KIA|SIA)[A-Z0-9]{12,}"), "***"),
-    (
-        re.compile(
-            r"(?i)(?<![\w-])(?=sig(?![\w-])|[\w-]*?"
-            r"(?:signature|token|secret|password|credential|authorization|access_?key|accountkey))"
-            r"([\w-]++(?:\\*+[\"'])?\s*+[=:]\s*+(?:\\*+[\"'])?(?:bearer |basic )?)[^\s&\"',;]+"
-        ),
-        r"\1***",
-    ),
-]
-
-
-def redacted(text: str) -> str:
-    """Return a text without the secrets in it: queries and passwords of URLs, access keys, tokens."""
-    text = _URL.sub(_without_query, text)
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def brief(text: str) -> str:
-    """Return an error message without secrets, cut to `MAX_MESSAGE` characters."""
-    text = redacted(text[: 8 * MAX_MESSAGE])
-    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."
-
-
-def _without_query(url: re.Match[str]) -> str:
-    path, _, query = url[0].partition("?")
-    return f"{path}?***" if query else url[0]
 
 
 def presentable(error: Exception) -> Exception:

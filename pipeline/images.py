@@ -9,8 +9,9 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.faults import presentable, redacted
+from pipeline.faults import presentable
 from pipeline.fetch import Fetcher, ImageError, Limits, is_public_address
+from pipeline.redaction import redacted
 from pipeline.request import RequestError
 from pipeline.urls import climbs, is_web
 from pyramid_flow.images import MAX_BYTES

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from pyarrow import csv, json
 
-from pipeline.faults import redacted
+from pipeline.faults import presentable
+from pipeline.redaction import recorded, redacted
 from pipeline.request import RenderRequest
 from pyramid_flow.errors import PyramidFlowError
 
@@ -27,7 +28,10 @@ Columns = Sequence[str] | None
 
 
 class InputError(PyramidFlowError):
-    """The input cannot be used as a whole: nothing there, not a table, no prompt column."""
+    """The input cannot be used as a whole: nothing there, not a table, no prompt column; the message has no secrets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class InputPart:
     num_rows: int
 
     def position(self, row: int) -> str:
-        """Name the `row`-th row of this part for people: file and row number, from 0."""
-        return f"{self.url}:{self.first_row + row}"
+        """Name the `row`-th row of this part for people: file, without what signs its URL, and row number, from 0."""
+        return f"{recorded(self.url)}:{self.first_row + row}"
 
 
 def list_parts(urls: Sequence[str]) -> list[InputPart]:
@@ -64,7 +68,7 @@ def full_url(url: str) -> str:
     try:
         fs, path = url_to_fs(url)
     except (ImportError, ValueError, OSError) as error:
-        raise InputError(redacted(f"cannot use {url}: {error}")) from error
+        raise InputError(f"cannot use {url}: {error}") from presentable(error)
     return str(fs.unstrip_protocol(path))
 
 
@@ -94,7 +98,8 @@ def read_blocks(part: InputPart, columns: Columns = None) -> Iterator[tuple[int,
             yield start, _without_views(table.select(names))
             start += len(table)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"input {part.url}, row group {part.row_group}, cannot be read: {error}") from error
+        place = f"input {part.url}, row group {part.row_group}"
+        raise InputError(f"{place}, cannot be read: {error}") from presentable(error)
 
 
 def request_values(table: pa.Table) -> list[dict[str, object]]:
@@ -160,7 +165,7 @@ def _files(url: str) -> list[str]:
             return [fs.unstrip_protocol(path)]
         found = sorted(name for name in fs.find(path) if name.lower().endswith(tuple(FORMATS)))
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"input {url} cannot be listed: {error}") from error
+        raise InputError(f"input {url} cannot be listed: {error}") from presentable(error)
     if not found:
         raise InputError(f"input {url} is neither a file nor a folder with {', '.join(FORMATS)} files")
     return [fs.unstrip_protocol(name) for name in found]
@@ -171,7 +176,7 @@ def _parts(url: str) -> list[InputPart]:
     try:
         names, counts = _parquet_layout(url) if _suffix(url) == PARQUET else _text_layout(url)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"input {url} is not a readable {_suffix(url)} file: {error}") from error
+        raise InputError(f"input {url} is not a readable {_suffix(url)} file: {error}") from presentable(error)
     if "prompt" not in names:
         raise InputError(f"input {url} has no column 'prompt', it has: {', '.join(names)}")
     if twice := sorted({name for name in names if names.count(name) > 1}):

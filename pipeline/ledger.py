@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.faults import StorageError
+from pipeline.redaction import redacted
 from pipeline.rows import LEDGER_SCHEMA
 from pipeline.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
@@ -308,7 +309,7 @@ class Heartbeat:
             "started_at": self.started_at.isoformat(),
             "at": datetime.now(UTC).isoformat(),
             "rows": {"total": self.total, "done": self.done, "failed": self.failed},
-            "error": error,
+            "error": error and redacted(error),
         }
         self.storage.put(f"{RUNS}/{self.run}.json", json.dumps(record, indent=2).encode())
 

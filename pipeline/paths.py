@@ -1,6 +1,7 @@
 """Which URLs and which paths below them storage accepts."""
 
-from pipeline.faults import StorageError, redacted
+from pipeline.faults import StorageError
+from pipeline.redaction import redacted
 
 TEMPORARY_PREFIX = ".tmp-"
 """File names that begin so are unfinished writes: `Storage.list` does not show them and no path may use them."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from pipeline.redaction import recorded
 from pyramid_flow import InvalidValueError, Preset, PyramidFlowError, PyramidSchedule, SamplingParams
 from pyramid_flow.images import ImageFit
 from pyramid_flow.params import (
@@ -184,7 +185,7 @@ class RenderRequest(BaseModel):
             prompt=self.prompt,
             negative_prompt=preset.negative_prompt if self.negative_prompt is None else self.negative_prompt,
             has_image=has_image,
-            image_uri=self.image if isinstance(self.image, str) else None,
+            image_uri=recorded(self.image) if isinstance(self.image, str) else None,
             image_sha256=self.image_sha256,
             image_fit=(self.image_fit or "crop") if has_image else None,
             image_format=(self.image_format or "png") if num_frames == 1 else None,
@@ -215,8 +216,8 @@ UNTOLD = {"image_uri"}
 class ResolvedRequest(BaseModel):
     """A request with every value decided; the picture itself travels beside it.
 
-    image_format: of a still's file; None = an mp4. Fields with defaults are lacking in requests that were kept before
-    there were such fields.
+    image_uri: as records may keep it, without what signs it. image_format: of a still's file; None = an mp4. Fields
+    with defaults are lacking in requests that were kept before there were such fields.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from pipeline.faults import brief
+from pipeline.redaction import brief
 from pipeline.request import ResolvedRequest
 
 if TYPE_CHECKING:  # torch is imported where tensors are made: commands that read the ledger need none
@@ -43,8 +43,9 @@ class RowError(BaseModel):
 class RenderRow(BaseModel):
     """Everything known about one video so far; at the end it is a row of the ledger.
 
-    position: where the row stands in the input; prompt: as given, if it is text at all; request: None only for a row
-    that could not be understood; skipped: passed through untouched because the job is stopping; rerolls: which time it
+    position: where the row stands in the input; prompt: as given, if it is text at all; image_source: URI of the input
+    image as given, which may be signed: encoding needs it, and nothing records it; request: None only for a row that
+    could not be understood; skipped: passed through untouched because the job is stopping; rerolls: which time it
     is rendered again with another seed; first_seed: the seed of its first rendering; seconds: the row's share of each
     stage's time; brightness to flags: see `pipeline.quality`.
     """
@@ -54,6 +55,7 @@ class RenderRow(BaseModel):
     id: str
     position: str
     prompt: str | None = None
+    image_source: str | None = None
     request: ResolvedRequest | None = None
     error: RowError | None = None
     warnings: tuple[str, ...] = ()
@@ -219,7 +221,7 @@ def _free_name(name: str, others: Sequence[str]) -> str:
 
 
 def _record(row: RenderRow) -> dict[str, Any]:
-    values = row.model_dump(exclude={"request", "error", "skipped"})
+    values = row.model_dump(exclude={"request", "error", "skipped", "image_source"})
     request = row.request.model_dump(exclude={"id", "has_image"}) if row.request else {}
     for name in ("num_inference_steps", "video_num_inference_steps", "guided_share"):
         if name in request:

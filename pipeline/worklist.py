@@ -77,17 +77,16 @@ def candidates(values: dict[str, object], position: str, rules: RowRules) -> lis
         ids = [base] if copies == 1 else [f"{base}-{number}" for number in range(copies)]
         failed = RenderRow(id=base, position=position, prompt=request.prompt, error=RowError.of("read", refused))
         return [Candidate(failed.updated(id=row_id), content) for row_id in ids]
-    image = request.image if isinstance(request.image, bytes) else None
     videos = [resolved] if copies == 1 else [resolved.copy_of(number) for number in range(copies)]
     warnings = tuple(resolved.warnings(rules.preset))
-    return [_candidate(video, position, content, image, warnings, rules.reroll) for video in videos]
+    return [_candidate(video, position, content, request.image, warnings, rules.reroll) for video in videos]
 
 
 def _candidate(
     request: ResolvedRequest,
     position: str,
     content: str,
-    image: bytes | None,
+    image: bytes | str | None,
     warnings: tuple[str, ...],
     reroll: int,
 ) -> Candidate:
@@ -95,12 +94,14 @@ def _candidate(
         id=request.id,
         position=position,
         prompt=request.prompt,
+        image_source=image if isinstance(image, str) else None,
         request=request.rerolled(reroll),
         warnings=warnings,
         rerolls=reroll,
         first_seed=request.seed,
     )
-    return Candidate(row, f"{content}, seed {request.seed}", image)  # a copy and a row can claim the same id
+    pixels = image if isinstance(image, bytes) else None
+    return Candidate(row, f"{content}, seed {request.seed}", pixels)  # a copy and a row can claim the same id
 
 
 def _not_understood(values: dict[str, object], position: str, error: RequestError) -> Candidate:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pipeline.redaction import recorded
 from pipeline.urls import host_name
 from pyramid_flow.tile import Tile
 
@@ -102,6 +103,20 @@ class JobSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take no setting from a variable of its name: a stray HEIGHT or MODEL must not change a job."""
         return (init_settings,)
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as records may keep them: URLs without what signs them."""
+        return {name: _recorded(value) for name, value in self.model_dump(mode="json").items()}
+
+
+def _recorded(value: Any) -> Any:  # noqa: ANN401 - any JSON
+    if isinstance(value, str):
+        return recorded(value)
+    if isinstance(value, list):
+        return [_recorded(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _recorded(part) for name, part in value.items()}
+    return value
 
 
 class ClusterSettings(JobSettings):

@@ -50,6 +50,7 @@ class Encode(Stage):
                 text | posterior,
                 prompt_truncated=self.text_encoder.is_truncated(self._prompt(item.request)),
                 started_at=started,
+                image_source=None,
             )
             for item, text, posterior in zip(items, texts, posteriors, strict=True)
         ]
@@ -67,7 +68,7 @@ class Encode(Stage):
         request = item.request
         if not request.has_image:
             return {}
-        data = as_bytes(item.tensors[IMAGE]) if IMAGE in item.tensors else self.images.read(str(request.image_uri))
+        data = as_bytes(item.tensors[IMAGE]) if IMAGE in item.tensors else self.images.read(str(item.row.image_source))
         pixels = image_pixels(open_image(data), request.height, request.width, request.image_fit or "crop")
         posterior = encode_image(self.vae, pixels)
         return {"posterior.mean": posterior.mean, "posterior.logvar": posterior.logvar}

@@ -292,3 +292,12 @@ def test_hosts_of_images_may_be_repeated():
         "b.example",
     ]
     assert parsed().allow_image_host == []
+
+
+def test_a_record_of_settings_holds_nothing_that_signs_a_url():
+    signed = "https://me:s3cr3t@h/t.parquet?X-Amz-Signature=s3cr3t"
+    settings = RenderSettings(**{**VALUES, "input": [signed, "a.parquet"]}, image_root="https://h/a?sig=s3cr3t")
+    record = settings.record()
+    assert record["input"] == ["https://***@h/t.parquet?***", "a.parquet"]
+    assert record["image_root"] == "https://h/a?***"
+    assert settings.input[0] == signed

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.images import ImageRoot
 from pipeline.provenance import KEY, REQUEST, Signing, SigningError
 from pipeline.quality import Thresholds
 from pipeline.rows import Batch, Item, as_tensor, pack, unpack
@@ -192,6 +193,14 @@ def test_an_image_row_equals_the_pipeline_and_depends_on_its_image(preset, encod
     expected = pipe("it moves", image=image, seed=3, output_type="latent", **SHAPE).frames
     assert (first - expected).norm() / expected.norm() <= 1e-5
     assert not torch.allclose(first, second)
+
+
+def test_an_image_is_read_by_the_url_that_was_given(preset, encode, monkeypatch):
+    url, asked = "https://h/a.png?X-Amz-Signature=s3cr3t", []
+    monkeypatch.setattr(ImageRoot, "read", lambda self, uri: asked.append(uri) or picture((200, 30, 30)))
+    done = encode(batch(item(preset, prompt="it moves", image=url, **SHAPE)))
+    assert asked == [url]
+    assert "s3cr3t" not in str(rows(done))
 
 
 def test_an_image_is_brought_to_the_size_as_its_row_says(preset, encode):

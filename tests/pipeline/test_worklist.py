@@ -5,6 +5,7 @@ import decimal
 import io
 import random
 import re
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import pytest
 
 from pipeline import batching, inputs
 from pipeline.batching import IMAGE, read_batches, read_rows, read_units
-from pipeline.inputs import REQUEST_COLUMNS, InputError, list_parts, own_columns, read_blocks, request_values
+from pipeline.inputs import REQUEST_COLUMNS, InputError, InputPart, list_parts, own_columns, read_blocks, request_values
 from pipeline.request import RenderRequest, RequestError
-from pipeline.rows import Batch, as_bytes, ledger_table, pack, unpack
+from pipeline.rows import Batch, Item, as_bytes, ledger_table, pack, unpack
 from pipeline.worklist import Fate, RowRules, Worklist, candidates, scan
 from pyramid_flow import Preset
 from tests.pipeline.tables import write_table
@@ -582,6 +583,59 @@ def test_image_bytes_reach_every_copy_and_no_other_row(tmp_path):
 def test_image_uris_travel_without_bytes(tmp_path):
     [batch] = batches(table_of(tmp_path, {"prompt": "a", "image": "a.png"}))
     assert (batch.items[0].tensors, batch.items[0].request.image_uri) == ({}, "a.png")
+
+
+SECRET = "s3cr3t"
+SIGNED = [
+    f"{start}{query}"
+    for start in ("https://h/a.png", "s3://bucket/a.png", "a.png")
+    for query in ("?X-Amz-Credential=s3cr3t&X-Amz-Signature=s3cr3t", "?X-Goog-Signature=s3cr3t", "?sv=1&sig=s3cr3t")
+]
+
+
+@pytest.mark.parametrize("url", [*SIGNED, "https://me:s3cr3t@h/a.png", "https://h/a.png?key=s3cr3t"])
+def test_what_signs_an_image_url_is_read_but_not_recorded(url):
+    [candidate] = candidates({"prompt": "a", "image": url}, "t:0", RULES)
+    assert candidate.row.image_source == url
+    row = unpack(pack(Batch((Item(candidate.row),), pa.table({"own": ["x"]})))).items[0].row
+    assert row.image_source == url
+    ledger = ledger_table(Batch((Item(row),), pa.table({"own": ["x"]})), {"run": "r"})
+    assert ledger["image_uri"][0].as_py() in (
+        "https://h/a.png?***",
+        "https://***@h/a.png",
+        "s3://bucket/a.png?***",
+        "a.png?***",
+    )
+    assert "s3cr3t" not in str(ledger.to_pydict()) + row.request.model_dump_json()
+
+
+@pytest.mark.parametrize("uri", ["a.png", "what?.png", "a#1.png", "s3://bucket/a.png", "https://h/a.png"])
+def test_image_uris_that_are_not_signed_are_recorded_as_given(uri):
+    [candidate] = candidates({"prompt": "a", "image": uri}, "t:0", RULES)
+    assert candidate.row.request.image_uri == uri
+
+
+def test_the_id_of_a_row_depends_on_its_image_url_as_given(tmp_path):
+    url = "https://me:s3cr3t@h/a.png?X-Amz-Signature=s3cr3t"
+    [candidate] = candidates({"prompt": "a fox", "image": url}, "t:0", RULES)
+    assert candidate.row.id == "6c448d2945d5006e1f0bb09be687340d"
+    before = table_of(tmp_path, {"prompt": "a", "id": "one", "image": "https://h/a.png?sig=old"})
+    again = table_of(tmp_path, {"prompt": "a", "id": "one", "image": "https://h/a.png?sig=new"})
+    assert again.remaining(before.ids).num_rows == 0
+
+
+def test_the_position_of_a_row_holds_nothing_that_signs_the_url_of_its_table(tmp_path):
+    part = InputPart("https://me:s3cr3t@h/t.parquet?X-Amz-Signature=s3cr3t", 0, 4, 8)
+    assert part.position(3) == "https://***@h/t.parquet?***:7"
+
+
+@pytest.mark.parametrize(
+    "call", [lambda url: list_parts([url]), lambda url: next(read_blocks(InputPart(url, 0, 0, 1)))]
+)
+def test_errors_hold_nothing_that_signs_the_url_of_a_table(call):
+    with pytest.raises(InputError, match=r"memory:/+t\.parquet\?\*\*\*") as caught:
+        call(f"memory://t.parquet?X-Amz-Signature={SECRET}")
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_single_rows_are_found_by_their_number_in_reading_order(tmp_path, monkeypatch):
