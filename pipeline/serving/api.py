@@ -112,7 +112,7 @@ async def session(service: Served, owner: SignedIn) -> SessionState:
     return SessionState(requires_key=True, signed_in=owner is not None, owner=owner)
 
 
-@_videos.post("/session")
+@_videos.post("/session", responses=errors(408, 413))
 async def sign_in(request: Request, response: Response, service: Served) -> SessionState:
     """Sign a browser in with an API key; a cookie holds the session."""
     if "origin" in request.headers:

@@ -17,6 +17,7 @@ Responses = dict[int | str, Schema]
 
 ERROR: Schema = {"$ref": "#/components/schemas/ErrorBody"}
 FILE: Schema = {"type": "string", "format": "binary"}
+REFERENCE: Schema = {"description": "URL of a picture: data:, or of an allowed host", "type": ["string", "object"]}
 POLLED: Responses = {
     200: {
         "headers": {
@@ -55,6 +56,7 @@ def description(app: FastAPI, preset: Preset, model: str) -> Schema:
         operations[path, "post"]["requestBody"] = _body(fields, ["prompt"], {"input_reference": FILE})
     prompt = Remix.model_json_schema()
     operations["/v1/videos/{video_id}/remix", "post"]["requestBody"] = _body(prompt["properties"], prompt["required"])
+    operations["/v1/session", "post"]["requestBody"] = _body({"api_key": {"type": "string"}}, ["api_key"])
     return found
 
 
@@ -67,10 +69,8 @@ def _fields(preset: Preset, model: str) -> Schema:
         "size": {"description": "WIDTHxHEIGHT, instead of both", "enum": sizes},
         "num_frames": {"enum": lengths},
         "seconds": {"description": "The nearest number of frames, instead of it", "type": ["number", "string"]},
-        "image_reference": {
-            "description": "A picture's URL: data:, or of an allowed host",
-            "type": ["string", "object"],
-        },
+        "image_reference": REFERENCE,
+        "input_reference": REFERENCE,
         "priority": {"enum": list(PRIORITIES)},
         "num_videos_per_prompt": {"enum": [1]},
     }

@@ -41,7 +41,7 @@ def test_the_openai_client_makes_a_video(running):
     client = running.client()
     video = client.videos.create(prompt="a fox", model="toy", seconds="1", size="64x64", extra_body={"seed": 7})
     assert (video.status, video.progress, video.seconds, video.size) == ("queued", 0, "1", "64x64")
-    assert (video.seed, video.position, video.num_frames) == (7, 0, 25)
+    assert (video.seed, video.seed_text, video.position, video.num_frames) == (7, "7", 0, 25)
     running.work()
     video = client.videos.retrieve(video.id)
     assert (video.status, video.progress) == ("completed", 100)
@@ -315,10 +315,15 @@ def test_answers_are_safe_in_a_browser(running):
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_the_model_is_listed(running):
+def test_the_model_is_listed_and_retrieved(running):
+    from openai import NotFoundError
+
     [model] = running.client().models.list().data
     assert (model.id, model.object) == ("toy", "model")
     assert (model.sizes, model.max_num_frames, model.fps) == (["64x64"], PRESET.max_num_frames, PRESET.fps)
+    assert running.client().models.retrieve("toy") == model
+    with pytest.raises(NotFoundError, match="this service has 'toy'"):
+        running.client().models.retrieve("sora")
 
 
 def test_sync_answers_with_the_file(running):
