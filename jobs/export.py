@@ -46,6 +46,7 @@ def _write(settings: ExportSettings) -> int:
         near=settings.near,
         shard_mb=settings.shard_mb,
         license=settings.license,
+        include_sources=settings.include_sources,
     )
     target.probe()
     selection = select(storage, options)

@@ -30,6 +30,9 @@ RECORD, CARD, SAMPLES = "export.json", "README.md", 8
 READERS = 16
 HASH_BITS = 64
 VIDEO = "video/mp4"
+SOURCES = ("position", "image_uri")
+"""Columns that name the files of whoever rendered: internal buckets and folders."""
+
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "=": pc.equal,
     "!=": pc.not_equal,
@@ -52,6 +55,7 @@ class Options:
     whether it holds the value. splits: shares by name; a prompt, whatever its case and spaces, is in one of them.
     split_column: take the splits from there instead. near: bits of 64 by which the perceptual hashes of two videos'
     thumbnails may differ for the later one to be left out, None = any. shard_mb: of the videos in a shard, at most.
+    include_sources: export the columns `SOURCES`, too.
     """
 
     kind: Kind
@@ -62,6 +66,7 @@ class Options:
     near: int | None = 2
     shard_mb: float = 256.0
     license: str = "other"
+    include_sources: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,12 +111,15 @@ def select(storage: Storage, options: Options) -> Selection:
         keep(pa.array(_first_of_alike(_hashes(storage, rows), options.near)), "nearly equal to another video")
     if not len(rows):
         raise ExportError(f"there is nothing to export; left out: {dict(left_out)}")
-    return Selection(rows.append_column("dataset_split", pa.array(_splits(rows, options))), left_out)
+    rows = rows.append_column("dataset_split", pa.array(_splits(rows, options)))
+    if not options.include_sources:
+        rows = rows.drop_columns([name for name in SOURCES if name in rows.column_names])
+    return Selection(rows, left_out)
 
 
 def _holds(rows: pa.Table, condition: str) -> pa.Array:
     """Return for which rows a condition holds."""
-    match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", condition)
+    match = re.fullmatch(r"(\w+)\s*(<=|>=|!=|=|<|>)\s*(.*)", condition.strip())
     if match is None:
         raise ExportError(f"{condition!r} is no condition such as motion>0.01")
     name, sign, text = match.groups()

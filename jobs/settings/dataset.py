@@ -122,6 +122,9 @@ class ExportSettings(JobSettings):
     )
     shard_mb: Annotated[float, Field(gt=0)] = Field(256, description="megabytes of video in a shard, at most")
     license: str = Field("other", pattern=r"^[\w.-]+$", description="what the card says, such as cc-by-4.0")
+    include_sources: bool = Field(
+        False, description="export the columns position and image_uri, which name the files of the input"
+    )
 
     @field_validator("near", mode="before")
     @classmethod

@@ -174,6 +174,20 @@ def test_another_export_into_the_same_place_is_refused(output, target):
         list(export(output, target, selection, replace(PARQUET, license="mit")))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+@pytest.mark.parametrize("include_sources", [False, True])
+def test_the_files_of_the_input_are_exported_only_if_asked_for(tmp_path, output, kind, include_sources):
+    sources = {"position": "s3://internal/t.parquet:1", "image_uri": "s3://internal/a.png"}
+    output.put("metadata/part-y.parquet", as_parquet(pa.Table.from_pylist([row(1, run="z", **sources)], LEDGER_SCHEMA)))
+    flags = ["--to", kind, "--near", "none", "--where", "position=s3://internal/t.parquet:1"]
+    flags += ["--include-sources"] * include_sources
+    made = Storage(str(tmp_path / "made"))
+    assert cli.main(["export", output.uri, made.uri, *flags]) == 0
+    [shard] = [name for name in made.list() if name.endswith((".parquet", ".tar"))]
+    assert (b"s3://internal/a.png" in made.get(shard)) == include_sources
+    assert (b"position" in made.get(shard)) == include_sources
+
+
 def test_datasets_loads_it(output, target, tmp_path):
     import datasets
 
