@@ -3,7 +3,7 @@
 import secrets
 from dataclasses import dataclass
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,6 +16,9 @@ from pipeline.serving.tables import Session
 COOKIE = "pyramid_render_session"
 SESSION_S = 24 * 3600
 """Lifetime of a session; the cookie itself ends with the browser."""
+
+MAX_SESSIONS = 100
+"""Sessions that one key has; a further one ends the oldest."""
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 ID_BYTES = 32
@@ -34,8 +37,10 @@ class Sessions:
             return None
         session_id, now = secrets.token_urlsafe(ID_BYTES), self.store.clock()
         session = Session(id_hash=hashed(session_id), key_hash=hashed(key), expires_at=now + SESSION_S)
+        newest = select(Session.id_hash).where(Session.key_hash == session.key_hash).order_by(Session.expires_at.desc())
         with self.store.writer.begin() as transaction:
-            transaction.execute(delete(Session).where(Session.expires_at <= now))
+            oldest = transaction.scalars(newest.offset(MAX_SESSIONS - 1)).all()
+            transaction.execute(delete(Session).where((Session.expires_at <= now) | Session.id_hash.in_(oldest)))
             transaction.add(session)
         return session_id
 

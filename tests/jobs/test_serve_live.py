@@ -66,3 +66,5 @@ def test_a_deployed_service_answers_on_its_cluster(tmp_path):
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
             video = client.videos.create(prompt="deployed", model="toy", extra_body=QUICK)
             assert until_done(client, [video.id], 180) == ["completed"]
+        page = httpx.get(f"http://127.0.0.1:{port}/")
+        assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")

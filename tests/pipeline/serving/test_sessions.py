@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from starlette.testclient import TestClient
 
+from pipeline.serving import sessions
 from pipeline.serving.api import create_app
 from pipeline.serving.keys import Keys
 from pipeline.serving.sessions import COOKIE, SESSION_S, Sessions
@@ -66,13 +67,25 @@ def test_a_session_ends_with_its_time(browser, clock):
     assert browser.get("/v1/session").json()["signed_in"] is False
 
 
-def test_a_session_ends_with_its_key(browser, store):
+def test_a_session_ends_with_its_key(store):
     held = Sessions(store, KEYS)
     session_id = held.begin("secret")
     assert held.owner(session_id) == "me"
     others = Keys({digest: name for digest, name in KEYS.names.items() if name != "me"})
     assert replace(held, keys=others).owner(session_id) is None
     assert held.owner("guessed") is None
+
+
+def test_a_key_has_so_many_sessions(store, clock, monkeypatch):
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 2)
+    held = Sessions(store, KEYS)
+    other = held.begin("other")
+    begun = []
+    for _ in range(3):
+        clock.now += 1
+        begun.append(held.begin("secret"))
+    assert [held.owner(session_id) for session_id in begun] == [None, "me", "me"]
+    assert held.owner(other) == "you"
 
 
 @pytest.mark.parametrize(
