@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -15,9 +15,21 @@ from torch import Tensor, nn
 from pyramid_flow.errors import CheckpointError, InvalidValueError
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+APPLIED = {
+    *("r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+}
+"""Keys of a config that say which weights an adapter changes, and by how much."""
+
+IGNORED = {
+    *("peft_type", "peft_version", "inference_mode", "lora_dropout", "runtime_config"),
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+}
+"""Keys that matter in training only, or name the model that was trained, which peft could import or download."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,17 +106,11 @@ def adapting(transformer: nn.Module, adapter: Adapter) -> "PeftModel":
 
     peft takes seconds to import, so it is imported where it is needed.
     """
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict
 
     config_file, weights_file = adapter.files
     try:
-        kind = json.loads(config_file.read_text()).get("peft_type")
-        if kind != "LORA":
-            raise CheckpointError(f"{config_file} is not a LoRA adapter but {kind}")
-        config = LoraConfig.from_pretrained(str(adapter.path))
-        if config.bias != "none" or config.modules_to_save or config.use_dora:
-            raise CheckpointError(f"{config_file} has a bias, modules_to_save or DoRA, which no weight can scale")
-        adapted = cast("PeftModel", get_peft_model(transformer, config))
+        adapted = cast("PeftModel", get_peft_model(transformer, _lora_config(config_file)))
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{config_file} does not fit the transformer: {error}") from error
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
@@ -117,3 +123,21 @@ def adapting(transformer: nn.Module, adapter: Adapter) -> "PeftModel":
                 f"{weights_file}: tensor {name} has shape {list(actual[name])}, expected {list(shape)}"
             )
     return adapted
+
+
+def _lora_config(file: Path) -> "LoraConfig":
+    """Return the part of a config that is applied.
+
+    Raises CheckpointError for any other setting: some cannot be scaled by a weight, others name modules that peft
+    imports (`megatron_core`) or files that it loads (`corda_config`).
+    """
+    from peft import LoraConfig
+
+    values = json.loads(file.read_text())
+    if (kind := values.get("peft_type")) != "LORA":
+        raise CheckpointError(f"{file} is not a LoRA adapter but {kind}")
+    for field in fields(LoraConfig):
+        value = values.get(field.name)
+        if value and value != field.default and field.name not in APPLIED | IGNORED:
+            raise CheckpointError(f"{file} sets {field.name}, which is not supported")
+    return LoraConfig(**{name: value for name, value in values.items() if name in APPLIED})

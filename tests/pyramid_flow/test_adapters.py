@@ -118,9 +118,9 @@ def _more(folder: Path) -> None:
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "does not fit the transformer"),
         (_edited(target_modules=["to_q"]), "holds an unknown tensor"),
         (_edited(target_modules=["to_q", "proj_mlp", "to_k"]), "lacks tensor"),
-        (_edited(bias="all"), "which no weight can scale"),
-        (_edited(modules_to_save=["proj_out"]), "which no weight can scale"),
-        (_edited(use_dora=True), "which no weight can scale"),
+        (_edited(bias="all"), "sets bias, which is not supported"),
+        (_edited(modules_to_save=["proj_out"]), "sets modules_to_save, which is not supported"),
+        (_edited(use_dora=True), "sets use_dora, which is not supported"),
         (_reshaped, r"has shape \[3, 3\], expected"),
         (_more, "holds an unknown tensor other"),
     ],
@@ -130,3 +130,42 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, broken, message):
     broken(folder)
     with pytest.raises(CheckpointError, match=message):
         fused(transformer(), [Adapter(folder)])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"megatron_config": {"a": 1}, "megatron_core": "planted"}, "sets megatron_config, which is not supported"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "megatron.planted"}, "sets megatron_config"),
+        ({"megatron_core": "planted"}, "sets megatron_core"),
+        ({"corda_config": {"cache_file": "planted.pt"}}, "sets corda_config"),
+        ({"eva_config": {"rho": 1}}, "sets eva_config"),
+        ({"loftq_config": {"loftq_bits": 4}}, "sets loftq_config"),
+        ({"layer_replication": [[0, 1]]}, "sets layer_replication"),
+        ({"trainable_token_indices": [1]}, "sets trainable_token_indices"),
+        ({"target_parameters": ["proj_out.weight"]}, "sets target_parameters"),
+    ],
+)
+def test_a_config_that_makes_peft_import_or_load_more_is_refused(tmp_path, monkeypatch, values, message):
+    folder = save_adapter(transformer(), tmp_path / "style", seed=1)
+    imported = tmp_path / "imported"
+    for module in ("planted", "megatron"):
+        (tmp_path / f"{module}.py").write_text(f"open({str(imported)!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    _edited(**values)(folder)
+    with pytest.raises(CheckpointError, match=message):
+        fused(transformer(), [Adapter(folder)])
+    assert not imported.exists()
+
+
+def test_the_model_that_an_adapter_was_trained_on_is_neither_imported_nor_loaded(tmp_path, monkeypatch):
+    folder = save_adapter(transformer(), tmp_path / "style", seed=1)
+    expected = fused(transformer(), [Adapter(folder)]).state_dict()
+    imported = tmp_path / "imported"
+    (tmp_path / "planted.py").write_text(f"open({str(imported)!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    mapping = {"base_model_class": "Model", "parent_library": "planted"}
+    _edited(auto_mapping=mapping, base_model_name_or_path="planted/model", revision="x", task_type="CAUSAL_LM")(folder)
+    made = fused(transformer(), [Adapter(folder)]).state_dict()
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
+    assert not imported.exists()
