@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from pipeline.video import Frames, check_frames, evenly_spaced
-from pyramid_flow.errors import NonFiniteError, PyramidFlowError
+from pyramid_flow.errors import CheckpointError, NonFiniteError, PyramidFlowError
+from pyramid_flow.text_folders import check_encoder, check_tokenizer
 
 NUM_FRAMES = 8
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json")
@@ -30,6 +31,11 @@ def check_model(path: str) -> None:
         raise ImageTextError(f"image_text_model {path}: config.json cannot be read: {error}") from error
     if kind != "clip":
         raise ImageTextError(f"image_text_model {path} is of type {kind!r}, not clip")
+    try:
+        check_encoder(Path(path))
+        check_tokenizer(Path(path))
+    except CheckpointError as error:
+        raise ImageTextError(f"image_text_model {error}") from error
 
 
 @dataclass
@@ -55,10 +61,12 @@ class ImageTextModel:
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel  # here: it warns of a lack of torchvision
 
         check_model(path)
-        model = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=dtype)
+        model = CLIPModel.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
+        )
         self.model = nn.Module.to(model, device).eval()
         self.pictures = CLIPImageProcessor.from_pretrained(path, local_files_only=True)
-        self.words = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.words = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
     @torch.no_grad()
     def scores(self, prompt: str, frames: list[Frames]) -> dict[str, float]:

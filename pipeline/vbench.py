@@ -12,7 +12,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import ledger
-from pipeline.paths import TEMPORARY_PREFIX
+from pipeline.paths import TEMPORARY_PREFIX, check_path
 from pipeline.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
 
@@ -88,7 +88,11 @@ def local_path(storage: Storage) -> Path | None:
 
 
 def place(storage: Storage, path: str, target: Path) -> None:
-    """Put a video of the output where it shall be, as a link if it can be one; what is there already stays."""
+    """Put a video of the output where it shall be, as a link if it can be one; what is there already stays.
+
+    Raises StorageError for a path, which comes from the ledger, that leads out of the output.
+    """
+    check_path(path)
     root = local_path(storage)
     if root is not None and _linked(root / path, target):
         return

@@ -21,10 +21,10 @@ from pyramid_flow.layout import (
     TRANSFORMER_PREFIX,
     VAE_FOLDER,
     TextLayout,
-    check_vocabulary,
 )
 from pyramid_flow.presets import PRESETS, Preset
 from pyramid_flow.published import REPOSITORIES, fetched_folder
+from pyramid_flow.text_folders import check_encoder, check_tokenizer
 from pyramid_flow.transformer import PyramidTransformer
 from pyramid_flow.transformer_flux import FluxNetwork
 from pyramid_flow.transformer_mmdit import MMDiTNetwork
@@ -189,9 +189,9 @@ class Checkpoint:
             if not (self.root / name).is_dir():
                 raise CheckpointError(f"{self.root} has no folder {name}")
         for name in layout.encoders:
-            stored_tensors(self.root / name)
+            check_encoder(self.root / name)
         for name in layout.tokenizers:
-            check_vocabulary(self.root / name)
+            check_tokenizer(self.root / name)
         for adapter in self.adapters:
             adapting(self.empty_transformer(), adapter)
 

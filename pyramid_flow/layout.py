@@ -15,8 +15,6 @@ PRESET_FILE = "pyramid.json"
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 """Names of weight files without their ends: those of diffusers and of transformers."""
 
-VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
-
 MODEL_FOLDERS = (VAE_FOLDER, "text_encoder", "text_encoder_[2-9]", f"{TRANSFORMER_PREFIX}*")
 WEIGHT_FILES = [
     f"{stem}{end}"
@@ -66,7 +64,7 @@ def needed_files(names: Iterable[str], variants: Sequence[str]) -> list[str]:
 
     Raises CheckpointError for a variant that is not there.
     """
-    needed = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in NEEDED))
+    needed = sorted(name for name in names if any(_matches(name, pattern) for pattern in NEEDED))
     folders = sorted({name.partition("/")[0] for name in needed if name.startswith(TRANSFORMER_PREFIX)})
     if not folders:
         raise CheckpointError(f"there is no folder {TRANSFORMER_PREFIX}* with safetensors")
@@ -80,19 +78,17 @@ def needed_files(names: Iterable[str], variants: Sequence[str]) -> list[str]:
     return [name for name in needed if name.partition("/")[0] not in set(folders) - set(chosen)]
 
 
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a path matches a pattern part by part: a "*" must not match "a/../../b"."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
 def tokenizer_of(encoder: str) -> str:
     """Return the folder of the tokenizer that belongs to an encoder's."""
     return encoder.replace("text_encoder", "tokenizer")
 
 
-def check_vocabulary(folder: Path) -> None:
-    """Raise CheckpointError unless a tokenizer's folder has a vocabulary."""
-    if not any((existing_folder(folder) / name).exists() for name in VOCABULARIES):
-        raise CheckpointError(f"{folder} has no vocabulary: {', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}")
-
-
-def existing_folder(folder: Path) -> Path:
-    """Return a folder of a checkpoint; raises CheckpointError if it does not exist."""
-    if not folder.is_dir():
-        raise CheckpointError(f"the checkpoint has no folder {folder}")
-    return folder
+def check_file_name(name: object, source: Path) -> None:
+    """Raise CheckpointError unless a name that a file holds is that of a file beside it."""
+    if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or set("/\\") & set(name):
+        raise CheckpointError(f"{source} names the file {str(name)[:80]!r}, which is not a name without a folder")

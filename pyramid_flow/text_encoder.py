@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from pyramid_flow.errors import CheckpointError
-from pyramid_flow.layout import TextLayout, check_vocabulary, existing_folder, tokenizer_of
+from pyramid_flow.layout import TextLayout, tokenizer_of
 from pyramid_flow.placement import execution_device
 from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS, TextEmbedding
-from pyramid_flow.weight_files import stored_tensors
+from pyramid_flow.text_folders import check_encoder, check_tokenizer
 
 
 class TextEncoder(nn.Module):
@@ -90,9 +90,11 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    check_vocabulary(folder)
+    check_tokenizer(folder)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (KeyError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     return tokenizer
@@ -100,14 +102,13 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _load(cls: type[PreTrainedModel], folder: Path, torch_dtype: torch.dtype) -> PreTrainedModel:
     """Load an encoder strictly; transformers accepts CLIP keys with and without the `text_model.` prefix."""
-    if not (existing_folder(folder) / "config.json").exists():
-        raise CheckpointError(f"{folder} has no config.json")
-    stored_tensors(folder)
+    check_encoder(folder)
     try:
         loaded: Any = cls.from_pretrained(
             folder,
             dtype=torch_dtype,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed; they raise below

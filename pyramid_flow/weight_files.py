@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pyramid_flow.errors import CheckpointError
-from pyramid_flow.layout import WEIGHT_STEMS
+from pyramid_flow.layout import WEIGHT_STEMS, check_file_name
 
 STORED_DTYPES = {
     "BOOL": torch.bool,
@@ -64,17 +64,29 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for stem in WEIGHT_STEMS:  # not a variant's file beside them, such as model.fp16.safetensors
-        index, file = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} has no weight_map")
-            return [folder / name for name in sorted(set(weight_map.values()))]
-        if file.exists():
+    # Both indices are checked, as the library that loads the folder chooses by itself.
+    listed = {stem: _listed_files(folder / f"{stem}.safetensors.index.json") for stem in WEIGHT_STEMS}
+    for stem, files in listed.items():  # not a variant's file beside them, such as model.fp16.safetensors
+        if files is not None:
+            return files
+        if (file := folder / f"{stem}.safetensors").exists():
             return [file]
     pickled = ", only pickled weights (*.bin), which are never read" if any(folder.glob("*.bin")) else ""
     raise CheckpointError(f"{folder} has no safetensors file{pickled}")
+
+
+def _listed_files(index: Path) -> list[Path] | None:
+    """Return the weight files that an index names; None if there is no index."""
+    if not index.exists():
+        return None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map")
+    for name in weight_map.values():
+        check_file_name(name, index)
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names the file {name!r}, which is not a .safetensors file")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def _tensors_of(file: Path) -> dict[str, StoredTensor]:

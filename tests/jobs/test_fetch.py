@@ -126,6 +126,10 @@ def test_the_other_family_has_a_third_encoder(variants):
         ("vae/config.json", False),
         ("model_index.json", False),
         ("../tokenizer/vocab.json", False),
+        ("tokenizer/../../vocab.json", False),
+        ("diffusion_transformer_384p/../../config.json", False),
+        ("diffusion_transformer_../config.json", True),
+        ("tokenizer//vocab.json", False),
     ],
 )
 def test_files_are_chosen_by_folder_and_kind(name, needed):

@@ -89,3 +89,10 @@ def test_another_kind_of_model_is_refused(clip, tmp_path, text, message):
     (folder / "config.json").write_text(text)
     with pytest.raises(ImageTextError, match=message):
         check_model(str(folder))
+
+
+def test_a_folder_with_an_adapter_is_refused(clip, tmp_path):
+    folder = shutil.copytree(clip, tmp_path / "clip")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "megatron_core": "planted"}')
+    with pytest.raises(ImageTextError, match="holds an adapter"):
+        check_model(str(folder))

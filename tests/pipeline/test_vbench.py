@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import vbench
+from pipeline.faults import StorageError
 from pipeline.storage import Storage
 
 
@@ -82,6 +83,13 @@ def test_a_video_is_linked_once(folder, output):
         vbench.place(output, "videos/ab/ab.mp4", target)
         assert target.samefile(Path(output.root) / "videos/ab/ab.mp4")
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_path_in_the_ledger_leads_nowhere_out_of_the_output(folder, output, tmp_path):
+    (tmp_path / "private").write_bytes(b"secret")
+    with pytest.raises(StorageError, match=r"has a '\.' or '\.\.' part"):
+        vbench.place(output, os.path.relpath(tmp_path / "private", vbench.local_path(output)), folder / "a fox-0.mp4")
+    assert not (folder / "a fox-0.mp4").exists()
 
 
 def test_a_video_is_copied_where_there_are_no_links_and_only_once(folder, output, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,71 @@ def test_an_index_without_a_map_is_named(folder):
     index.write_text("{}")
     with pytest.raises(CheckpointError, match=index.name):
         Checkpoint.open(folder).check()
+
+
+ELSEWHERE = ["../outside.safetensors", "/etc/outside.safetensors", "..", "", "a\\b.safetensors", "a.bin", 7, None]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("index", [f"{DIT}/{WEIGHTS}.index.json", "text_encoder/model.safetensors.index.json"])
+def test_an_index_names_only_weight_files_of_its_folder(folder, name, index):
+    weights = folder / index.removesuffix(".index.json")
+    shutil.copy(weights, folder / "outside.safetensors")
+    names = dict.fromkeys(load_file(weights), name)
+    (folder / index).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CheckpointError, match=r"index\.json names the file"):
+        Checkpoint.open(folder).check()
+
+
+def test_an_index_that_only_transformers_reads_is_checked(folder):
+    encoder = folder / "text_encoder"
+    (encoder / "model.safetensors").rename(encoder / WEIGHTS)
+    index = {"weight_map": dict.fromkeys(load_file(encoder / WEIGHTS), "../outside.safetensors")}
+    (encoder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        CheckpointError, match=r"names the file .\.\./outside\.safetensors., which is not a name"
+    ):
+        Checkpoint.open(folder).load_text_encoder(torch.float32, "cpu")
+
+
+def test_an_adapter_in_the_folder_of_a_text_encoder_is_refused(folder):
+    (folder / "text_encoder_2/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match="text_encoder_2 holds an adapter"):
+        Checkpoint.open(folder).check()
+    with pytest.raises(CheckpointError, match="text_encoder_2 holds an adapter"):
+        Checkpoint.open(folder).load_text_encoder(torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("key", ["vocab_file", "merges_file", "tokenizer_file"])
+@pytest.mark.parametrize("name", ["../tokenizer_2/tokenizer.json", "/etc/passwd"])
+def test_a_tokenizer_names_only_files_of_its_folder(folder, key, name):
+    edit_json(folder / "tokenizer/tokenizer_config.json", **{key: name})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json names the file"):
+        Checkpoint.open(folder).check()
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        (
+            "tokenizer/tokenizer_config.json",
+            {"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["planted.T"] * 2}},
+        ),
+        ("tokenizer/config.json", {"model_type": "custom", "auto_map": {"AutoConfig": "planted.C"}}),
+        ("text_encoder/config.json", {"auto_map": {"AutoModel": "planted.M", "AutoConfig": "planted.C"}}),
+        (f"{DIT}/config.json", {"auto_map": {"AutoModel": "planted.M"}}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_code_in_a_checkpoint_is_never_run(folder, tmp_path, monkeypatch, file, values):
+    monkeypatch.setattr("builtins.input", lambda question: "y")  # a terminal is asked, too
+    path, ran = folder / file, tmp_path / "ran"
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    (path.parent / "planted.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise SystemExit\n")
+    with suppress(CheckpointError):
+        load(folder, DIT)
+        Checkpoint.open(folder).load_text_encoder(torch.float32, "cpu")
+    assert not ran.exists()
 
 
 def test_a_file_of_another_variant_beside_the_weights_is_ignored(folder):
