@@ -268,9 +268,7 @@ def test_an_index_that_only_transformers_reads_is_checked(folder):
     (encoder / "model.safetensors").rename(encoder / WEIGHTS)
     index = {"weight_map": dict.fromkeys(load_file(encoder / WEIGHTS), "../outside.safetensors")}
     (encoder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        CheckpointError, match=r"names the file .\.\./outside\.safetensors., which is not a name"
-    ):
+    with pytest.raises(CheckpointError, match=r"names the file .\.\./outside\.safetensors., which is not a name"):
         Checkpoint.open(folder).load_text_encoder(torch.float32, "cpu")
 
 
