@@ -116,8 +116,12 @@ def _multipart(content_type: str, body: bytes) -> tuple[dict[str, list[str]], di
     texts: dict[str, list[str]] = {}
     files: dict[str, list[bytes]] = {}
 
+    num_fields = 0
+
     def add(values: dict[str, list[Any]], name: bytes | None, value: object) -> None:
-        if sum(map(len, (*texts.values(), *files.values()))) >= MAX_FIELDS:
+        nonlocal num_fields
+        num_fields += 1
+        if num_fields > MAX_FIELDS:
             raise APIError(400, "invalid_body", f"the form has more than {MAX_FIELDS} fields")
         values.setdefault((name or b"").decode(), []).append(value)
 
