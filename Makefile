@@ -10,7 +10,7 @@ SOUND := -c 'import sys; sys.exit(sys.version_info < (3, 11) or sys.prefix == sy
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-integration test-slow test-all coverage lint format toy clean
+.PHONY: help demo serve test test-integration test-slow test-all coverage lint format lock toy clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,19 @@ lint: .venv/.test-installed ## ruff and mypy, changing nothing
 format: .venv/.test-installed ## let ruff mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Versions and hashes of the image's packages, wheels only. torch and its CUDA libraries have a file of their own, as an
+# image without GPUs takes another build of torch.
+LOCK := docs/deploy
+lock: .venv/.installed ## the newest versions of the image's packages, with hashes, into docs/deploy/*.lock
+	$(PIP) install --quiet 'uv>=0.13'
+	@mkdir -p outputs
+	$(BIN)/uv --no-config --no-python-downloads pip compile --quiet --no-header --no-annotate --generate-hashes \
+		--only-binary :all: --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+		--extra c2pa --extra postgres --extra s3 --extra train --output-file outputs/full.lock --upgrade \
+		pyproject.toml $(LOCK)/requirements.in
+	awk '/^[a-z]/ { gpu = /^(torch|triton|nvidia-|cuda-)/ } { print > ("$(LOCK)/" (gpu ? "torch" : "requirements") ".lock") }' \
+		outputs/full.lock
 
 # Every step goes on where it was stopped. Hours on 2 cores; the weights in the package were made this way.
 TOY := outputs/toy

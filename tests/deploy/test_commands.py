@@ -62,7 +62,7 @@ def test_there_are_commands_to_check():
     assert "rayjob.yaml" in {where for where, _ in calls("pyramid-render")}
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path.suffix != ".lock"], ids=lambda path: path.name)
 def test_no_file_holds_a_secret(path):
     assert found(path.read_text()) == []
 
