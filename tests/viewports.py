@@ -1,11 +1,11 @@
-"""How pages are looked at: sizes of their windows, and what is expected of them."""
+"""Windows of the browser tests, and assertions that wait."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+DESK, PHONE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}, {"width": 320, "height": 640}
 
 
 def expect(shown: "Page | Locator") -> Any:

@@ -15,7 +15,7 @@ const form = new Form((video) => {
   videos.put(video);
   select(video);
 });
-const player = new Player(videos, { settings: form.settings, labels: form.label, use: (video) => form.use(video) });
+const player = new Player(videos, form);
 const gallery = new Gallery(videos, (video) => select(video));
 
 function select(video, scroll = true) {

@@ -1,152 +1,96 @@
-// A field of the form, built from its schema in the API's description.
+// Fields of the form, built from their schemas in the API's description.
 
 import { create } from "./dom.js";
-import { duration, nameOf, size } from "./format.js";
+import { duration, nameOf, seconds, size } from "./format.js";
 
 const LABELS = {
   fps: "Frames per second",
   input_reference: "First frame",
   num_frames: "Duration",
-  num_inference_steps: "Steps, first frame",
-  video_num_inference_steps: "Steps, video",
+  num_inference_steps: "Steps",
+  video_num_inference_steps: "Video steps",
 };
-const PRESET_SECONDS = [1, 2, 5, 10];
+const USUAL_SECONDS = [1, 2, 5, 10];
 const MAX_CHOICES = 4; // shown side by side
 
 export const labelOf = (name) => LABELS[name] ?? nameOf(name);
 
-/** Base of all fields: a label, a control, a hint and an error; `initial` is what the service assumes. */
-class Field {
-  /** element: holds the field; control: has the focus and is described by the hint and the error. */
-  constructor(name, schema, control, { isGroup = false } = {}) {
+/** A label, a control, a hint and an error. `initial` stands for what the service assumes, and is not sent. */
+export class Field {
+  constructor(name, schema, control, { initial = "", isGroup = false, isList = false } = {}) {
+    Object.assign(this, { name, control, initial, isList });
     const id = `field-${name}`;
-    Object.assign(this, { name, control, id });
-    this.hint = schema.description ? create("p", { className: "hint", id: `${id}-hint` }, schema.description) : null;
-    this.message = create("p", { className: "error", id: `${id}-error` });
-    this.label = create(isGroup ? "legend" : "label", isGroup ? {} : { htmlFor: id }, labelOf(name));
-    this.element = create(isGroup ? "fieldset" : "div", { className: "field" }, this.label);
+    const label = create(isGroup ? "legend" : "label", isGroup ? {} : { htmlFor: id }, labelOf(name));
+    this.hint = create("p", { className: "hint", id: `${id}-hint` }, schema.description ?? "");
+    this.error = create("p", { className: "error", id: `${id}-error` });
+    this.element = create(isGroup ? "fieldset" : "div", { className: "field" }, label, control, this.hint, this.error);
     this.element.dataset.name = name;
-    if (!isGroup) control.id = id;
-    this.element.append(control, ...(this.hint ? [this.hint] : []), this.message);
-    this.described = isGroup ? this.element : control;
-    this.#describe();
     this.element.addEventListener("input", () => this.showError(""));
+    this.described = isGroup ? this.element : control;
+    this.described.id = id;
+    this.showError("");
   }
 
-  #describe() {
-    const ids = [this.hint, this.message.textContent ? this.message : null].filter(Boolean).map((each) => each.id);
-    if (ids.length) this.described.setAttribute("aria-describedby", ids.join(" "));
-    else this.described.removeAttribute("aria-describedby");
+  get value() {
+    return this.control.inputMode ? this.control.value.trim() : this.control.value;
   }
 
-  showError(text) {
-    if (this.message.textContent === text) return;
-    this.message.textContent = text;
-    this.#describe();
-    if (text) this.described.setAttribute("aria-invalid", "true");
-    else this.described.removeAttribute("aria-invalid");
-  }
-
-  focus() {
-    this.control.focus();
+  set value(value) {
+    this.control.value = value;
+    if (this.control.options && this.control.value !== value) this.control.append(new Option(value, value, true, true));
   }
 
   get isEmpty() {
     return !this.value.trim();
   }
 
+  /** Show what the service assumes for an empty field. */
+  assume(value) {
+    this.control.placeholder = [value ?? "Automatic"].flat().join(", ");
+  }
+
+  showError(text) {
+    this.error.textContent = text;
+    const texts = [this.hint, this.error].filter((each) => each.textContent);
+    this.described.setAttribute("aria-describedby", texts.map((each) => each.id).join(" "));
+    this.described.setAttribute("aria-invalid", String(text !== ""));
+  }
+
+  focus() {
+    this.control.focus();
+  }
+
   reset() {
     this.value = this.initial;
   }
 
-  /** Take over a value of a video; null: what the service assumes. */
+  /** Take over a value of a video. */
   write(value) {
-    this.value = value === null || value === undefined ? this.initial : String(value);
+    this.value = value === null ? this.initial : [value].flat().join(", ");
   }
 
-  /** Names and values for the request: none for what the service assumes anyway. */
+  /** Names and values for the request. */
   entries() {
-    return this.value === this.initial ? [] : [[this.name, this.value]];
-  }
-}
-
-class TextField extends Field {
-  constructor(name, schema, initial = "") {
-    super(name, schema, create("textarea", { rows: 2, value: initial }));
-    this.initial = initial;
-  }
-
-  get value() {
-    return this.control.value;
-  }
-
-  set value(text) {
-    this.control.value = text;
-  }
-}
-
-/** A number, or numbers separated by commas where the schema has a list. */
-class NumberField extends Field {
-  constructor(name, schema, kinds, assumed) {
-    const isWhole = kinds.every((kind) => (kind.items ?? kind).type === "integer");
-    super(name, schema, create("input", { type: "text", inputMode: isWhole ? "numeric" : "decimal" }));
-    this.initial = "";
-    this.isList = kinds.some((kind) => kind.type === "array");
-    this.assume(assumed);
-  }
-
-  /** Show what the service assumes for an empty field. */
-  assume(value) {
-    this.control.placeholder = value === undefined || value === null ? "Automatic" : [value].flat().join(", ");
-  }
-
-  get value() {
-    return this.control.value.trim();
-  }
-
-  set value(text) {
-    this.control.value = text.replaceAll(",", ", ");
-  }
-
-  entries() {
-    const parts = this.value.split(/[\s,]+/).filter(Boolean);
-    return this.isList && parts.length > 1 ? parts.map((part) => [`${this.name}[]`, part]) : super.entries();
-  }
-}
-
-class SelectField extends Field {
-  constructor(name, schema, options, initial) {
-    super(name, schema, create("select", {}));
-    this.control.append(...options.map(([value, text]) => new Option(text, value)));
-    this.initial = initial ?? options[0][0];
-    this.reset();
-  }
-
-  get value() {
-    return this.control.value;
-  }
-
-  set value(value) {
-    this.control.value = value;
-    if (this.control.value !== value) this.control.append(new Option(value, value, true, true)); // the service refuses it
+    if (this.value === this.initial) return [];
+    const parts = this.isList ? this.value.split(/[\s,]+/).filter(Boolean) : [];
+    return parts.length > 1 ? parts.map((part) => [`${this.name}[]`, part]) : [[this.name, this.value]];
   }
 }
 
 /** A few values side by side. */
 class ChoiceField extends Field {
   constructor(name, schema, options, initial) {
-    const radios = options.map(([value, text]) => {
-      const radio = create("input", { type: "radio", name: `choice-${name}`, value });
-      return create("label", { className: "choice" }, radio, create("span", {}, text));
-    });
-    super(name, schema, create("div", { className: "choices" }, ...radios), { isGroup: true });
-    this.radios = radios.map((label) => label.firstChild);
-    this.initial = initial;
+    const radios = options.map(([value]) => create("input", { type: "radio", name: `choice-${name}`, value }));
+    const labels = options.map(([, text], number) =>
+      create("label", { className: "choice" }, radios[number], create("span", {}, text)),
+    );
+    super(name, schema, create("div", { className: "choices" }, ...labels), { initial, isGroup: true });
+    this.radios = radios;
     this.reset();
   }
 
   get value() {
-    return this.radios.find((radio) => radio.checked)?.value ?? this.initial;
+    return this.radios?.find((radio) => radio.checked)?.value ?? this.initial;
   }
 
   set value(value) {
@@ -154,38 +98,37 @@ class ChoiceField extends Field {
   }
 
   focus() {
-    (this.radios.find((radio) => radio.checked) ?? this.radios[0]).focus();
+    this.radios.find((radio) => radio.checked)?.focus();
   }
 }
 
 /** A length in frames, shown in seconds, with buttons for the usual ones. */
-class DurationField extends SelectField {
-  constructor(name, schema, lengths, initial, fps) {
-    super(name, schema, lengths.map((count) => [String(count), duration(count, fps)]), initial);
-    const usual = new Set(PRESET_SECONDS.map((wanted) => lengths.find((count) => count - 1 >= wanted * fps)));
-    const shown = lengths.filter((count) => count === 1 || usual.has(count) || count === lengths.at(-1));
+class DurationField extends Field {
+  constructor(name, schema, control, initial, lengths, fps) {
+    super(name, schema, control, { initial });
+    const usual = USUAL_SECONDS.map((wanted) => lengths.find((count) => count - 1 >= wanted * fps));
+    const shown = lengths.filter((count) => [1, lengths.at(-1), ...usual].includes(count));
     this.buttons = shown.map((count) => {
-      const text = count === 1 ? "Still" : `${Number(((count - 1) / fps).toFixed(1))} s`;
-      const press = () => {
-        this.value = String(count);
-        this.element.dispatchEvent(new Event("input", { bubbles: true }));
-      };
-      return create("button", { type: "button", value: String(count), onclick: press }, text);
+      const text = count === 1 ? "Still" : `${Number(seconds(count, fps).toFixed(1))} s`;
+      return create("button", { type: "button", value: count, onclick: () => this.#press(count) }, text);
     });
-    const group = create("div", { className: "presets", role: "group", "aria-label": "Usual durations" });
-    group.append(...this.buttons);
-    this.control.after(group);
-    this.control.addEventListener("change", () => this.#mark());
+    control.after(create("div", { className: "presets", role: "group", "aria-label": "Usual durations" }, ...this.buttons));
+    control.addEventListener("change", () => this.#mark());
+    this.reset();
+  }
+
+  reset() {
+    this.write(this.initial);
+  }
+
+  write(value) {
+    super.write(value);
     this.#mark();
   }
 
-  get value() {
-    return super.value;
-  }
-
-  set value(value) {
-    super.value = value;
-    if (this.buttons) this.#mark();
+  #press(count) {
+    this.write(count);
+    this.control.dispatchEvent(new Event("input", { bubbles: true }));
   }
 
   #mark() {
@@ -193,27 +136,42 @@ class DurationField extends SelectField {
   }
 }
 
-export { Field };
-
 /**
  * Build the field of a property.
  *
- * assumed: what the service assumes if the field is left out; fps: of the model; isMain: room for several choices.
+ * assumed: what the service assumes if the field is left out; fps: of the model; isMain: has room for several choices.
  */
 export function fieldFor(name, schema, { assumed, fps, isMain }) {
   const kinds = (schema.anyOf ?? schema.oneOf ?? [schema]).filter((kind) => kind.type !== "null");
   const initial = assumed ?? schema.default ?? null;
-  const values = kinds.flatMap((kind) => kind.enum ?? []);
-  if (name === "num_frames" && values.length) return new DurationField(name, schema, values, String(initial), fps);
-  if (values.length || kinds.some((kind) => kind.type === "boolean")) {
-    const options = values.length
-      ? values.map((each) => [String(each), name === "size" ? size(each) : nameOf(String(each))])
-      : [["true", "Yes"], ["false", "No"]];
+  const values = kinds.flatMap((kind) => kind.enum ?? (kind.type === "boolean" ? [true, false] : []));
+  if (values.length) {
+    const options = values.map((each) => [String(each), optionText(name, each, fps)]);
     if (initial === null) options.unshift(["", "Automatic"]);
-    const Kind = isMain && name !== "size" && options.length <= MAX_CHOICES ? ChoiceField : SelectField;
-    return new Kind(name, schema, options, initial === null ? "" : String(initial));
+    const first = String(initial ?? "");
+    const isShort = isMain && values.every(isNaN) && name !== "size" && options.length <= MAX_CHOICES;
+    if (isShort) return new ChoiceField(name, schema, options, first);
+    const control = create("select", {}, ...options.map(([value, text]) => new Option(text, value)));
+    control.value = first;
+    return name === "num_frames"
+      ? new DurationField(name, schema, control, first, values, fps)
+      : new Field(name, schema, control, { initial: first });
   }
-  const isNumber = (kind) => ["integer", "number"].includes((kind.items ?? kind).type);
-  if (kinds.length && kinds.every(isNumber)) return new NumberField(name, schema, kinds, initial);
-  return new TextField(name, schema, initial === null ? "" : String(initial));
+  const types = kinds.map((kind) => kind.items?.type ?? kind.type);
+  if (types.every((type) => type === "integer" || type === "number")) {
+    const inputMode = types.includes("number") ? "decimal" : "numeric";
+    const control = create("input", { inputMode, autocomplete: "off" });
+    const field = new Field(name, schema, control, { isList: kinds.some((kind) => kind.type === "array") });
+    field.assume(initial);
+    return field;
+  }
+  const text = String(initial ?? "");
+  return new Field(name, schema, create("textarea", { rows: 2, value: text }), { initial: text });
+}
+
+function optionText(name, value, fps) {
+  if (name === "size") return size(value);
+  if (name === "num_frames") return duration(value, fps);
+  if (typeof value === "boolean") return value ? "Yes" : "No";
+  return nameOf(value);
 }

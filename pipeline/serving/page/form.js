@@ -12,7 +12,6 @@ const LEFT_OUT = ["model", "id", "height", "width", "seconds", "image_reference"
 const ONLY = { [PICTURE]: "image", image_fit: "image", guidance_scale: "text" }; // fields of one tab
 const SET_BY_QUALITY = ["num_inference_steps", "video_num_inference_steps", "skip_last_step", "guided_share"];
 const ASSUMED = { quality: "standard", priority: "interactive" }; // where the schema has no default
-const NOT_SETTINGS = LEFT_OUT.filter((name) => name !== "model");
 
 export class Form {
   #fields = new Map();
@@ -54,7 +53,8 @@ export class Form {
     for (const name of [...MAIN.filter((each) => names.includes(each)), ...names]) {
       if (this.#fields.has(name)) continue;
       const isMain = MAIN.includes(name);
-      const property = { ...schema.properties[name], ...(isMain && { description: "" }) }; // these explain themselves
+      const property = { ...schema.properties[name] };
+      if (isMain) delete property.description; // these explain themselves
       const options = { assumed: assumed[name], fps: model.fps, isMain };
       const field = name === PICTURE ? new PictureField(name, property) : fieldFor(name, property, options);
       this.#fields.set(name, field);
@@ -68,8 +68,10 @@ export class Form {
   label = labelOf;
 
   /** Names of a video's settings: all that a request can have. */
-  settings = (video) =>
-    Object.keys(this.#properties).filter((name) => !NOT_SETTINGS.includes(name) && (video[name] ?? null) !== null);
+  settings(video) {
+    const names = Object.keys(this.#properties).filter((name) => name === "model" || !LEFT_OUT.includes(name));
+    return names.filter((name) => (video[name] ?? null) !== null);
+  }
 
   /** Copy the settings of a video. */
   use(video) {

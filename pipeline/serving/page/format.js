@@ -18,7 +18,7 @@ export function elapsed(total) {
   return whole < 3600 ? `${Math.floor(whole / 60)} min ${rest} s` : `${(whole / 3600).toFixed(1)} h`;
 }
 
-export function value(field, video) {
+export function valueOf(field, video) {
   const given = video[field];
   if (field === "seed") return video.seed_text;
   if (field === "size") return size(given);

@@ -1,6 +1,6 @@
 // The gallery: a card per video, in the order of `Videos`, changed in place.
 
-import { videoPath } from "./api.js";
+import { service, videoPath } from "./api.js";
 import { byId, create, notify } from "./dom.js";
 import { duration, size } from "./format.js";
 import { hasEnded } from "./videos.js";
@@ -25,6 +25,7 @@ export class Gallery {
     videos.addEventListener("removed", ({ detail }) => this.#remove(detail.id));
     videos.addEventListener("cleared", () => this.#clear());
     videos.addEventListener("listed", () => this.#note());
+    service.addEventListener("restored", () => this.#reload());
   }
 
   mark(id) {
@@ -67,6 +68,13 @@ export class Gallery {
       src: videoPath(video.id, "/content?variant=thumbnail"),
       onerror: () => this.videos.refresh(video.id), // deleted elsewhere?
     });
+  }
+
+  /** Load the pictures again that a lost connection has cut off. */
+  #reload() {
+    for (const image of this.list.querySelectorAll("img")) {
+      if (image.complete && !image.naturalWidth) image.src = image.getAttribute("src");
+    }
   }
 
   #remove(id) {

@@ -8,7 +8,7 @@ const TYPES = "image/png,image/jpeg,image/webp,image/gif,image/bmp,image/tiff";
 
 export class PictureField extends Field {
   constructor(name, schema) {
-    const input = create("input", { type: "file", accept: TYPES, className: "hidden-label" });
+    const input = create("input", { type: "file", accept: TYPES, className: "unseen" });
     super(name, schema, input);
     this.note = create("span", {}, "Choose, drop or paste a picture");
     this.preview = create("img", { alt: "Preview of the first frame", hidden: true });

@@ -1,28 +1,43 @@
-// The player: the selected video while it is queued, made and done, with its settings and actions.
+// The player: the selected video while it waits, while it is made and when it is done, with settings and actions.
 
 import { call, now, service, videoPath } from "./api.js";
 import { byId, create, notify } from "./dom.js";
-import { elapsed, nameOf, settingsJson, value } from "./format.js";
+import { elapsed, settingsJson, valueOf } from "./format.js";
 import { hasEnded } from "./videos.js";
 
 const HINT = "Your video plays here while it is made.";
-const FAILED = "Select “Use settings” to try again. If it fails again, send the video ID below to the operator.";
+const NOTES = {
+  queued: "The video starts when it is its turn.",
+  in_progress: "The picture appears here when it is done.",
+  failed: "This video could not be made.",
+  cancelled: "This video was cancelled.",
+};
+const ADVICE = "Select “Use settings” to try again. If it fails again, send the video ID below to the operator.";
+const GONE = "This video no longer exists: it was deleted, or its time was over.";
 const isCalm = matchMedia("(prefers-reduced-motion: reduce)");
 
+const STATES = {
+  queued: ({ position }) =>
+    position ? `In the queue, ${position} ${position === 1 ? "video" : "videos"} ahead` : "Next in the queue",
+  in_progress: () => "Making the video",
+  completed: (video) => `Finished in ${elapsed(video.completed_at - video.created_at)}`,
+  failed: ({ error }) => `Failed: ${error.message}`,
+  cancelled: () => "Cancelled",
+};
+
 export class Player {
-  #file = null; // what the stage shows: an id and "stream", "content" or a status
+  #staged = null; // what is on the stage: a video's id and the file, or its status
   video = null;
 
-  /** settings: returns the names of a video's settings; use: copies them into the form. */
-  constructor(videos, { settings, labels, use }) {
-    Object.assign(this, { videos, settings, labels });
-    this.stage = byId("stage");
-    byId("use").addEventListener("click", () => use(this.video));
+  /** form: names and labels the settings of a video, and takes them over. */
+  constructor(videos, form) {
+    Object.assign(this, { videos, form, stage: byId("stage") });
+    byId("use").addEventListener("click", () => form.use(this.video));
     byId("copy").addEventListener("click", () => this.#copy());
     byId("cancel").addEventListener("click", () => this.#cancel());
     byId("delete").addEventListener("click", () => this.#delete());
     videos.addEventListener("changed", ({ detail }) => detail.video.id === this.video?.id && this.show(detail.video));
-    videos.addEventListener("removed", ({ detail }) => this.#forget(detail.id));
+    videos.addEventListener("removed", ({ detail }) => this.#forget(detail.id, GONE));
     service.addEventListener("restored", () => this.#reload());
     setInterval(() => this.#tick(), 1000);
     this.show(null);
@@ -33,141 +48,98 @@ export class Player {
     this.video = video;
     byId("shown").hidden = !video;
     document.title = video && !hasEnded(video) ? `${video.progress} % · pyramid-render` : "pyramid-render";
-    if (!video) return this.#place(null, this.#note(HINT));
-    const state = this.#state(video);
-    if (byId("state").textContent !== state) byId("state").textContent = state; // announced once
-    byId("state").dataset.status = video.status;
-    byId("progress").hidden = hasEnded(video);
+    if (!video) return this.#put(null, () => create("p", {}, HINT));
+    const state = byId("state");
+    const text = STATES[video.status](video);
+    if (state.textContent !== text) state.textContent = text; // is announced once
+    state.dataset.status = video.status;
+    byId("progress").hidden = byId("cancel").hidden = hasEnded(video);
     byId("progress").value = video.progress;
-    byId("cancel").hidden = hasEnded(video);
     byId("download").hidden = video.status !== "completed";
     byId("download").href = videoPath(video.id, "/content");
-    byId("advice").textContent = video.status === "failed" ? FAILED : "";
+    byId("advice").textContent = video.status === "failed" ? ADVICE : "";
     if (isOther) this.#describe(video);
     this.#tick();
-    this.#stageFor(video);
-  }
-
-  #state(video) {
-    switch (video.status) {
-      case "queued":
-        if (!video.position) return "Next in the queue";
-        return `In the queue, ${video.position} ${video.position === 1 ? "video" : "videos"} ahead`;
-      case "in_progress":
-        return "Making the video";
-      case "completed":
-        return `Finished in ${elapsed(video.completed_at - video.created_at)}`;
-      case "failed":
-        return `Failed: ${video.error.message}`;
-      default:
-        return "Cancelled";
-    }
+    this.#fill(video);
   }
 
   #tick() {
-    const video = this.video;
+    const { video } = this;
     if (!video) return;
-    const isGoing = !hasEnded(video);
-    const since = isGoing ? elapsed(now() - video.created_at) : "";
-    byId("elapsed").textContent = video.status === "in_progress" ? `${video.progress} % · ${since}` : since;
+    const text = hasEnded(video) ? "" : elapsed(now() - video.created_at);
+    byId("elapsed").textContent = video.status === "in_progress" ? `${video.progress} % · ${text}` : text;
   }
 
   #describe(video) {
     byId("shown-prompt").textContent = video.prompt;
-    const names = this.settings(video).filter((name) => name !== "prompt" && video[name] !== "");
-    const facts = names.map((name) => [this.labels(name), value(name, video)]);
+    const names = this.form.settings(video).filter((name) => video[name] !== "");
+    const facts = names.map((name) => [this.form.label(name), valueOf(name, video)]);
     facts.push(["Created", new Date(1000 * video.created_at).toLocaleString()], ["Video ID", video.id]);
-    byId("facts").replaceChildren(
-      ...facts.map(([name, text]) => create("div", {}, create("dt", {}, name), create("dd", {}, text))),
-    );
+    const lines = facts.map(([name, text]) => create("div", {}, create("dt", {}, name), create("dd", {}, text)));
+    byId("facts").replaceChildren(...lines);
   }
 
-  #stageFor(video) {
-    const isStill = video.num_frames === 1;
-    if (video.status === "completed") {
-      const source = videoPath(video.id, "/content");
-      const make = () => (isStill ? create("img", { src: source, alt: video.prompt }) : this.#playing(source, true));
-      return this.#place(`${video.id} content`, make);
-    }
-    if (video.status === "in_progress" && !isStill) {
-      return this.#place(`${video.id} stream`, () => this.#playing(videoPath(video.id, "/stream"), false));
-    }
-    const notes = {
-      queued: "The video starts as soon as it is its turn.",
-      in_progress: "The picture appears here when it is done.",
-      failed: "This video could not be made.",
-      cancelled: "This video was cancelled.",
-    };
-    return this.#place(`${video.id} ${video.status}`, this.#note(notes[video.status]));
+  /** Bring to the stage what there is of a video. */
+  #fill({ id, status, num_frames, prompt }) {
+    const isStill = num_frames === 1;
+    const file = status === "completed" ? "content" : status === "in_progress" && !isStill ? "stream" : null;
+    const source = videoPath(id, `/${file}`);
+    if (!file) this.#put(`${id} ${status}`, () => create("p", {}, NOTES[status]));
+    else if (isStill) this.#put(`${id} ${file}`, () => create("img", { src: source, alt: prompt }));
+    else this.#put(`${id} ${file}`, () => this.#play(source, file === "content"));
   }
 
-  /** Put an element on the stage unless it is there; a finished video takes over where the stream was. */
-  #place(file, make) {
-    if (file !== null && this.#file === file) return;
-    const id = this.#file?.split(" ")[0];
+  /** Put an element on the stage unless it is there; a finished video takes over where its stream is. */
+  #put(staged, make) {
+    if (staged && this.#staged === staged) return;
+    const isSame = staged?.split(" ")[0] === this.#staged?.split(" ")[0];
     const old = this.stage.querySelector("video");
-    this.#file = file;
     const element = make();
-    if (old?.currentTime && element.tagName === "VIDEO" && file.startsWith(`${id} `)) {
-      element.autoplay &&= !old.paused || old.ended;
+    this.#staged = staged;
+    if (isSame && old?.currentTime && element.tagName === "VIDEO") {
+      const isPaused = old.paused && !old.ended;
       element.addEventListener("loadedmetadata", () => (element.currentTime = old.currentTime), { once: true });
-      element.addEventListener("seeked", () => this.#file === file && this.#swap(element), { once: true });
-      element.load();
+      const take = () => this.#staged === staged && this.#swap(element, old, isPaused);
+      element.addEventListener("seeked", take, { once: true });
     } else {
-      this.#swap(element);
+      this.#swap(element, old);
     }
   }
 
-  #swap(element) {
-    const old = this.stage.querySelector("video");
+  #swap(element, old, isPaused = isCalm.matches) {
     this.stage.replaceChildren(element);
-    if (element.tagName === "VIDEO" && !element.readyState) {
-      const note = this.#note("The first frames appear here in a moment.")();
-      this.stage.append(note);
-      element.addEventListener("loadeddata", () => note.remove(), { once: true });
+    if (element.tagName === "VIDEO") {
+      if (!isPaused) element.play().catch(() => null); // `autoplay` waits for more of a stream
+      if (!element.readyState) {
+        const note = this.stage.appendChild(create("p", {}, "The first frames appear here in a moment."));
+        element.addEventListener("loadeddata", () => note.remove(), { once: true });
+      }
     }
-    if (old) {
-      old.removeAttribute("src"); // ends its download
-      old.load();
-    }
+    old?.removeAttribute("src"); // ends its download
+    old?.load();
   }
 
-  #note(text) {
-    return () => create("p", { className: "stage-note" }, text);
-  }
-
-  #playing(source, isWhole) {
-    const video = create("video", { controls: true, muted: true, playsInline: true, preload: "auto" });
-    video.setAttribute("aria-label", "Video");
-    video.autoplay = !isCalm.matches;
-    video.loop = isWhole && !isCalm.matches;
-    video.addEventListener("error", () => video.src && this.videos.refresh(this.video?.id));
-    video.src = source;
+  #play(source, isWhole) {
+    const options = { controls: true, muted: true, playsInline: true, loop: isWhole && !isCalm.matches };
+    const video = create("video", { ...options, "aria-label": "Video", src: source });
+    video.addEventListener("error", () => video.src && this.videos.refresh(this.video?.id)); // deleted elsewhere?
     return video;
   }
 
   /** Load a file again that a lost connection has cut off. */
   #reload() {
-    const video = this.stage.querySelector("video");
-    if (video?.error || video?.networkState === HTMLMediaElement.NETWORK_NO_SOURCE) {
-      this.#file = null;
-      this.show(this.video);
-    }
+    if (!this.stage.querySelector("video")?.error) return;
+    this.#staged = null;
+    this.show(this.video);
   }
 
   async #copy() {
-    const text = settingsJson(this.video, this.settings(this.video));
     try {
-      await navigator.clipboard.writeText(text);
-    } catch { // no permission, or http
-      const area = create("textarea", { value: text, className: "hidden-label" });
-      document.body.append(area);
-      area.select();
-      document.execCommand("copy");
-      area.remove();
-      byId("copy").focus();
+      await navigator.clipboard.writeText(settingsJson(this.video, this.form.settings(this.video)));
+      notify("Settings copied as JSON.");
+    } catch {
+      notify("The browser does not allow copying here. Open “Settings of this video”.", { isError: true });
     }
-    notify("Settings copied as JSON.");
   }
 
   #cancel() {
@@ -178,7 +150,8 @@ export class Player {
   async #delete() {
     const { id, prompt } = this.video;
     const dialog = byId("confirm");
-    byId("confirm-text").textContent = `“${prompt}” and its files are removed for good.`;
+    const name = prompt.length > 100 ? `${prompt.slice(0, 100)}…` : prompt;
+    byId("confirm-text").textContent = `“${name}” and its files are removed for good.`;
     dialog.returnValue = "keep";
     dialog.showModal();
     await new Promise((done) => dialog.addEventListener("close", done, { once: true }));
@@ -200,7 +173,7 @@ export class Player {
     }
   }
 
-  #forget(id, message = "This video no longer exists: it was deleted, or its time was over.") {
+  #forget(id, message) {
     if (id !== this.video?.id) return;
     byId("confirm").close();
     this.show(null);

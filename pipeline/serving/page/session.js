@@ -27,8 +27,6 @@ async function enter(session, open) {
   byId("account").hidden = !session.requires_key;
   view.hidden = true;
   studio.hidden = false;
-  focused?.focus();
-  focused = null;
   await open();
 }
 
@@ -49,6 +47,7 @@ async function signIn(open) {
     const { answer } = await call("POST", "v1/session", { api_key: key.value.trim() });
     key.value = "";
     await enter(answer, open);
+    (focused ?? byId("field-prompt"))?.focus();
   } catch (failure) {
     error.textContent = failure.status === 401 ? WRONG_KEY : failure.message;
     key.setAttribute("aria-invalid", "true");
