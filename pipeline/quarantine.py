@@ -13,6 +13,7 @@ from uuid import uuid4
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.redaction import brief
 from pipeline.rows import Batch, Item
 from pipeline.stages import ENCODE, SAMPLE
 from pipeline.stages.stage import Stage
@@ -193,7 +194,7 @@ class Guarded:
         try:
             return self.stage(batch)
         except Exception as error:
-            self._die(rows, str(error))
+            self._die(rows, brief(str(error)))
             raise
 
     def _die(self, rows: list[str], reason: str) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from pipeline.redaction import brief
 from pipeline.rows import Batch, Item
 from pyramid_flow.errors import TeamError
 
@@ -46,11 +47,11 @@ class Stage(ABC):
             error = caught.with_traceback(None)  # whose frames would keep the attempt's tensors while rows are retried
         if isinstance(error, torch.OutOfMemoryError):
             release_memory()
-        rows = [item.row.id for item in items]
+        rows, reason = [item.row.id for item in items], brief(str(error))
         if len(items) > 1:
-            logger.warning("%s: a batch failed (%s), trying its rows alone", self.name, error, extra={"rows": rows})
+            logger.warning("%s: a batch failed (%s), trying its rows alone", self.name, reason, extra={"rows": rows})
             return [self._attempt([item])[0] for item in items]
-        logger.warning("%s: row %s failed: %s", self.name, rows[0], error, extra={"stage": self.name, "rows": rows})
+        logger.warning("%s: row %s failed: %s", self.name, rows[0], reason, extra={"stage": self.name, "rows": rows})
         return [items[0].failed(self.name, error)]
 
     @abstractmethod

@@ -1,12 +1,17 @@
 """Texts without secrets, of limited length, made in linear time from whatever anyone wrote."""
 
+import logging
 import time
 
+import pyarrow as pa
 import pytest
 
 from pipeline.redaction import MAX_MESSAGE, redacted
-from pipeline.rows import RowError
+from pipeline.request import RenderRequest
+from pipeline.rows import Batch, Item, RenderRow, RowError
+from pipeline.stages.stage import Stage
 from pipeline.urls import climbs, is_address, shown
+from pyramid_flow import Preset
 
 LENGTH = 2**18
 LIMIT_S = 10.0
@@ -50,3 +55,20 @@ def test_a_message_of_a_row_is_short_and_holds_no_secret():
     assert error.message.startswith("token=*** xxx")
     assert error.message.endswith("...")
     assert len(error.message) == MAX_MESSAGE
+
+
+class Failing(Stage):
+    name = "encode"
+
+    def process(self, items):
+        raise ValueError("https://h/a.png?X-Amz-Signature=s3cr3t " + "x" * LENGTH)
+
+
+def test_a_log_tells_of_a_failed_row_what_the_ledger_tells(caplog):
+    row = RenderRow(id="a", position="t:0", request=RenderRequest.parse({"prompt": "a"}).resolve(Preset(), "a"))
+    with caplog.at_level(logging.WARNING):
+        done = Failing()(Batch((Item(row),) * 2, pa.table({"own": [1, 2]})))
+    assert done.items[0].row.error.message.startswith("https://h/a.png?*** xxx")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 3
+    assert all("?***" in message and len(message) < 2 * MAX_MESSAGE for message in messages)
