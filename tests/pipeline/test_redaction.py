@@ -4,13 +4,20 @@ import logging
 import time
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from jobs.settings import RenderSettings
+from pipeline.html_report import write_report
+from pipeline.inputs import InputPart
+from pipeline.ledger import Heartbeat, LedgerWriter, claim
 from pipeline.redaction import MAX_MESSAGE, redacted
 from pipeline.request import RenderRequest
-from pipeline.rows import Batch, Item, RenderRow, RowError
+from pipeline.rows import Batch, Item, RenderRow, RowError, ledger_table
 from pipeline.stages.stage import Stage
+from pipeline.storage import Storage
 from pipeline.urls import climbs, is_address, shown
+from pipeline.worklist import RowRules, candidates
 from pyramid_flow import Preset
 
 LENGTH = 2**18
@@ -72,3 +79,24 @@ def test_a_log_tells_of_a_failed_row_what_the_ledger_tells(caplog):
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3
     assert all("?***" in message and len(message) < 2 * MAX_MESSAGE for message in messages)
+
+
+def test_no_file_of_an_output_holds_what_signs_a_url(tmp_path):
+    table, image = (f"https://me:s3cr3t@h/{name}?X-Amz-Signature=s3cr3t" for name in ("t.parquet", "a.png"))
+    storage, part = Storage(str(tmp_path)), InputPart(table, 0, 0, 2)
+    rows = [{"prompt": "a", "image": image}, {"prompt": "a", "image": image, "height": 7}]
+    found = [one for i, row in enumerate(rows) for one in candidates(row, part.position(i), RowRules(Preset()))]
+    writer = LedgerWriter(storage, "r")
+    writer.append(ledger_table(Batch(tuple(Item(one.row) for one in found), pa.table({"own": [1, 2]})), {"run": "r"}))
+    writer.flush()
+    settings = RenderSettings(input=[table], output=str(tmp_path), model="toy", image_root=image)
+    claim(storage, {"settings": settings.record()}, {"dtype": "float32"})
+    Heartbeat(storage, "r", total=1).write("broken", f"InputError: input {table} cannot be read")
+    write_report(storage)
+    names = storage.list()
+    assert {"job.json", "report.html", "runs/r.json"} < set(names)
+    for name in names:
+        data = storage.get(name)
+        text = str(pq.read_table(pa.BufferReader(data)).to_pydict()) if name.endswith(".parquet") else data.decode()
+        assert "t.parquet?***" in text
+        assert "s3cr3t" not in text
