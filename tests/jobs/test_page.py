@@ -228,6 +228,7 @@ def visit(browser, request) -> Iterator[Visit]:
             context.close()
 
 
+on_a_desk = pytest.mark.parametrize("visit", [DESK], ids=["desk"], indirect=True)
 on_a_phone = pytest.mark.parametrize("visit", [PHONE], ids=["phone"], indirect=True)
 """For what does not depend on the window; the narrow one shows what is too wide."""
 
@@ -271,6 +272,7 @@ def expect_playing(page: "Page", path: str) -> None:
     )
 
 
+@on_a_desk
 def test_the_right_key_lets_in_and_no_other(studio, visit):
     page = visit(studio, signs_in=False)
     key = page.get_by_label("API key")
@@ -344,17 +346,10 @@ def test_settings_that_are_copied_make_the_same_video(studio, visit):
     new = studio.jobs[0]
     assert new.id != given.id
     assert {**new.request, "id": None} == {**given.request, "id": None}
-
-
-@on_a_phone
-def test_a_quality_sets_the_steps(studio, visit):
-    studio.ask(num_inference_steps=[3, 2, 1], skip_last_step=True)
-    page = visit(studio)
-    page.get_by_role("button", name="Use settings").click()
-    page.get_by_role("radio", name="Draft").check()
+    page.get_by_role("radio", name="Draft").check()  # a preset: sets the steps anew
     page.get_by_role("button", name="1 s", exact=True).click()
     page.get_by_role("button", name="Make video").click()
-    expect(page.locator("#cards li")).to_have_count(2)
+    expect(page.locator("#cards li")).to_have_count(3)
     assert {"quality": "draft", "num_frames": 25}.items() <= studio.jobs[0].given.items()
     assert not {"num_inference_steps", "skip_last_step"} & studio.jobs[0].given.keys()
 
@@ -384,32 +379,30 @@ def test_a_video_from_an_image(rendering_studio, visit):
     assert max(ImageStat.Stat(change).mean) < 16
 
 
+GIVE = """(target, [event, name, type]) => {
+    const files = new DataTransfer();
+    files.items.add(new File(["data"], name, { type }));
+    const options = { bubbles: true, cancelable: true, dataTransfer: files, clipboardData: files };
+    target.dispatchEvent(new (event === "drop" ? DragEvent : ClipboardEvent)(event, options));
+}"""
+"""Drops or pastes a file."""
+
+
 @on_a_phone
-@pytest.mark.parametrize("event", ["drop", "paste"])
-def test_a_picture_is_dropped_or_pasted(studio, visit, event):
+def test_a_picture_is_dropped_or_pasted(studio, visit):
     page = visit(studio)
-    page.get_by_role("tab", name="Image to video").click()
-    zone = page.locator(".drop")
-    give = """(zone, [event, name, type]) => {
-        const given = new DataTransfer();
-        given.items.add(new File(["data"], name, { type }));
-        const options = { bubbles: true, cancelable: true };
-        const data = event === "drop" ? { dataTransfer: given } : { clipboardData: given };
-        const Kind = event === "drop" ? DragEvent : ClipboardEvent;
-        zone.dispatchEvent(new Kind(event, { ...options, ...data }));
-    }"""
-    if event == "drop":
-        zone.evaluate(give, [event, "notes.txt", "text/plain"])
-        expect(page.get_by_text("This file is not a picture.")).to_be_visible()
-    else:
-        page.get_by_role("tab", name="Text to video").click()
-    zone.evaluate(give, [event, "fox.png", "image/png"])
-    expect(page.get_by_text("fox.png")).to_be_visible()
+    prompt, zone = page.get_by_label("Prompt", exact=True), page.locator(".drop")
+    prompt.evaluate(GIVE, ["paste", "pasted.png", "image/png"])
+    expect(page.get_by_role("tab", name="Image to video")).to_have_attribute("aria-selected", "true")
+    expect(zone).to_have_text("pasted.png")
+    page.get_by_role("button", name="Remove picture").click()
+    zone.evaluate(GIVE, ["drop", "notes.txt", "text/plain"])
+    expect(page.get_by_text("This file is not a picture.")).to_be_visible()
+    zone.evaluate(GIVE, ["drop", "dropped.png", "image/png"])
     expect(page.get_by_text("This file is not a picture.")).to_be_hidden()
+    expect(zone).to_have_text("dropped.png")
     make(page, tab="Image to video")
     expect(page.get_by_label("First frame", exact=True)).to_have_attribute("aria-invalid", "true")  # it does not decode
-    page.get_by_role("button", name="Remove picture").click()
-    expect(page.get_by_text("fox.png")).to_be_hidden()
 
 
 @on_a_phone
@@ -525,17 +518,20 @@ def test_two_tabs_show_the_same_videos(studio, visit):
     page = visit(studio)
     other = visit(studio, window=page.context, signs_in=False)
     expect(other.locator("#cards li")).to_have_count(3)
+    page.bring_to_front()
     page.get_by_role("button", name="Cancel", exact=True).click()
     expect(other.locator("#state")).to_have_text("Cancelled")
     card(page, 1).click()
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(page.locator("#cards li")).to_have_count(2)
+    other.bring_to_front()
     card(other, 1).click()
     other.get_by_role("button", name="Delete").click()
     other.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(other.locator("#cards li")).to_have_count(2)
     other.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as when the tab is looked at again
+    page.bring_to_front()
     make(page, "made in one tab")
     expect(page.locator("#cards li")).to_have_count(3)
     other.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
@@ -605,6 +601,7 @@ def test_an_expired_session_loses_nothing(studio, visit):
     expect(page.get_by_label("API key")).to_be_focused()
 
 
+@on_a_desk
 def test_a_gallery_of_200_videos(studio, visit):
     studio.add_completed(200)
     page = visit(studio)
@@ -642,7 +639,7 @@ def test_nothing_is_too_wide_for_a_narrow_window(studio, visit):
     expect(page.get_by_role("dialog")).to_be_visible()
 
 
-@pytest.mark.parametrize("visit", [DESK], ids=["desk"], indirect=True)
+@on_a_desk
 def test_the_keyboard_is_enough(studio, visit):
     page = visit(studio, signs_in=False)
     keys = page.keyboard
@@ -678,6 +675,7 @@ def test_the_keyboard_is_enough(studio, visit):
     assert {"quality": "draft", "num_frames": 1}.items() <= studio.jobs[0].given.items()
     studio.ask("another one")
     page.reload()
+    expect(card(page, 1)).to_be_visible()
     tab_to(page.get_by_role("link", name="Skip to your videos"))
     keys.press("Enter")
     tab_to(card(page, 1))
@@ -706,7 +704,7 @@ def test_the_policy_allows_own_files_only(studio):
     assert "frame-ancestors 'none'" in policy
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("visit", "scheme"), [(DESK, "light"), (PHONE, "dark")], indirect=["visit"])
 def test_accessibility(studio, visit, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
