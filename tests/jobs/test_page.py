@@ -87,15 +87,13 @@ class Studio:
     def add_completed(self, count: int) -> None:
         """Add finished videos, each a second older than the one before; the first has a hostile prompt."""
         store, result = self.running.service.store, self.result
-        for number in range(count):
-            video = new_video({"prompt": f"fox {number}" if number else HOSTILE}, None, PRESET, "toy")
-            created_at = store.clock() - number
-            times = {"created_at": created_at, "completed_at": created_at + 1}
-            store.add(
-                video.job(
-                    PRESET, owner=OWNER, model="toy", status=Status.COMPLETED, progress=100, result=result, **times
-                )
-            )
+        now = store.clock()
+        with store.writer.begin() as session:
+            for number in range(count):
+                video = new_video({"prompt": f"fox {number}" if number else HOSTILE}, None, PRESET, "toy")
+                times = {"created_at": now - number, "completed_at": now - number + 1}
+                facts = {"status": Status.COMPLETED, "progress": 100, "result": result}
+                session.add(video.job(PRESET, owner=OWNER, model="toy", **facts, **times))
 
 
 @cache

@@ -1,13 +1,13 @@
 // Calls of the API with the session's cookie, and whether the service can be reached.
 
-const TIMEOUT_MS = 60_000;
+const TIMEOUT_MS = 90_000; // longer than the service waits for a body
 const MAX_PROBE_MS = 10_000;
 const GATEWAY_ERRORS = [502, 503, 504]; // of a proxy whose service is away
 
 export class ApiError extends Error {
-  constructor(status, { code = "http_error", message = `HTTP status ${status}`, param = null } = {}, retryAfter = null) {
+  constructor(status, { message = `HTTP status ${status}`, param = null } = {}, retryAfter = null) {
     super(retryAfter ? `${message}; try again in ${retryAfter} s` : message);
-    Object.assign(this, { status, code, param });
+    Object.assign(this, { status, param });
   }
 }
 
@@ -35,7 +35,7 @@ export async function call(method, path, body = undefined, headers = {}) {
     if (GATEWAY_ERRORS.includes(response.status)) throw new TypeError("no service");
   } catch {
     lose();
-    throw new ApiError(0, { code: "connection_lost", message: "The service does not answer. Try again in a moment." });
+    throw new ApiError(0, { message: "The service does not answer. Try again in a moment." });
   }
   restore();
   clockAhead_ms = (Date.parse(response.headers.get("Date")) || Date.now()) - Date.now();

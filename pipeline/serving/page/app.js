@@ -8,8 +8,6 @@ import { Player } from "./player.js";
 import { startSession } from "./session.js";
 import { Videos } from "./videos.js";
 
-const LOST = "Connection lost, retrying …";
-
 const videos = new Videos();
 const form = new Form((video) => {
   videos.put(video);
@@ -42,12 +40,11 @@ async function open() {
   }
 }
 
-let connection = null;
-service.addEventListener("lost", () => {
-  connection = byId("notices").appendChild(document.createElement("p"));
-  connection.className = "notice";
-  connection.textContent = LOST;
-});
-service.addEventListener("restored", () => connection?.remove());
+let lost = null;
+service.addEventListener("lost", () => (lost = notify("Connection lost, retrying …", { shown_ms: 0 })));
+service.addEventListener("restored", () => lost.remove());
 
-startSession(open).catch(() => service.addEventListener("restored", () => location.reload(), { once: true }));
+startSession(open).catch((error) => {
+  if (error.status === 0) service.addEventListener("restored", () => location.reload(), { once: true });
+  else notify(error.message, { isError: true });
+});

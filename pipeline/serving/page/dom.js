@@ -13,13 +13,10 @@ export function create(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Show a message for a while; an error stays until it is dismissed. */
-export function notify(message, { isError = false } = {}) {
-  const notice = create("p", { className: isError ? "notice error" : "notice" }, message);
-  if (isError) {
-    notice.append(create("button", { type: "button", className: "quiet", onclick: () => notice.remove() }, "Dismiss"));
-  } else {
-    setTimeout(() => notice.remove(), 6000);
-  }
-  byId("notices").append(notice);
+/** Show a message for a while; an error stays until it is dismissed. Returns its element. */
+export function notify(message, { isError = false, shown_ms = 6000 } = {}) {
+  const notice = byId("notices").appendChild(create("p", { className: isError ? "notice error" : "notice" }, message));
+  if (isError) notice.append(create("button", { type: "button", onclick: () => notice.remove() }, "Dismiss"));
+  else if (shown_ms) setTimeout(() => notice.remove(), shown_ms);
+  return notice;
 }

@@ -112,7 +112,8 @@ class DurationField extends Field {
       const text = count === 1 ? "Still" : `${Number(seconds(count, fps).toFixed(1))} s`;
       return create("button", { type: "button", value: count, onclick: () => this.#press(count) }, text);
     });
-    control.after(create("div", { className: "presets", role: "group", "aria-label": "Usual durations" }, ...this.buttons));
+    const options = { className: "presets", role: "group", "aria-label": "Usual durations" };
+    control.after(create("div", options, ...this.buttons));
     control.addEventListener("change", () => this.#mark());
     this.reset();
   }

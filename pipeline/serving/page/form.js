@@ -9,7 +9,7 @@ const PICTURE = "input_reference";
 const MAIN = [PICTURE, "prompt", "quality", "size", "num_frames", "guidance_scale", "video_guidance_scale", "seed"];
 // What the page decides by itself, or offers in another way.
 const LEFT_OUT = ["model", "id", "height", "width", "seconds", "image_reference", "num_videos_per_prompt"];
-const ONLY = { [PICTURE]: "image", image_fit: "image", guidance_scale: "text" }; // fields of one tab
+const OF_PICTURES = [PICTURE, "image_fit"];
 const SET_BY_QUALITY = ["num_inference_steps", "video_num_inference_steps", "skip_last_step", "guided_share"];
 const ASSUMED = { quality: "standard", priority: "interactive" }; // where the schema has no default
 
@@ -24,7 +24,7 @@ export class Form {
     this.created = created;
     this.form = byId("tab-panel");
     this.tabs = [...document.querySelectorAll("[role=tab]")];
-    for (const tab of this.tabs) tab.addEventListener("click", () => this.#choose(tab.dataset.mode));
+    for (const tab of this.tabs) tab.addEventListener("click", () => this.#choose(tab.id));
     this.tabs[0].parentElement.addEventListener("keydown", (event) => this.#onKey(event));
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -92,14 +92,14 @@ export class Form {
   }
 
   #choose(mode) {
-    this.#mode = this.form.dataset.mode = mode;
+    this.#mode = mode;
     for (const tab of this.tabs) {
-      const isChosen = tab.dataset.mode === mode;
+      const isChosen = tab.id === mode;
       tab.setAttribute("aria-selected", String(isChosen));
       tab.tabIndex = isChosen ? 0 : -1;
       if (isChosen) this.form.setAttribute("aria-labelledby", tab.id);
     }
-    for (const [name, field] of this.#fields) field.element.hidden = (ONLY[name] ?? mode) !== mode;
+    for (const [name, field] of this.#fields) field.element.hidden = mode === "text" && OF_PICTURES.includes(name);
     const guidance = mode === "image" ? "image_to_video_guidance_scale" : "video_guidance_scale";
     this.#field("video_guidance_scale")?.assume(this.model[guidance]);
   }
@@ -111,7 +111,7 @@ export class Form {
     event.preventDefault();
     const tab = this.tabs.at(steps[event.key] % this.tabs.length);
     tab.focus();
-    this.#choose(tab.dataset.mode);
+    this.#choose(tab.id);
   }
 
   #changed(name) {
@@ -130,11 +130,11 @@ export class Form {
   }
 
   #paste(event) {
-    if (!this.isBuilt || byId("studio").hidden) return;
-    if (![...event.clipboardData.files].some((file) => file.type.startsWith("image/"))) return;
+    const { files, types } = event.clipboardData;
+    if (!files.length || types.includes("text/plain") || !this.isBuilt || byId("studio").hidden) return;
     event.preventDefault();
     this.#choose("image");
-    this.#field(PICTURE).take(event.clipboardData.files);
+    this.#field(PICTURE).take(files);
   }
 
   async #submit() {

@@ -24,9 +24,10 @@ export class PictureField extends Field {
       event.preventDefault();
       this.zone.classList.add("over");
     });
-    for (const type of ["dragleave", "drop"]) this.zone.addEventListener(type, () => this.zone.classList.remove("over"));
+    this.zone.addEventListener("dragleave", () => this.zone.classList.remove("over"));
     this.zone.addEventListener("drop", (event) => {
       event.preventDefault();
+      this.zone.classList.remove("over");
       this.take(event.dataTransfer.files);
     });
   }
@@ -39,16 +40,14 @@ export class PictureField extends Field {
     return !this.file;
   }
 
-  /** Use the first of some files that is a picture; returns whether there is one. */
+  /** Use the first of some files that is a picture. */
   take(files) {
     const picture = [...files].find((file) => file.type.startsWith("image/"));
+    if (!picture) return this.showError("This file is not a picture.");
     const transfer = new DataTransfer();
-    if (picture) transfer.items.add(picture);
-    else this.showError("This file is not a picture.");
-    if (!picture) return false;
+    transfer.items.add(picture);
     this.control.files = transfer.files;
     this.#show();
-    return true;
   }
 
   reset() {
