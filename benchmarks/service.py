@@ -18,7 +18,7 @@ APPLICATION = "load"
 def service(folder: Path, **values: Any) -> ServiceConfig:  # noqa: ANN401 - as ServiceConfig's
     """Return a service that refuses nobody."""
     places = {"database": f"sqlite:///{folder}/videos.db", "output": str(folder / "out")}
-    limits = dict.fromkeys(("max_unfinished", "max_per_minute", "max_queued"), 10**6)
+    limits = dict.fromkeys(("max_unfinished", "max_per_minute", "max_queued", "max_kept"), 10**6)
     return ServiceConfig(allow_anonymous=True, host="127.0.0.1", **places, **limits, **values)
 
 

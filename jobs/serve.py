@@ -119,6 +119,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
         max_queued=settings.max_queued,
         max_unfinished=settings.max_unfinished,
         max_per_minute=settings.max_per_minute,
+        max_kept=settings.max_kept,
         max_attempts=settings.max_attempts,
         retention_s=3600 * settings.retention_h,
         webhook_url=settings.webhook_url,
@@ -202,10 +203,11 @@ def config_file(settings: ServeSettings, config: ServiceConfig) -> str:
 def _without_password(database: str) -> str:
     """Return a database URL that may be written down; PostgreSQL reads the password from PGPASSWORD."""
     url = make_url(database)
-    if url.password is None and "password" not in url.query:
+    secrets = [name for name in url.query if "password" in name.lower()]
+    if url.password is None and not secrets:
         return database
     logger.warning("left out the password of the database: set PGPASSWORD in the cluster's environment")
-    return URL.create(**url.difference_update_query(["password"])._asdict() | {"password": None}).render_as_string()
+    return URL.create(**url.difference_update_query(secrets)._asdict() | {"password": None}).render_as_string()
 
 
 def _serve(settings: ServeSettings, config: ServiceConfig, signals: Signals) -> int:

@@ -11,11 +11,13 @@ _SECRETS = [
     (re.compile(r"(://)[^\s/:@\"']*:[^\s/\"']*@"), r"\1***@"),
     (re.compile(r"(https?://)[^\s/@\"']+@"), r"\1***@"),
     (re.compile(r"\bA(?:KIA|SIA)[A-Z0-9]{12,}"), "***"),
+    (re.compile(r"\bpr-[\w-]{20,}"), "***"),  # keys of our own service
     (
         re.compile(
             r"(?i)(?<![\w-])(?=sig(?![\w-])|[\w-]*?"
-            r"(?:signature|token|secret|password|credential|authorization|access_?key|accountkey))"
-            r"([\w-]++(?:\\*+[\"'])?\s*+[=:]\s*+(?:\\*+[\"'])?(?:bearer |basic )?)[^\s&\"',;]+"
+            r"(?:signature|token|secret|password|credential|authorization|cookie|access_?key|api_?key|accountkey))"
+            r"([\w-]++(?:\\*+[\"'])?\s*+[=:]\s*+(?:\\*+[\"'])?(?:bearer |basic )?)"
+            r"(?:(?<=[\"'])[^\"']*|[^\s&\"',;]+)"
         ),
         r"\1***",
     ),

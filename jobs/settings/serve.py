@@ -92,6 +92,7 @@ class ServeSettings(ClusterSettings):
     max_queued: Count = Field(1000, description="videos that may wait; more are answered 429")
     max_unfinished: Count = Field(100, description="unfinished videos of one key")
     max_per_minute: Count = Field(60, description="requests for videos that one key may send in a minute")
+    max_kept: Count = Field(10_000, description="videos of one key that are kept, with their files")
     max_attempts: Count = Field(3, description="lost workers after which a video fails")
     retention_h: Annotated[float, Field(gt=0)] = Field(24.0, description="hours that a finished video is kept")
 

@@ -1,7 +1,8 @@
 """What requests stand on, and who may ask for what: dependencies of the interface's routes."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from pipeline.serving.keys import Keys
 from pipeline.serving.links import Links
 from pipeline.serving.schemas import APIError
 from pipeline.serving.scrape import Scrape
-from pipeline.serving.sessions import COOKIE, Sessions, check_origin
+from pipeline.serving.sessions import Sessions, check_origin, session_of
 from pipeline.serving.store import Store
 from pipeline.serving.tables import Job
 from pipeline.storage import Storage
@@ -43,8 +44,8 @@ class Service:
 
     keys: who may ask; None = everyone, which is for one's own machine only. links: signs those to files; images: what
     pictures may be fetched; nodes: returns the URLs of the nodes' metrics; names_requests: whether an answer tells the
-    request's id, unless a proxy does; redirects: whether files of videos come from the object store itself; downloads:
-    files that each reader is being sent by this replica; scrape: the metrics as they were last counted.
+    request's id, unless a proxy does; redirects: whether files of videos come from the object store itself. downloads
+    and pictures: files that this replica sends, and pictures that it reads, by whom; scrape: the latest metrics.
     """
 
     store: Store
@@ -59,6 +60,7 @@ class Service:
     names_requests: bool = True
     redirects: bool = False
     downloads: Counter[str] = field(default_factory=Counter)
+    pictures: Counter[str] = field(default_factory=Counter)
     scrape: Scrape = field(default_factory=Scrape)
     polling: Polling = Polling()
 
@@ -90,7 +92,7 @@ async def _owner(request: Request, service: Served, credentials: Credentials) ->
 
 async def _signed_in(request: Request, service: Served) -> str | None:
     """Return the owner of a browser's session, or None."""
-    session_id = request.cookies.get(COOKIE)
+    session_id = session_of(request)
     if session_id is None or service.sessions is None:
         return None
     check_origin(request)
@@ -104,15 +106,6 @@ Owner = Annotated[str, Depends(_owner)]
 """Name of the key that asks."""
 
 
-@dataclass(frozen=True)
-class Reader:
-    """Who reads a file: the owner of its video, or whoever has a signed link to it (owner None)."""
-
-    name: str
-    """Counts against the limit of downloads."""
-    owner: str | None
-
-
 async def _reader(
     request: Request,
     video_id: str,
@@ -121,23 +114,20 @@ async def _reader(
     variant: str | None = None,
     expires: int = 0,
     signature: str | None = None,
-) -> Reader:
+) -> str | None:
+    """Return who asks for a file, None for whoever has a good link to it."""
     path = file_path(video_id, request.url.path.rpartition("/")[2])
     if signature and service.links.is_good(path, variant, expires, signature, service.store.clock()):
-        return Reader(f"link {signature}", None)
-    owner = await _owner(request, service, credentials)
-    return Reader(f"key {owner}", owner)
-
-
-FileReader = Annotated[Reader, Depends(_reader)]
+        return None
+    return await _owner(request, service, credentials)
 
 
 def _own(video_id: str, service: Served, owner: Owner) -> Job:
     return found(service.store.get(video_id, owner), video_id)
 
 
-def _readable(video_id: str, service: Served, reader: FileReader) -> Job:
-    return found(service.store.get(video_id, reader.owner), video_id)
+def _readable(video_id: str, service: Served, reader: Annotated[str | None, Depends(_reader)]) -> Job:
+    return found(service.store.get(video_id, reader), video_id)
 
 
 Own = Annotated[Job, Depends(_own)]
@@ -145,6 +135,19 @@ Own = Annotated[Job, Depends(_own)]
 
 Readable = Annotated[Job, Depends(_readable)]
 """The video whose file a path names, for its owner and for whoever has a signed link to the file."""
+
+
+@contextmanager
+def counted(counts: Counter[str], *names: str) -> Iterator[None]:
+    """Count names for as long as something lasts."""
+    counts.update(names)
+    try:
+        yield
+    finally:
+        counts.subtract(names)
+        for name in names:
+            if not counts[name]:
+                del counts[name]
 
 
 def file_path(video_id: str, name: str) -> str:

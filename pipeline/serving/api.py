@@ -1,7 +1,7 @@
 """The service's HTTP interface: the Videos API dialect over the table of videos. It renders nothing itself."""
 
 import asyncio
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -20,7 +20,7 @@ from pipeline.serving.media import MEDIA_TYPES, file_of, media, video_of
 from pipeline.serving.middleware import LOCAL_HOSTS, OwnPagesOnly, RequestLimits, RequestLog, SecurityHeaders
 from pipeline.serving.openapi import POLLED, description, errors, file
 from pipeline.serving.schemas import APIError, Deleted, Model, ModelList, SessionState, Video, VideoList
-from pipeline.serving.sessions import COOKIE, check_origin, set_cookie
+from pipeline.serving.sessions import check_origin, session_of, set_cookie
 from pipeline.serving.store import BusyError
 from pipeline.serving.tables import Job, Status
 from pipeline.serving.waits import OpenWait
@@ -30,15 +30,16 @@ UNMADE = {"cancelled": 409, "invalid_request": 400}
 """How a request that waits is answered whose video was not made, unless it is the service's fault."""
 NEW = errors(404, 408, 409, 413, 429)
 """What may be wrong with a request for a video."""
+MAX_SIGN_IN_BYTES = 4096
 METRICS_KEY = "metrics"
 """Name of the API key that reads `/metrics`."""
 
 
 def create_app(service: Service) -> FastAPI:
     """Return the interface of a service; without keys it answers to names of this machine only."""
-    app = FastAPI(title="pyramid-render", docs_url=None, redoc_url=None)
+    app = FastAPI(title="pyramid-render", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    app.openapi = partial(description, app, service.preset, service.model)  # type: ignore[method-assign]
+    app.openapi = cache(partial(description, app, service.preset, service.model))  # type: ignore[method-assign]
     for router in (_health, _videos, media):
         app.include_router(router)
     add_page(app, service)
@@ -119,7 +120,7 @@ async def sign_in(request: Request, response: Response, service: Served) -> Sess
         check_origin(request)
     if service.sessions is None:
         return await session(service, None)
-    fields, _ = await body_fields(request)
+    fields, _ = await body_fields(request, MAX_SIGN_IN_BYTES)
     key = fields.get("api_key")
     session_id = await run_in_threadpool(service.sessions.begin, key) if isinstance(key, str) else None
     if session_id is None:
@@ -131,7 +132,7 @@ async def sign_in(request: Request, response: Response, service: Served) -> Sess
 @_videos.delete("/session")
 async def sign_out(request: Request, response: Response, service: Served) -> SessionState:
     """Sign a browser out."""
-    session_id = request.cookies.get(COOKIE)
+    session_id = session_of(request)
     if session_id is not None and service.sessions is not None:
         check_origin(request)
         await run_in_threadpool(service.sessions.end, session_id)
@@ -166,12 +167,11 @@ async def create(request: Request, response: Response, service: Served, owner: O
 @_videos.post("/videos/sync", response_class=Response, responses=file(*MEDIA_TYPES) | NEW | errors(500))
 async def create_and_wait(request: Request, service: Served, owner: Owner) -> Response:
     """Ask for a video and wait for its file; a client that goes away cancels it, unless it was asked for before."""
-    async with await OpenWait.begin(service.store, owner) as wait:
-        job = await _finished(request, service, owner, wait)
-        return await run_in_threadpool(file_of, service, job, f"key {owner}")
+    async with await OpenWait.begin(service.store, owner):
+        return await file_of(service, await _finished(request, service, owner))
 
 
-async def _finished(request: Request, service: Service, owner: str, wait: OpenWait) -> Job:
+async def _finished(request: Request, service: Service, owner: str) -> Job:
     """Return the job that a request asks for once its video is completed; raises APIError if it ends otherwise."""
     creating = asyncio.ensure_future(ask_for_video(request, service, owner))
     try:
@@ -184,7 +184,6 @@ async def _finished(request: Request, service: Service, owner: str, wait: OpenWa
                 code = job.error_code or job.status
                 raise APIError(UNMADE.get(code, 500), code, job.error_message or f"the video was {job.status}")
             await asyncio.sleep(service.polling.events_s)
-            await wait.keep()
     except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
         give_up(service, *(await creating))
         raise

@@ -88,6 +88,7 @@ class ServiceConfig(BaseModel):
     max_queued: int = 1000
     max_unfinished: int = 100
     max_per_minute: int = 60
+    max_kept: int = 10_000
     max_attempts: int = 3
     retention_s: float = 86400.0
     render_s: float = 1800.0
@@ -105,7 +106,7 @@ class ServiceConfig(BaseModel):
     @property
     def limits(self) -> Limits:
         """What may wait."""
-        return Limits(self.max_queued, self.max_unfinished, self.max_per_minute)
+        return Limits(self.max_queued, self.max_unfinished, self.max_per_minute, self.max_kept)
 
 
 def build(

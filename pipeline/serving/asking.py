@@ -12,16 +12,19 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from pipeline.request import hash_of
-from pipeline.serving.access import Service
+from pipeline.serving.access import Service, counted
 from pipeline.serving.creation import REFERENCES, NewVideo, Remix, new_video, remixed
 from pipeline.serving.fields import body_fields
 from pipeline.serving.files import remove_files
 from pipeline.serving.schemas import APIError
+from pipeline.serving.store import BusyError
 from pipeline.serving.tables import Job
 
 logger = logging.getLogger(__name__)
 
 REPLAY_S = 60.0
+MAX_PICTURES = 4
+"""Pictures of one owner that a replica reads at once."""
 
 _with_picture = CapacityLimiter(8)
 """Requests with a picture that are read at once: a slow host takes a minute, which others do not wait."""
@@ -51,14 +54,18 @@ async def ask_for_video(request: Request, service: Service, owner: str) -> tuple
     sender = Sender(owner, request.headers)
     known = await run_in_threadpool(_admit, service, sender)
     fields, upload = await body_fields(request)
-    content = hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
+    content = await run_in_threadpool(_content_of, fields, upload)
     if known is None and sender.is_retry:
         known = await run_in_threadpool(service.store.asked_before, owner, content, REPLAY_S)
     if known is not None:
         return _same(known, content), False
     read = partial(new_video, fields, upload, service.preset, service.model, service.images)
-    limiter = _with_picture if upload is not None or fields.keys() & REFERENCES else None
-    return await to_thread.run_sync(_added, service, sender, content, read, limiter=limiter)
+    if upload is None and not fields.keys() & REFERENCES:
+        return await run_in_threadpool(_added, service, sender, content, read)
+    if service.pictures[owner] >= MAX_PICTURES:
+        raise BusyError("too_many_pictures", f"{MAX_PICTURES} of your pictures are being read", 5)
+    with counted(service.pictures, owner):
+        return await to_thread.run_sync(_added, service, sender, content, read, limiter=_with_picture)
 
 
 async def ask_for_remix(request: Request, service: Service, job: Job) -> Job:
@@ -88,6 +95,10 @@ def give_up(service: Service, job: Job, is_new: bool) -> None:
         service.store.cancel(job.id, job.owner, forget=True)
 
 
+def _content_of(fields: Mapping[str, object], upload: bytes | None) -> str:
+    return hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
+
+
 def _admit(service: Service, sender: Sender) -> Job | None:
     """Count a request; returns the job that an earlier one with the same idempotency key asked for.
 
@@ -115,6 +126,7 @@ def _added(
 
     Returns the job, and whether it is new.
     """
+    service.store.check_room(sender.owner)  # again for one that says it is sent again
     video = read()
     job = video.job(
         service.preset,

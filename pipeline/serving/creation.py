@@ -92,21 +92,18 @@ def new_video(
 ) -> NewVideo:
     """Read the fields of a create call; a seed is drawn if none is given. Raises APIError.
 
-    fields: of a form, where every value is text and lists are called `name[]`, or of JSON; upload: `input_reference`;
+    fields: of a form, where every value is text, or of JSON; upload: `input_reference`;
     images: fetches `image_reference` if it is a URL.
     """
-    known = {
-        name.removesuffix("[]"): value
-        for name, value in fields.items()
-        if value is not None and (value != "" or name in TEXTS)
-    }
+    known = {name: value for name, value in fields.items() if value is not None and (value != "" or name in TEXTS)}
     for name in known.keys() - REQUEST_FIELDS - OWN_FIELDS:
-        raise APIError(400, "unknown_parameter", f"there is no field {name!r}", plain_text(name))
+        raise APIError(400, "unknown_parameter", f"there is no field {name[:80]!r}", plain_text(name[:80]))
     if known.get("model", model) != model:
-        raise APIError(404, "model_not_found", f"there is no model {known['model']!r}, there is {model!r}", "model")
+        asked = str(known["model"])[:80]
+        raise APIError(404, "model_not_found", f"there is no model {asked!r}, there is {model!r}", "model")
     priority = PRIORITIES.get(str(known.get("priority", "interactive")))
     if priority is None:
-        raise invalid(f"priority {known['priority']!r} is not one of {', '.join(PRIORITIES)}", "priority")
+        raise invalid(f"priority {str(known['priority'])[:80]!r} is not one of {', '.join(PRIORITIES)}", "priority")
     values = {name: value for name, value in known.items() if name in REQUEST_FIELDS}
     if values.get("num_videos_per_prompt") not in (None, 1, "1"):
         raise invalid("num_videos_per_prompt is more than 1: ask for each video by itself", "num_videos_per_prompt")

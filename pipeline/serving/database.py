@@ -1,5 +1,7 @@
 """Connections to the service's database: a file of SQLite's, or a PostgreSQL server."""
 
+import json
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -9,6 +11,9 @@ from sqlalchemy.exc import ArgumentError
 from pyramid_flow.errors import PyramidFlowError
 
 FORMS = "sqlite:///FILE or postgresql://USER@HOST/NAME"
+OPTIONS: dict[str, Any] = {"hide_parameters": True, "json_serializer": partial(json.dumps, ensure_ascii=False)}
+"""Prompts stay out of error messages, and take their own length."""
+
 BUSY_TIMEOUT_S = 30
 CACHE_KIB = 256
 """Pages that each of a process's connections keeps; SQLite's own 2 MiB would look like a leak while a table grows."""
@@ -30,12 +35,12 @@ def connect(url: str) -> Engine:
     if parsed.get_backend_name() == "sqlite":
         if parsed.database in (None, "", ":memory:"):
             raise DatabaseError("an SQLite database must be a file: sqlite:///videos.db")
-        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
+        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, **OPTIONS)
         event.listen(engine, "connect", _write_ahead)
         event.listen(engine, "begin", _begin)
         return engine
     if parsed.get_backend_name() == "postgresql":
-        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, **OPTIONS)
     raise DatabaseError(f"a database is {FORMS}, not {parsed.drivername}")
 
 

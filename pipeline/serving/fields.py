@@ -13,15 +13,20 @@ from python_multipart.multipart import Field, File
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from pipeline.rows import plain_text
 from pipeline.serving.schemas import APIError
 
 MAX_BODY_BYTES = 25 * 2**20
+MAX_URLENCODED_BYTES = 2**18
+"""Of a form without a file: percent signs are decoded to some 80 times their size."""
+
 MAX_FIELDS = 64
 MAX_MARKS = 2**16
 """Characters of JSON that may separate values, those inside of texts included. Prompts have room, and 60,000 values
 take milliseconds and a few MB; JSON of 6 MB with nothing but values would take seconds and hundreds of MB."""
 
 BODY_TIMEOUT_S = 60.0
+URLENCODED = "application/x-www-form-urlencoded"
 PICTURE = "input_reference"
 """Name of the one file of a form."""
 
@@ -29,28 +34,37 @@ NESTED = re.compile(r"(?P<name>\w+)\[(?P<key>\w+)\]")
 """How the client writes a value of an object into a form."""
 
 
-async def body_fields(request: Request) -> tuple[dict[str, Any], bytes | None]:
+async def body_fields(request: Request, max_bytes: int = MAX_BODY_BYTES) -> tuple[dict[str, Any], bytes | None]:
     """Return the fields of a form or a JSON object, and the uploaded picture.
 
-    The body is parsed in a thread, so that the event loop answers others meanwhile.
+    The body is parsed in a thread, so that the event loop answers others meanwhile. `name[]` of a form is a list.
 
     Raises:
         APIError: The body does not arrive in time, is neither a form nor JSON, or exceeds a limit.
     """
+    content_type = request.headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    body = await _read(request, min(max_bytes, MAX_URLENCODED_BYTES) if kind == URLENCODED else max_bytes)
+    return await run_in_threadpool(_parse, kind, content_type, body)
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            body = await request.body()
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise APIError(413, "body_too_large", f"the body is larger than {max_bytes} bytes")
     except TimeoutError as error:
         raise APIError(408, "request_timeout", f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from error
-    content_type = request.headers.get("content-type", "")
-    return await run_in_threadpool(_parse, content_type, body)
+    return bytes(body)
 
 
-def _parse(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes | None]:
-    kind = content_type.partition(";")[0].strip().lower()
+def _parse(kind: str, content_type: str, body: bytes) -> tuple[dict[str, Any], bytes | None]:
     if kind == "multipart/form-data":
         return _form_fields(*_multipart(content_type, body))
-    if kind == "application/x-www-form-urlencoded":
+    if kind == URLENCODED:
         return _form_fields(_urlencoded(body), {})
     if sum(map(body.count, (b",", b":", b"[", b"{"))) > MAX_MARKS:
         raise APIError(400, "invalid_body", f"the body has more than {MAX_MARKS} values")
@@ -64,8 +78,8 @@ def _parse(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes | None
         raise APIError(400, "invalid_body", f"the body has more than {MAX_FIELDS} fields")
     for name, value in fields.items():
         if not _is_flat(value):
-            message = f"{name[:80]!r} is nested, or has more than {MAX_FIELDS} values"
-            raise APIError(400, "invalid_value", message, name[:80])
+            name = plain_text(name[:80])
+            raise APIError(400, "invalid_value", f"{name!r} is nested, or has more than {MAX_FIELDS} values", name)
     return fields, None
 
 
@@ -79,25 +93,28 @@ def _form_fields(
     texts: Mapping[str, list[str]], files: Mapping[str, list[bytes]]
 ) -> tuple[dict[str, Any], bytes | None]:
     """Return the fields of a form, of which `name[]` is a list and `name[key]` an object, and the uploaded picture."""
-    fields: dict[str, Any] = {}
-    nested: dict[str, dict[str, Any]] = {}
+    single: dict[str, Any] = {}
+    lists: dict[str, Any] = {}
+    objects: dict[str, Any] = {}
     for name, values in texts.items():
         if name.endswith("[]"):
-            fields[name] = values
+            lists[name.removesuffix("[]")] = values
         elif match := NESTED.fullmatch(name):
-            nested.setdefault(match["name"], {})[match["key"]] = values[0]
+            objects.setdefault(match["name"], {})[match["key"]] = values[0]
         elif len(values) > 1:
-            raise APIError(400, "invalid_value", f"{name} is given {len(values)} times", name)
+            raise APIError(400, "invalid_value", f"{name[:80]} is given {len(values)} times", name[:80])
         else:
-            fields[name] = values[0]
-    for name in nested.keys() & fields.keys():
-        raise APIError(400, "invalid_value", f"{name} is given as a text and as an object", name)
+            single[name] = values[0]
+    fields = single | lists | objects
+    if len(fields) < len(single) + len(lists) + len(objects):
+        [name, *_] = (single.keys() & (lists.keys() | objects.keys())) | (lists.keys() & objects.keys())
+        raise APIError(400, "invalid_value", f"{name[:80]} is given in two forms", name[:80])
     for name in files.keys() - {PICTURE}:
-        raise APIError(400, "unknown_parameter", f"there is no file {name!r}", name)
+        raise APIError(400, "unknown_parameter", f"there is no file {name[:80]!r}", name[:80])
     pictures = files.get(PICTURE, [])
     if len(pictures) > 1:
         raise APIError(400, "invalid_value", f"{PICTURE} is given {len(pictures)} times", PICTURE)
-    return fields | nested, pictures[0] if pictures else None
+    return fields, pictures[0] if pictures else None
 
 
 def _urlencoded(body: bytes) -> dict[str, list[str]]:

@@ -3,19 +3,21 @@
 import io
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from PIL import Image
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pipeline.compact import FILES
+from pipeline.serving.access import counted
 from pipeline.serving.schemas import APIError
 from pipeline.serving.tables import ID_PREFIX, Claim, Job
 from pipeline.storage import Storage
@@ -24,8 +26,11 @@ from pipeline.video import THUMBNAIL_FRAMES
 CHUNK_BYTES = 2**20
 """Bytes of a file that are read and sent at a time."""
 
-MAX_DOWNLOADS = 32
-"""Files that a replica sends at the same time by one link, or for one key."""
+MAX_DOWNLOADS, MAX_PER_LINK = 64, 16
+"""Files of one owner that a replica sends at the same time, and those of them by one signed link."""
+
+_reading = CapacityLimiter(64)
+"""Threads that wait for the storage: others answer what needs the database only."""
 
 VALID_S = 3600
 """Lifetime of an object store's signed URL."""
@@ -61,7 +66,8 @@ class MediaFile:
         """Yield the content, or its bytes from `start` up to, not including, `stop`."""
         stop = self.size if stop is None else stop
         for offset in range(start, stop, CHUNK_BYTES):
-            yield await run_in_threadpool(self._read, storage, offset, min(offset + CHUNK_BYTES, stop))
+            read = partial(self._read, storage, offset, min(offset + CHUNK_BYTES, stop))
+            yield await to_thread.run_sync(read, limiter=_reading)
 
     def _read(self, storage: Storage, start: int, stop: int) -> bytes:
         return storage.get(self.source, start, stop) if isinstance(self.source, str) else self.source[start:stop]
@@ -89,45 +95,52 @@ class FileAnswer(Response):
     answered with the whole file.
 
     Args:
-        file: The file.
+        open_file: Finds the file.
         storage: Where it lies.
-        downloads: Number of files that are being sent to each reader.
-        reader: Name under which this answer counts there.
+        downloads: Number of files that are being sent, by owner and by link.
+        limits: Names under which this answer counts there, and how many each may have.
     """
 
-    def __init__(self, file: MediaFile, storage: Storage, downloads: Counter[str], reader: str) -> None:
+    def __init__(
+        self,
+        open_file: Callable[[], MediaFile],
+        storage: Storage,
+        downloads: Counter[str],
+        limits: Mapping[str, int],
+    ) -> None:
         super().__init__()
-        self.file, self.storage, self.downloads, self.reader = file, storage, downloads, reader
+        self.open_file, self.storage, self.downloads, self.limits = open_file, storage, downloads, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a GET or HEAD request; raises APIError before anything is sent."""
-        headers = Headers(scope=scope)
-        if self._is_known(headers):
-            return await Response(status_code=304, headers=self.file.headers)(scope, receive, send)
-        start, stop = _range(headers.get("range"), self.file.size) or (0, self.file.size)
-        if "if-range" in headers and headers["if-range"] not in (self.file.etag, self.file.headers["Last-Modified"]):
-            start, stop = 0, self.file.size
-        about = {**self.file.headers, "Content-Length": str(stop - start)}
-        status = 200
-        if stop - start < self.file.size:
-            status, about["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{self.file.size}"
-        if scope["method"] == "HEAD":
-            return await Response(None, status, about, self.file.media_type)(scope, receive, send)
-        if self.downloads[self.reader] >= MAX_DOWNLOADS:
-            raise APIError(429, "too_many_downloads", f"{MAX_DOWNLOADS} of your downloads are open", retry_after_s=1)
-        self.downloads[self.reader] += 1
-        try:
-            chunks = self.file.chunks(self.storage, start, stop)
-            first = await anext(chunks, b"")  # before the head, so that a lost file is an error
-            await StreamingResponse(_chain(first, chunks), status, about, self.file.media_type)(scope, receive, send)
-        finally:
-            self.downloads[self.reader] -= 1
-            if not self.downloads[self.reader]:
-                del self.downloads[self.reader]
+        for name, limit in self.limits.items():
+            if self.downloads[name] >= limit:
+                raise APIError(429, "too_many_downloads", f"{limit} downloads are open", retry_after_s=1)
+        with counted(self.downloads, *self.limits):
+            file = await to_thread.run_sync(self.open_file, limiter=_reading)
+            answer = await self._answer(file, Headers(scope=scope), scope["method"])
+            await answer(scope, receive, send)
 
-    def _is_known(self, headers: Headers) -> bool:
-        known = [tag.strip().removeprefix("W/") for tag in headers.get("if-none-match", "").split(",")]
-        return self.file.etag in known or known == ["*"]
+    async def _answer(self, file: MediaFile, headers: Headers, method: str) -> Response:
+        if _is_known(file, headers):
+            return Response(status_code=304, headers=file.headers)
+        start, stop = _range(headers.get("range"), file.size) or (0, file.size)
+        if headers.get("if-range", file.etag) not in (file.etag, file.headers["Last-Modified"]):
+            start, stop = 0, file.size
+        about = {**file.headers, "Content-Length": str(stop - start)}
+        status = 200
+        if stop - start < file.size:
+            status, about["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{file.size}"
+        if method == "HEAD":
+            return Response(None, status, about, file.media_type)
+        chunks = file.chunks(self.storage, start, stop)
+        first = await anext(chunks, b"")  # before the head, so that a lost file is an error
+        return StreamingResponse(_chain(first, chunks), status, about, file.media_type)
+
+
+def _is_known(file: MediaFile, headers: Headers) -> bool:
+    known = [tag.strip().removeprefix("W/") for tag in headers.get("if-none-match", "").split(",")]
+    return file.etag in known or known == ["*"]
 
 
 async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

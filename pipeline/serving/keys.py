@@ -44,7 +44,7 @@ class Keys:
 
 def hashed(key: str) -> str:
     """Return what is kept of a key."""
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
 def new_key() -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Literal, get_args
 
 from fastapi import APIRouter, Depends, Response
@@ -10,8 +11,8 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from pipeline.fragments import padded
-from pipeline.serving.access import FileReader, Own, Readable, Served, Service, file_path
-from pipeline.serving.files import VALID_S, FileAnswer, fragment_path, media_file
+from pipeline.serving.access import Own, Readable, Served, Service, file_path
+from pipeline.serving.files import MAX_DOWNLOADS, MAX_PER_LINK, VALID_S, FileAnswer, fragment_path, media_file
 from pipeline.serving.openapi import errors, file
 from pipeline.serving.schemas import APIError, FileLinks, Video
 from pipeline.serving.tables import Job, Status
@@ -41,20 +42,22 @@ def links(job: Own, service: Served) -> FileLinks:
 
 @media.head("/content", include_in_schema=False)
 @media.get("/content", response_class=Response, responses=file(*MEDIA_TYPES) | errors(404, 409, 416, 429))
-def content(job: Readable, reader: FileReader, service: Served, variant: Variant = "video") -> Response:
+async def content(job: Readable, service: Served, variant: Variant = "video", signature: str | None = None) -> Response:
     """Send a finished video or still, its first frame, or a strip of frames; answers Range and If-None-Match."""
-    return file_of(service, job, reader.name, variant)
+    return await file_of(service, job, variant, signature)
 
 
-def file_of(service: Service, job: Job, reader: str, variant: Variant = "video") -> Response:
+async def file_of(service: Service, job: Job, variant: Variant = "video", link: str | None = None) -> Response:
     """Return the answer that sends a file of a finished job; raises APIError if there is none."""
     if job.result is None:
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
     if service.redirects and variant == "video":
-        url = service.storage.signed_url(job.result["uri"], VALID_S)
+        url = await run_in_threadpool(service.storage.signed_url, job.result["uri"], VALID_S)
         if url is not None:
             return RedirectResponse(url, 307, {"Cache-Control": f"private, max-age={VALID_S // 2}"})
-    return FileAnswer(media_file(service.storage, job, variant), service.storage, service.downloads, reader)
+    limits = {f"key {job.owner}": MAX_DOWNLOADS} | ({f"link {link}": MAX_PER_LINK} if link else {})
+    open_file = partial(media_file, service.storage, job, variant)
+    return FileAnswer(open_file, service.storage, service.downloads, limits)
 
 
 async def _waiting(job: Own, service: Served) -> tuple[Job, OpenWait]:
@@ -78,7 +81,6 @@ async def events(
             if video.status.is_end:
                 return
             await asyncio.sleep(service.polling.events_s)
-            await wait.keep()
             job = await run_in_threadpool(service.store.get, job.id, job.owner)
 
 
@@ -115,5 +117,4 @@ async def _parts(service: Service, first: Job, wait: OpenWait) -> AsyncIterator[
                 return
             else:
                 await asyncio.sleep(service.polling.stream_s)
-                await wait.keep()
                 job = await run_in_threadpool(service.store.get, job.id, job.owner)

@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from contextlib import suppress
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -23,6 +24,7 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -46,7 +48,7 @@ class RequestLimits:
         error = APIError(413, "body_too_large", f"the body is larger than {self.max_bytes} bytes")
         if length.isdigit() and int(length) > self.max_bytes:
             return await JSONResponse(error.body, error.status)(scope, receive, send)
-        received, is_refused = 0, False
+        received, is_refused, has_begun = 0, False, False
 
         async def counted() -> Message:
             nonlocal received, is_refused
@@ -54,20 +56,19 @@ class RequestLimits:
             received += len(message.get("body", b""))
             if received <= self.max_bytes:
                 return message
-            if not is_refused:
+            if not is_refused and not has_begun:
                 is_refused = True
                 await JSONResponse(error.body, error.status)(scope, receive, send)
             return {"type": "http.disconnect"}
 
         async def unless_refused(message: Message) -> None:
+            nonlocal has_begun
             if not is_refused:
+                has_begun = True
                 await send(message)
 
-        try:
+        with suppress(ClientDisconnect):  # also of a client that was refused
             await self.app(scope, counted, unless_refused)
-        except ClientDisconnect:
-            if not is_refused:
-                raise
 
 
 class RequestLog:
@@ -155,5 +156,8 @@ def _is_foreign(headers: Headers, method: str) -> bool:
 def is_own_origin(headers: Headers) -> bool:
     """Compare the Origin header with the address that the browser asked for, as a proxy passes it on."""
     host = headers.get("x-forwarded-host", headers.get("host", ""))
-    origin = urlsplit(headers.get("origin", ""))
+    try:
+        origin = urlsplit(headers.get("origin", ""))
+    except ValueError:
+        return False
     return origin.scheme in ("http", "https") and origin.netloc.lower() == host.lower()

@@ -60,12 +60,26 @@ class Sessions:
 
 def set_cookie(response: Response, request: Request, session_id: str | None) -> None:
     """Give a browser its session id, or take it back (None)."""
-    is_https = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
-    attributes = {"path": "/", "secure": is_https, "httponly": True, "samesite": "strict"}
+    attributes = {"path": "/", "secure": _is_https(request), "httponly": True, "samesite": "strict"}
     if session_id is None:
-        response.delete_cookie(COOKIE, **attributes)  # type: ignore[arg-type]
+        response.delete_cookie(_cookie_name(request), **attributes)  # type: ignore[arg-type]
     else:
-        response.set_cookie(COOKIE, session_id, **attributes)  # type: ignore[arg-type]
+        response.set_cookie(_cookie_name(request), session_id, **attributes)  # type: ignore[arg-type]
+
+
+def session_of(request: Request) -> str | None:
+    """Return the session id in a browser's cookie."""
+    return request.cookies.get(_cookie_name(request))
+
+
+def _cookie_name(request: Request) -> str:
+    """Return the cookie's name, with the prefix by which browsers refuse cookies that another host has set."""
+    return f"__Host-{COOKIE}" if _is_https(request) else COOKIE
+
+
+def _is_https(request: Request) -> bool:
+    forwarded = request.headers.get("x-forwarded-proto", request.url.scheme)
+    return forwarded.partition(",")[0].strip().lower() == "https"
 
 
 def check_origin(request: Request) -> None:

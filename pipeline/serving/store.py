@@ -36,11 +36,12 @@ class BusyError(PyramidFlowError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How many jobs may wait in all; how many of one owner may be unfinished, and be asked for within a minute."""
+    """How many jobs may wait in all; how many of one owner may be unfinished, asked for within a minute, and kept."""
 
     max_queued: int = 1000
     max_unfinished: int = 100
     max_per_minute: int = 60
+    max_kept: int = 10_000
 
 
 @dataclass(frozen=True)
@@ -324,6 +325,7 @@ class Store:
         for query, limit, code, message in (
             (_count(_WAITS), limits.max_queued, "queue_full", "videos wait already"),
             (unfinished, limits.max_unfinished, "quota_exceeded", "of your videos are not finished yet"),
+            (_count(Job.owner == owner), limits.max_kept, "quota_exceeded", "of your videos are kept: delete some"),
         ):
             if (session.scalar(query) or 0) >= limit:
                 raise BusyError(code, f"{limit} {message}", retry_after_s=30)

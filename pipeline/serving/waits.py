@@ -1,11 +1,13 @@
 """Answers that stay open until a video has ended: their number per owner is limited across all replicas."""
 
-import time
+import asyncio
+from contextlib import suppress
 from types import TracebackType
 from uuid import uuid4
 
 from anyio import CancelScope
 from sqlalchemy import delete, func, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from pipeline.serving.store import BusyError, Store
@@ -17,13 +19,14 @@ MAX_WAITS = 50
 LEASE_S = 60.0
 """Time after which a wait counts no more whose replica was lost."""
 
+RENEW_S = LEASE_S / 3
+
 
 class OpenWait:
     """A wait of an owner, counted in the database from `begin` to the end of its `async with` block."""
 
     def __init__(self, store: Store, owner: str) -> None:
         self.store, self.id = store, uuid4().hex
-        self.renewed_at = time.monotonic()
         self._begin(owner)
 
     @classmethod
@@ -31,20 +34,22 @@ class OpenWait:
         """Count a further wait of an owner; raises BusyError if `MAX_WAITS` are open."""
         return await run_in_threadpool(cls, store, owner)
 
-    async def keep(self) -> None:
-        """Renew the lease if a good part of it is over; to be called in every round of the wait."""
-        if time.monotonic() - self.renewed_at > LEASE_S / 3:
-            self.renewed_at = time.monotonic()
-            await run_in_threadpool(self._renew)
-
-    async def __aenter__(self) -> "OpenWait":
-        return self
+    async def __aenter__(self) -> None:
+        # beside the wait, which stands still while its client does not read
+        self.keeping = asyncio.create_task(self._keep())
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        self.keeping.cancel()
         with CancelScope(shield=True):  # a client that goes away cancels the task
             await run_in_threadpool(self._end)
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            with suppress(SQLAlchemyError):  # the next renewal may do better
+                await run_in_threadpool(self._renew)
 
     def _begin(self, owner: str) -> None:
         now = self.store.clock()

@@ -84,6 +84,7 @@ def test_without_keys_the_printed_config_is_for_this_machine(tmp_path, capsys):
     [
         ("postgresql://me:hunter2@db:5432/videos?sslmode=require", "postgresql://me@db:5432/videos?sslmode=require"),
         ("postgresql://me@db/videos?password=hunter2", "postgresql://me@db/videos"),
+        ("postgresql://me@db/videos?sslpassword=hunter2", "postgresql://me@db/videos"),
         ("postgresql://me@db/videos", "postgresql://me@db/videos"),
         ("sqlite:////data/videos.db", "sqlite:////data/videos.db"),
     ],

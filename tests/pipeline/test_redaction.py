@@ -50,6 +50,9 @@ def test_long_hostile_text_takes_linear_time(call, text):
         ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
         ("a.png?sv=2024&sig=s3cr3t&X-Amz-Signature=s3cr3t", "a.png?sv=2024&sig=***&X-Amz-Signature=***"),
         (r"{\"access_token\": \"s3cr3t\"}", r'{\"access_token\": \"***"}'),
+        ("password='s3cr3t s3cr3t' is wrong", "password='***' is wrong"),
+        ("api_key=s3cr3t, Cookie: id=s3cr3t", "api_key=***, Cookie: ***"),
+        ("no key pr-s3cr3ts3cr3ts3cr3ts3cr3t", "no key ***"),
         ("signal=1, tokenizer of a design: x", "signal=1, tokenizer of a design: x"),
     ],
 )

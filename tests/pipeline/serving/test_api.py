@@ -20,7 +20,7 @@ from yarl import URL
 from pipeline.fragments import padded
 from pipeline.images import ImageRoot
 from pipeline.logs import with_fields
-from pipeline.serving import api, fields, waits
+from pipeline.serving import api, asking, fields, waits
 from pipeline.serving.access import Polling
 from pipeline.serving.api import create_app
 from pipeline.serving.files import fragment_path
@@ -311,7 +311,9 @@ def test_answers_are_safe_in_a_browser(running):
     ):
         answer = http.request(method, path, headers=foreign)
         assert answer.status_code == status
-        assert {name: answer.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
+        expected = SECURITY_HEADERS | {"Cache-Control": answer.headers["cache-control"]}
+        assert {name: answer.headers[name] for name in SECURITY_HEADERS} == expected
+        assert answer.headers["cache-control"] == ("private, max-age=3600" if "content" in path else "no-store")
         assert "access-control-allow-origin" not in answer.headers
 
 
@@ -384,7 +386,8 @@ def test_a_sync_client_that_goes_away_leaves_a_video_that_was_asked_for_before(r
     assert http.get(f"/v1/videos/{video['id']}").json()["status"] == "queued"
 
 
-def test_a_slow_host_of_pictures_holds_up_no_other_request(tmp_path):
+def test_a_slow_host_of_pictures_holds_up_no_other_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(asking, "MAX_PICTURES", 10)
     asked, answered = threading.Semaphore(0), threading.Event()
 
     class SlowImages(ImageRoot):

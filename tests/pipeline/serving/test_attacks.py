@@ -10,37 +10,43 @@ from PIL import Image
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from pipeline.serving import fields, waits
+from pipeline.fetch import ImageError
+from pipeline.images import ImageRoot
+from pipeline.serving import asking, fields, waits
 from pipeline.serving.api import create_app
 from pipeline.serving.app import ServiceConfig
 from pipeline.serving.keys import KeyFileError, Keys, hashed
 from pipeline.serving.store import BusyError, Limits, Store
 from pipeline.serving.waits import LEASE_S, OpenWait
-from tests.pipeline.serving.running import JSON, WAIT_S, service_in, until
+from tests.pipeline.serving.running import JSON, WAIT_S, run, service_in, until
+from tests.pipeline.serving.test_store import job
 
 NUMBERS = b"[" + b"1," * (3 * 2**20) + b"1]"
 NESTED = b'{"prompt": ' + b'{"a":' * 500 + b"1" + b"}" * 500 + b"}"
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b'{"prompt": "a", "seed": ' + NUMBERS + b"}",
-        NUMBERS,
-        NESTED,
-        b'{"a":' * 2**20,
-        json.dumps({f"field{number}": 1 for number in range(65)}).encode(),
-        json.dumps({"prompt": "a", "num_inference_steps": [1] * 65}).encode(),
-        json.dumps({"prompt": "a", "seed": [[1]]}).encode(),
-        json.dumps({"prompt": "a", "image_reference": {"image_url": {"a": 1}}}).encode(),
-    ],
-    ids=["numbers", "array", "deep", "unclosed", "fields", "list", "nested list", "nested object"],
-)
-def test_json_that_is_large_in_memory_is_refused_and_counted(running, body):
+HOSTILE = {
+    "numbers": b'{"prompt": "a", "seed": ' + NUMBERS + b"}",
+    "array": NUMBERS,
+    "deep": NESTED,
+    "unclosed": b'{"a":' * 2**20,
+    "fields": json.dumps({f"field{number}": 1 for number in range(65)}).encode(),
+    "list": json.dumps({"prompt": "a", "num_inference_steps": [1] * 65}).encode(),
+    "nested list": json.dumps({"prompt": "a", "seed": [[1]]}).encode(),
+    "nested object": json.dumps({"prompt": "a", "image_reference": {"image_url": {"a": 1}}}).encode(),
+    "half a character": json.dumps({"\ud800": [[1]]}).encode(),
+    "model": json.dumps({"prompt": "a", "model": "m" * 10_000}).encode(),
+    "priority": json.dumps({"prompt": "a", "priority": "m" * 10_000}).encode(),
+    "name": json.dumps({"prompt": "a", "m" * 10_000: 1}).encode(),
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_body_is_refused_and_counted(running, body):
     http = running.http()
     running.service.store.limits = Limits(max_per_minute=1)
     answer = http.post("/v1/videos", content=body, headers=JSON)
-    assert answer.status_code == 400
+    assert answer.status_code in (400, 404)
     assert len(answer.content) < 500
     assert http.post("/v1/videos", json={"prompt": "a"}).json()["error"]["code"] == "rate_limited"
 
@@ -48,7 +54,7 @@ def test_json_that_is_large_in_memory_is_refused_and_counted(running, body):
 def test_json_of_many_values_is_never_parsed(monkeypatch):
     monkeypatch.setattr(fields.json, "loads", lambda body: pytest.fail("parsed"))
     with pytest.raises(fields.APIError, match="more than 65536 values"):
-        fields._parse("application/json", NUMBERS)
+        fields._parse("application/json", "application/json", NUMBERS)
 
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x", "text/plain"])
@@ -70,10 +76,10 @@ def test_large_bodies_are_parsed_beside_the_event_loop(running, monkeypatch):
     parsing, answered = threading.Event(), threading.Event()
     parse = fields._parse
 
-    def slow(content_type: str, body: bytes) -> object:
+    def slow(*arguments: object) -> object:
         parsing.set()
         assert answered.wait(WAIT_S)
-        return parse(content_type, body)
+        return parse(*arguments)
 
     monkeypatch.setattr(fields, "_parse", slow)
     asking = threading.Thread(target=running.http().post, args=("/v1/videos",), kwargs={"json": {"prompt": "a"}})
@@ -89,6 +95,71 @@ def test_forms_of_many_fields_are_refused(running, kind):
     sent = {f"field{number}": "1" for number in range(65)}
     answer = running.http().post("/v1/videos", **{kind: sent})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_body")
+
+
+def test_urlencoded_forms_are_small(running):
+    body = b"prompt=" + b"%41" * 2**17
+    answer = running.http().post("/v1/videos", content=body, headers={"Content-Type": fields.URLENCODED})
+    assert answer.status_code == 413
+
+
+def test_a_client_that_reads_nothing_is_counted(running, monkeypatch):
+    monkeypatch.setattr(waits, "RENEW_S", 0.01)
+    renewed = threading.Event()
+    monkeypatch.setattr(waits.OpenWait, "_renew", lambda wait: renewed.set())
+    video = running.http().post("/v1/videos", json={"prompt": "a fox"}).json()
+    with running.http().stream("GET", f"/v1/videos/{video['id']}/stream"):
+        assert renewed.wait(WAIT_S)
+
+
+def test_one_owner_reads_few_pictures_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(asking, "MAX_PICTURES", 1)
+    reading, answered = threading.Event(), threading.Event()
+
+    class SlowImages(ImageRoot):
+        def read(self, uri: str) -> bytes:
+            reading.set()
+            answered.wait()
+            raise ImageError("slow")
+
+    bodies = [{"prompt": "a", name: "https://slow.example/a.png"} for name in ("image_reference", "input_reference")]
+    with run(replace(service_in(tmp_path), images=SlowImages("nowhere"))) as running:
+        asks = threading.Thread(target=running.http().post, args=("/v1/videos",), kwargs={"json": bodies[0]})
+        asks.start()
+        try:
+            assert reading.wait(WAIT_S)
+            for sent in (
+                {"json": bodies[1]},
+                {"data": {"prompt": "a", "input_reference[]": bodies[1]["input_reference"]}},
+            ):
+                refused = running.http().post("/v1/videos", **sent)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_pictures")
+        finally:
+            answered.set()
+            asks.join()
+        assert not running.service.pictures
+
+
+def test_a_request_that_claims_to_be_sent_again_finds_no_room_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(asking, "new_video", lambda *_: pytest.fail("read"))
+    with run(service_in(tmp_path, Limits(max_queued=0))) as running:
+        answer = running.http().post("/v1/videos", json={"prompt": "a"}, headers={"X-Stainless-Retry-Count": "1"})
+        assert answer.json()["error"]["code"] == "queue_full"
+
+
+def test_an_owner_keeps_so_many_videos(store):
+    store.limits = Limits(max_kept=1)
+    kept = job(0)
+    store.add(kept)
+    store.cancel(kept.id, kept.owner)
+    with pytest.raises(BusyError, match="1 of your videos are kept"):
+        store.add(job(1))
+
+
+def test_the_description_is_made_once(running):
+    first, second = (running.http().get("/openapi.json").json() for _ in range(2))
+    assert first == second
+    assert create_app(running.service).openapi.cache_info().misses == 0
 
 
 def test_waits_are_counted_across_replicas_and_end_with_them(database, clock, monkeypatch):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from pipeline.serving import files
 from pipeline.serving.api import create_app
 from pipeline.serving.files import CHUNK_BYTES, FileAnswer, MediaFile
 from pipeline.serving.schemas import APIError
@@ -138,7 +137,7 @@ def test_a_large_file_is_never_in_memory_whole_and_a_part_is_not_read_around(tmp
     def answer(**headers: str) -> list[int]:
         storage.sizes, sent[:] = [], []
         scope = SCOPE | {"headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
-        asyncio.run(FileAnswer(file, storage, Counter(), "key me")(scope, receive, send))
+        asyncio.run(FileAnswer(lambda: file, storage, Counter(), {"key me": 1})(scope, receive, send))
         assert sum(sent) == sum(storage.sizes)
         return storage.sizes
 
@@ -146,8 +145,7 @@ def test_a_large_file_is_never_in_memory_whole_and_a_part_is_not_read_around(tmp
     assert answer(range="bytes=10-19") == [10]
 
 
-def test_one_reader_downloads_few_files_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_DOWNLOADS", 2)
+def test_one_reader_downloads_few_files_at_once(tmp_path):
     storage, file = large(tmp_path)
     downloads: Counter[str] = Counter()
 
@@ -158,15 +156,16 @@ def test_one_reader_downloads_few_files_at_once(tmp_path, monkeypatch):
             begun.release()
             await never.wait()
 
-        def download(reader: str) -> asyncio.Task[None]:
-            return asyncio.create_task(FileAnswer(file, storage, downloads, reader)(SCOPE, never.wait, send))
+        def download(**limits: int) -> asyncio.Task[None]:
+            return asyncio.create_task(FileAnswer(lambda: file, storage, downloads, limits)(SCOPE, never.wait, send))
 
-        tasks = [download("key me"), download("key me"), download("link x")]
+        tasks = [download(me=3), download(me=3, link=1), download(you=1)]
         for _ in tasks:
             await begun.acquire()
-        with pytest.raises(APIError) as caught:
-            await download("key me")
-        assert (caught.value.status, caught.value.headers["Retry-After"]) == (429, "1")
+        for refused in ({"me": 3, "link": 1}, {"me": 2}):
+            with pytest.raises(APIError) as caught:
+                await download(**refused)
+            assert (caught.value.status, caught.value.headers["Retry-After"]) == (429, "1")
         for task in tasks:
             task.cancel()
             with suppress(asyncio.CancelledError):

@@ -43,19 +43,29 @@ def test_a_session_stands_for_its_key_without_holding_it(browser):
     assert browser.get("/v1/videos").status_code == 401
 
 
+def test_sign_ins_are_small(browser):
+    for kind, body in (("application/json", b"[" * 5000), ("application/x-www-form-urlencoded", b"%41" * 2000)):
+        answer = browser.post("/v1/session", content=body, headers=OWN | {"Content-Type": kind})
+        assert answer.status_code == 413
+
+
 def test_a_wrong_key_starts_no_session(browser):
+    half = browser.post("/v1/session", content=b'{"api_key": "\\ud800"}', headers=OWN)
+    assert half.status_code == 401
     for body in ({"api_key": "wrong"}, {"api_key": ["secret"]}, {}, {"key": "secret"}):
         answer = browser.post("/v1/session", json=body, headers=OWN)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     assert not browser.cookies
 
 
-@pytest.mark.parametrize(("scheme", "is_secure"), [("http", False), ("https", True)])
+@pytest.mark.parametrize(
+    ("scheme", "is_secure"), [("http", False), ("https", True), ("HTTPS", True), ("https, http", True)]
+)
 def test_scripts_and_other_sites_never_get_the_cookie(browser, scheme, is_secure):
     headers = {"X-Forwarded-Proto": scheme, **OWN}
     cookie = browser.post("/v1/session", json={"api_key": "secret"}, headers=headers).headers["set-cookie"]
     assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(cookie.split("; "))
-    assert ("Secure" in cookie) is is_secure
+    assert ("Secure" in cookie) is cookie.startswith("__Host-") is is_secure
 
 
 def test_a_session_ends_with_its_time(browser, clock):
@@ -89,7 +99,8 @@ def test_a_key_has_so_many_sessions(store, clock, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "origin", [None, "null", "http://evil.example", "http://127.0.0.1:8001", f"{ORIGIN}.evil.example", "file://"]
+    "origin",
+    [None, "null", "http://evil.example", "http://127.0.0.1:8001", f"{ORIGIN}.evil.example", "file://", "http://["],
 )
 def test_a_cookie_alone_changes_nothing(browser, origin):
     sign_in(browser)
