@@ -11,7 +11,7 @@ import simpy
 from benchmarks.pipeline_utilisation import planned, simulated_works
 from benchmarks.simulated import Work, fused_plan, staged_plan
 from benchmarks.simulated_cluster import Farm, Overhead
-from pipeline.plan import Plan
+from pipeline.batch.planner import Plan
 
 TOLERANCE = 0.1
 

@@ -35,10 +35,10 @@ from benchmarks.calibration import check, overhead_of
 from benchmarks.report import RESULTS, ROOT, write_result
 from benchmarks.simulated import Work
 from benchmarks.simulated_cluster import Farm, Nodes, Overhead, Shared, Station
-from pipeline.costs import ASSUMED_FLOPS, ASSUMED_PUBLISH_S, Costs
-from pipeline.ledger import FLUSH_ROWS, THREADS
-from pipeline.plan import Job, Plan, Resources, make_plan
-from pipeline.runner import READ_TASKS
+from pipeline.batch.costs import ASSUMED_FLOPS, ASSUMED_PUBLISH_S, Costs
+from pipeline.batch.planner import Job, Plan, Resources, make_plan
+from pipeline.batch.runner import READ_TASKS
+from pipeline.ledger.ledger import FLUSH_ROWS, THREADS
 
 GPUS, PROMPTS = [8, 64, 256, 512, 1024], [1_000_000, 10_000_000, 100_000_000]
 SPOT_GPUS, SPOT_PER_H = 256, [0.0, 0.02, 0.1, 0.5]

@@ -23,16 +23,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LIST = ROOT / "benchmarks" / "results" / "mutants.json"
 MODULES = (
-    "pyramid_flow/sampling.py",
-    "pyramid_flow/history_cache.py",
-    "pyramid_flow/schedule.py",
-    "pyramid_flow/attention.py",
+    "pyramid_flow/sampling/sampler.py",
+    "pyramid_flow/transformer/history_cache.py",
+    "pyramid_flow/sampling/schedule.py",
+    "pyramid_flow/transformer/attention.py",
     "pipeline/request.py",
-    "pipeline/worklist.py",
-    "pipeline/ledger.py",
-    "pipeline/storage.py",
-    "pipeline/quarantine.py",
-    "pipeline/serving/store.py",
+    "pipeline/tables/worklist.py",
+    "pipeline/ledger/ledger.py",
+    "pipeline/storage/storage.py",
+    "pipeline/batch/quarantine.py",
+    "pipeline/serving/queue/store.py",
 )
 MUTANTS_PER_MODULE = 8
 SEED = 0

@@ -44,9 +44,9 @@ from pyramid_flow import (
     generate_latents,
 )
 from pyramid_flow.flops import sampling_flops
-from pyramid_flow.history_cache import cached_frames
-from pyramid_flow.parallel_config import Ways, split_ways
-from pyramid_flow.team import Team
+from pyramid_flow.parallel.config import Ways, split_ways
+from pyramid_flow.parallel.processes import Team
+from pyramid_flow.transformer.history_cache import cached_frames
 from tests.pyramid_flow.goldens import TINY_MINIFLUX
 
 PUBLISHED_SPEEDUP = {4: 2.2}

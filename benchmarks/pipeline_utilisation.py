@@ -39,9 +39,9 @@ from benchmarks.simulated import (
     staged_plan,
     write_table,
 )
-from pipeline.costs import Costs
-from pipeline.plan import Job, Plan, Resources, make_plan
-from pipeline.runner import session
+from pipeline.batch.costs import Costs
+from pipeline.batch.planner import Job, Plan, Resources, make_plan
+from pipeline.batch.runner import session
 from pipeline.stages import Layout
 
 GOAL = 0.97

@@ -40,11 +40,11 @@ from tqdm import tqdm
 from benchmarks.report import ROOT, write_result
 from benchmarks.toy_quality import NAMES, judged, scenes, scores, videos
 from jobs import cli
+from jobs.commands.train import prepare
 from jobs.settings import TrainSettings, parse
-from jobs.train import prepare
-from pipeline import runner
-from pipeline.plan import Resources
-from pipeline.storage import Storage
+from pipeline.batch import runner
+from pipeline.batch.planner import Resources
+from pipeline.storage.storage import Storage
 from pipeline.training.clips import encoded, pixels_of
 from pipeline.training.optimizer import OptimizerSettings, parameter_groups
 from pipeline.training.record import check_record
@@ -54,12 +54,12 @@ from pipeline.training.trainer import TrainJob, batches, train_step
 from pyramid_flow import PyramidFlowPipeline, PyramidSchedule, SamplingParams
 from pyramid_flow.flops import clip_shapes
 from pyramid_flow.presets import PRESETS, Preset
-from pyramid_flow.text import TextEmbedding
-from pyramid_flow.tokens import frame_tokens
+from pyramid_flow.text.embedding import TextEmbedding
 from pyramid_flow.toy.world import Scene
 from pyramid_flow.training.draws import KeyedDraws
 from pyramid_flow.training.objective import temporal_pyramid_sample, velocity_loss
 from pyramid_flow.training.step import transformer_losses, velocity
+from pyramid_flow.transformer.tokens import frame_tokens
 
 RECIPE, PICTURE = ROOT / "jobs/toy/transformer.yaml", ROOT / "docs/images/pyramid_vs_full.png"
 METHODS = {"pyramid": PyramidSchedule(), "full": PyramidSchedule(stage_range=(0.0, 1.0))}

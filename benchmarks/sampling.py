@@ -35,8 +35,8 @@ from pyramid_flow import (
 )
 from pyramid_flow.flops import sampling_flops
 from pyramid_flow.pixels import decode_frames
-from pyramid_flow.pyramid import history_level
-from pyramid_flow.sampling import plan_cache
+from pyramid_flow.sampling.pyramid import history_level
+from pyramid_flow.sampling.sampler import plan_cache
 from tests.pyramid_flow.plain_sampler import plain_latents
 
 SCHEDULE = PyramidSchedule()

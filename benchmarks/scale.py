@@ -47,14 +47,14 @@ from benchmarks.simulated import (
     staged_plan,
     write_table,
 )
-from pipeline import ledger
-from pipeline.batching import read_batches, read_units
-from pipeline.inputs import list_parts
-from pipeline.plan import Resources
+from pipeline.batch.planner import Resources
+from pipeline.batch.runner import session
+from pipeline.ledger import ledger
 from pipeline.rows import LEDGER_SCHEMA, Batch, pack
-from pipeline.runner import session
-from pipeline.storage import Storage
-from pipeline.worklist import Fate, PartWork, scan
+from pipeline.storage.storage import Storage
+from pipeline.tables.batching import read_batches, read_units
+from pipeline.tables.readers import list_parts
+from pipeline.tables.worklist import Fate, PartWork, scan
 
 ROWS = [10_000, 100_000, 1_000_000]
 PIPELINE_ROWS = [1000, 10_000]

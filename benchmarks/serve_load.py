@@ -42,10 +42,10 @@ from ray import serve
 from benchmarks.report import ROOT, write_result
 from benchmarks.service import APPLICATION, PORT, service, serving
 from benchmarks.simulated import STAGES, Event, Site, Work, read_events, span_s
-from pipeline.plan import StageSpec
+from pipeline.batch.planner import StageSpec
 from pipeline.request import RenderRequest
 from pipeline.rows import Batch, Item, RenderRow
-from pipeline.serving.worker import RemoteStages
+from pipeline.serving.replicas import RemoteStages
 from pyramid_flow import Checkpoint
 
 GOAL, GROWTH_GOAL_MIB = 0.9, 1.0

@@ -7,8 +7,8 @@ from typing import Any
 
 from ray import serve
 
-from pipeline import runner
-from pipeline.plan import Resources, StageSpec
+from pipeline.batch import runner
+from pipeline.batch.planner import Resources, StageSpec
 from pipeline.serving.app import ServiceConfig, build
 
 PORT = 18447

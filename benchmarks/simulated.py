@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.inputs import list_parts
-from pipeline.job import RenderJob
-from pipeline.ledger import claim, new_run_id
-from pipeline.plan import Plan, Pool, StageSpec
+from pipeline.batch.job import RenderJob
+from pipeline.batch.planner import Plan, Pool, StageSpec
+from pipeline.ledger.ledger import claim, new_run_id
 from pipeline.rows import Item
 from pipeline.stages.stage import Stage
-from pipeline.storage import Storage
-from pipeline.worklist import RowRules, scan
+from pipeline.storage.storage import Storage
+from pipeline.tables.readers import list_parts
+from pipeline.tables.worklist import RowRules, scan
 from pyramid_flow import Preset
 
 SHAPES = ((384, 640, 121), (640, 384, 121), (768, 1280, 241))

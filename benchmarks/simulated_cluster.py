@@ -14,8 +14,8 @@ from typing import Any, cast
 import simpy
 
 from benchmarks.simulated import Work
-from pipeline.ledger import FLUSH_ROWS, FLUSH_SECONDS
-from pipeline.plan import Plan, Pool
+from pipeline.batch.planner import Plan, Pool
+from pipeline.ledger.ledger import FLUSH_ROWS, FLUSH_SECONDS
 
 Steps = Generator[simpy.Event, Any, None]
 

@@ -29,34 +29,38 @@ class Group:
 
 DATASET = {
     "generate": Command(
-        "jobs.dataset", settings.GenerateSettings, "make a table of prompts from a recipe, and render it"
+        "jobs.commands.dataset", settings.GenerateSettings, "make a table of prompts from a recipe, and render it"
     ),
-    "vbench": Command("jobs.dataset", settings.VBenchSettings, "render a suite of prompts for VBench"),
-    "world": Command("jobs.dataset", settings.WorldSettings, "draw clips of the toy's world"),
+    "vbench": Command("jobs.commands.dataset", settings.VBenchSettings, "render a suite of prompts for VBench"),
+    "world": Command("jobs.commands.dataset", settings.WorldSettings, "draw clips of the toy's world"),
     "encode": Command(
-        "jobs.dataset", settings.EncodeSettings, "turn clips into latents and text embeddings, to train on"
+        "jobs.commands.dataset", settings.EncodeSettings, "turn clips into latents and text embeddings, to train on"
     ),
 }
 COMMANDS: Mapping[str, Command | Group] = {
-    "render": Command("jobs.render", settings.RenderSettings, "render a table of prompts to videos"),
-    "status": Command("jobs.status", settings.StatusSettings, "say how far the jobs of an output are"),
-    "report": Command("jobs.report", settings.ReportSettings, "write report.html: gallery, timeline, failures, costs"),
+    "render": Command("jobs.commands.render", settings.RenderSettings, "render a table of prompts to videos"),
+    "status": Command("jobs.commands.status", settings.StatusSettings, "say how far the jobs of an output are"),
+    "report": Command(
+        "jobs.commands.report", settings.ReportSettings, "write report.html: gallery, timeline, failures, costs"
+    ),
     "compact": Command(
-        "jobs.compact",
+        "jobs.commands.compact",
         settings.CompactSettings,
         "merge the parts of an output's ledger, list files that no row names",
     ),
     "dataset": Group("make prompts from a recipe and render them, a suite for VBench, tables to train on", DATASET),
     "export": Command(
-        "jobs.export", settings.ExportSettings, "make a dataset of an output: WebDataset or Parquet, with a card"
+        "jobs.commands.export",
+        settings.ExportSettings,
+        "make a dataset of an output: WebDataset or Parquet, with a card",
     ),
-    "train": Command("jobs.train", settings.TrainSettings, "train the VAE or the transformer of a checkpoint"),
-    "serve": Command("jobs.serve", settings.ServeSettings, "answer the Videos API: videos by HTTP"),
-    "fetch": Command("jobs.fetch", settings.FetchSettings, "download a published checkpoint"),
+    "train": Command("jobs.commands.train", settings.TrainSettings, "train the VAE or the transformer of a checkpoint"),
+    "serve": Command("jobs.commands.serve", settings.ServeSettings, "answer the Videos API: videos by HTTP"),
+    "fetch": Command("jobs.commands.download", settings.FetchSettings, "download a published checkpoint"),
     "inspect": Command(
-        "jobs.describe", settings.InspectSettings, "say what a checkpoint is and how much memory it needs"
+        "jobs.commands.inspect_model", settings.InspectSettings, "say what a checkpoint is and how much memory it needs"
     ),
-    "demo": Command("jobs.demo", settings.DemoSettings, "render the sample table with the bundled model"),
+    "demo": Command("jobs.commands.demo", settings.DemoSettings, "render the sample table with the bundled model"),
 }
 
 

@@ -8,9 +8,9 @@ import pyarrow.compute as pc
 from pipeline.stages import STAGES
 
 if TYPE_CHECKING:  # `status` shows failures only, and loads no more than the ledger for it
-    from pipeline.costs import Costs
-    from pipeline.job import RenderJob
-    from pipeline.plan import Plan
+    from pipeline.batch.costs import Costs
+    from pipeline.batch.job import RenderJob
+    from pipeline.batch.planner import Plan
 
 SUMMARY_COLUMNS = ("id", "status", "error_message", "flags", "rerolls")
 SHOWN_REASONS = 5
@@ -18,7 +18,7 @@ SHOWN_REASONS = 5
 
 def plan_text(job: "RenderJob", gpu_hour_price: float | None) -> str:
     """Say what would be done: rows, workers, expected speed and cost."""
-    from pipeline.worklist import Fate
+    from pipeline.tables.worklist import Fate
 
     pending = job.pending()
     fates = pending.num_rows_by_fate
@@ -99,7 +99,7 @@ def _measured(job: "RenderJob") -> list[str]:
 
 
 def _advice(job: "RenderJob", costs: "Costs") -> str:
-    from pipeline.plan import PlanError
+    from pipeline.batch.planner import PlanError
 
     try:
         better = job.plan_for(costs)

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline.redaction import recorded
+from pipeline.storage.redaction import recorded
 from pyramid_flow import InvalidValueError, Preset, PyramidFlowError, PyramidSchedule, SamplingParams
 from pyramid_flow.images import ImageFit
-from pyramid_flow.params import (
+from pyramid_flow.presets import EFFORTS, PRESETS, Quality
+from pyramid_flow.sampling.params import (
     MIN_GUIDANCE_SCALE,
     check_guidance,
     check_num_frames,
@@ -20,7 +21,6 @@ from pyramid_flow.params import (
     check_size,
     check_steps,
 )
-from pyramid_flow.presets import EFFORTS, PRESETS, Quality
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_SEED = 2**63 - 1

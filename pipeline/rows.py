@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from pipeline.redaction import brief
 from pipeline.request import ResolvedRequest
+from pipeline.storage.redaction import brief
 
 if TYPE_CHECKING:  # torch is imported where tensors are made: commands that read the ledger need none
     from torch import Tensor
@@ -47,7 +47,7 @@ class RenderRow(BaseModel):
     image as given, which may be signed: encoding needs it, and nothing records it; request: None only for a row that
     could not be understood; skipped: passed through untouched because the job is stopping; rerolls: which time it
     is rendered again with another seed; first_seed: the seed of its first rendering; seconds: the row's share of each
-    stage's time; brightness to flags: see `pipeline.quality`.
+    stage's time; brightness to flags: see `pipeline.media.quality`.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -7,19 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyramid_flow.checkpoint import Checkpoint
-    from pyramid_flow.diffusers_models import CausalVideoVAE, PyramidDiffusionMMDiT, PyramidFluxTransformer
+    from pyramid_flow.checkpoints.checkpoint import Checkpoint
+    from pyramid_flow.checkpoints.diffusers_models import CausalVideoVAE, PyramidDiffusionMMDiT, PyramidFluxTransformer
     from pyramid_flow.errors import CheckpointError, InvalidValueError, NonFiniteError, PyramidFlowError, ShapeError
     from pyramid_flow.flops import RenderFlops, render_flops
-    from pyramid_flow.noise import NoiseSource, SeededNoise
-    from pyramid_flow.params import SamplingParams
     from pyramid_flow.pipeline import PyramidFlowOutput, PyramidFlowPipeline
     from pyramid_flow.presets import LatentStatistics, Preset
-    from pyramid_flow.sampling import StepInfo, generate_latents
-    from pyramid_flow.schedule import Level, PyramidSchedule
-    from pyramid_flow.text import TextEmbedding
-    from pyramid_flow.text_encoder import TextEncoder
-    from pyramid_flow.transformer import PyramidTransformer
+    from pyramid_flow.sampling.noise import NoiseSource, SeededNoise
+    from pyramid_flow.sampling.params import SamplingParams
+    from pyramid_flow.sampling.sampler import StepInfo, generate_latents
+    from pyramid_flow.sampling.schedule import Level, PyramidSchedule
+    from pyramid_flow.text.embedding import TextEmbedding
+    from pyramid_flow.text.encoder import TextEncoder
+    from pyramid_flow.transformer.model import PyramidTransformer
 
 __all__ = [
     "CausalVideoVAE",
@@ -50,19 +50,19 @@ __all__ = [
 ]
 
 _PUBLIC_NAMES = {
-    "checkpoint": ("Checkpoint",),
-    "diffusers_models": ("CausalVideoVAE", "PyramidDiffusionMMDiT", "PyramidFluxTransformer"),
+    "checkpoints.checkpoint": ("Checkpoint",),
+    "checkpoints.diffusers_models": ("CausalVideoVAE", "PyramidDiffusionMMDiT", "PyramidFluxTransformer"),
     "errors": ("CheckpointError", "InvalidValueError", "NonFiniteError", "PyramidFlowError", "ShapeError"),
     "flops": ("RenderFlops", "render_flops"),
-    "noise": ("NoiseSource", "SeededNoise"),
-    "params": ("SamplingParams",),
+    "sampling.noise": ("NoiseSource", "SeededNoise"),
+    "sampling.params": ("SamplingParams",),
     "pipeline": ("PyramidFlowOutput", "PyramidFlowPipeline"),
     "presets": ("LatentStatistics", "Preset"),
-    "sampling": ("StepInfo", "generate_latents"),
-    "schedule": ("Level", "PyramidSchedule"),
-    "text": ("TextEmbedding",),
-    "text_encoder": ("TextEncoder",),
-    "transformer": ("PyramidTransformer",),
+    "sampling.sampler": ("StepInfo", "generate_latents"),
+    "sampling.schedule": ("Level", "PyramidSchedule"),
+    "text.embedding": ("TextEmbedding",),
+    "text.encoder": ("TextEncoder",),
+    "transformer.model": ("PyramidTransformer",),
 }
 """By module."""
 

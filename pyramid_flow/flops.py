@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyramid_flow.checkpoint import Checkpoint
+from pyramid_flow.checkpoints.checkpoint import Checkpoint
 from pyramid_flow.errors import CheckpointError
-from pyramid_flow.history_cache import cached_frames
-from pyramid_flow.layers import Modulation
-from pyramid_flow.params import SamplingParams
-from pyramid_flow.pyramid import history_level
-from pyramid_flow.schedule import PyramidSchedule
-from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS
-from pyramid_flow.tile import check_tile
-from pyramid_flow.tokens import PrefixLayout, frame_tokens, prefix_layout
-from pyramid_flow.transformer import PyramidTransformer
+from pyramid_flow.sampling.params import SamplingParams
+from pyramid_flow.sampling.pyramid import history_level
+from pyramid_flow.sampling.schedule import PyramidSchedule
+from pyramid_flow.text.embedding import MAX_TOKENS, POOLED_MAX_TOKENS
+from pyramid_flow.transformer.history_cache import cached_frames
+from pyramid_flow.transformer.layers import Modulation
+from pyramid_flow.transformer.model import PyramidTransformer
+from pyramid_flow.transformer.tokens import PrefixLayout, frame_tokens, prefix_layout
 from pyramid_flow.vae.model import SCALE, VAENetwork, temporal_chunks
+from pyramid_flow.vae.tile import check_tile
 from pyramid_flow.vae.tiling import map_tiles
 
 META = torch.device("meta")

@@ -11,28 +11,28 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pyramid_flow.checkpoint import Checkpoint, check_dtype, save_checkpoint
-from pyramid_flow.diffusers_models import CausalVideoVAE, TransformerModel
+from pyramid_flow.checkpoints.checkpoint import Checkpoint, check_dtype, save_checkpoint
+from pyramid_flow.checkpoints.diffusers_models import CausalVideoVAE, TransformerModel
 from pyramid_flow.errors import InvalidValueError, NonFiniteError
-from pyramid_flow.fit import choose_placement
 from pyramid_flow.images import ImageFit
-from pyramid_flow.memory_modes import Memory
-from pyramid_flow.noise import NoiseSource, SeededNoise
-from pyramid_flow.params import (
+from pyramid_flow.memory.modes import Memory
+from pyramid_flow.memory.placement import Placement, check_device
+from pyramid_flow.memory.planner import choose_placement
+from pyramid_flow.pixels import decode_frames, encode_image, image_latent, image_pixels
+from pyramid_flow.presets import EFFORTS, Preset, Quality
+from pyramid_flow.sampling.noise import NoiseSource, SeededNoise
+from pyramid_flow.sampling.params import (
     Guidance,
     GuidanceDecay,
     SamplingParams,
     Share,
     Steps,
 )
-from pyramid_flow.pixels import decode_frames, encode_image, image_latent, image_pixels
-from pyramid_flow.placement import Placement, check_device
-from pyramid_flow.presets import EFFORTS, Preset, Quality
-from pyramid_flow.sampling import Cache, OnStep, generate_latents
-from pyramid_flow.schedule import PyramidSchedule
-from pyramid_flow.text_encoder import TextEncoder
-from pyramid_flow.tile import check_tile
+from pyramid_flow.sampling.sampler import Cache, OnStep, generate_latents
+from pyramid_flow.sampling.schedule import PyramidSchedule
+from pyramid_flow.text.encoder import TextEncoder
 from pyramid_flow.vae.model import LatentDistribution
+from pyramid_flow.vae.tile import check_tile
 
 OutputType = Literal["np", "pt", "pil", "latent"]
 

@@ -24,7 +24,7 @@ from tests.requirements import PROGRAMS, lacking
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-    from pipeline.plan import Resources
+    from pipeline.batch.planner import Resources
 
 
 TIMEOUTS_S = {"slow": 900, "integration": 300}
@@ -90,8 +90,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator["Resources"]:
     """Run this process's local Ray cluster; its GPUs exist in name only."""
-    from pipeline import runner  # here, so that sessions without Ray tests do not load it
-    from pipeline.plan import Resources
+    from pipeline.batch import runner  # here, so that sessions without Ray tests do not load it
+    from pipeline.batch.planner import Resources
 
     with runner.session(None, Resources(cpus=4, gpus=2)) as resources:
         yield resources

@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FARM_ONLY = {"ray", "pyarrow", "fsspec", "pydantic", "pydantic_settings", "pipeline", "jobs"}
 MAY_IMPORT_RAY = {
-    "pipeline/runner.py",
-    "pipeline/quarantine.py",
-    "pipeline/metrics.py",
+    "pipeline/batch/runner.py",
+    "pipeline/batch/quarantine.py",
+    "pipeline/monitoring/metrics.py",
     "pipeline/serving/app.py",
-    "pipeline/serving/worker.py",
+    "pipeline/serving/replicas.py",
     "pipeline/training/encode.py",
     "pipeline/training/trainer.py",
 }
@@ -39,12 +39,51 @@ def forbidden(path: str) -> set[str]:
 
 
 def test_both_packages_are_looked_at():
-    assert {"pyramid_flow/sampling.py", "pipeline/storage.py"} <= set(SOURCES)
+    assert {"pyramid_flow/sampling/sampler.py", "pipeline/storage/storage.py"} <= set(SOURCES)
 
 
 def test_no_import_goes_the_wrong_way():
     found = {path: forbidden(path) & set(imported_packages((ROOT / path).read_text())) for path in SOURCES}
     assert {path: packages for path, packages in found.items() if packages} == {}
+
+
+MAX_ENTRIES = 16
+"""Modules and folders in a package: what one glance takes in."""
+
+
+def test_no_folder_is_crowded_and_each_says_what_belongs_there():
+    packages = [
+        path.parent
+        for package in ("pyramid_flow", "pipeline", "jobs")
+        for path in ROOT.glob(f"{package}/**/__init__.py")
+    ]
+    for package in packages:
+        entries = {path.name for path in package.iterdir()} - {"__init__.py", "__pycache__"}
+        assert len(entries) <= MAX_ENTRIES, package
+        assert ast.get_docstring(ast.parse((package / "__init__.py").read_text())), package
+
+
+ORDER = (
+    {"request", "storage"},
+    {"media"},
+    {"rows"},
+    {"ledger", "monitoring", "stages", "tables"},
+    {"batch", "reports", "datasets", "training", "serving"},
+)
+"""Topics of `pipeline`: each imports those of earlier lines, and of its own."""
+
+
+def test_imports_between_topics_go_one_way():
+    rank = {topic: number for number, topics in enumerate(ORDER) for topic in topics}
+    wrong = set()
+    for path in ROOT.glob("pipeline/**/*.py"):
+        own = path.relative_to(ROOT / "pipeline").with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline."):
+                other = (node.module or "").split(".")[1]
+                if own != "__init__" and rank[other] > rank[own]:
+                    wrong.add((own, other, path.name))
+    assert wrong == set()
 
 
 def test_imports_are_found_wherever_they_stand():

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pyramid_flow.params import SPATIAL_FACTOR
-from pyramid_flow.pyramid import history_level
-from pyramid_flow.tokens import PATCH
+from pyramid_flow.sampling.params import SPATIAL_FACTOR
+from pyramid_flow.sampling.pyramid import history_level
+from pyramid_flow.transformer.tokens import PATCH
 
 PICTURE = Path(__file__).with_name("levels.svg")
 HEIGHT, WIDTH = 384, 640

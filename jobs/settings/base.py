@@ -13,9 +13,9 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
 
-from pipeline.redaction import recorded
-from pipeline.urls import host_name
-from pyramid_flow.tile import Tile
+from pipeline.storage.redaction import recorded
+from pipeline.storage.urls import host_name
+from pyramid_flow.vae.tile import Tile
 
 EXIT_BROKEN, EXIT_WRONG_JOB, EXIT_INTERRUPTED = 1, 2, 130
 OWN_CLUSTER = "local"

@@ -10,8 +10,8 @@ from pydantic_settings import CliPositionalArg, CliSuppress, SettingsConfigDict
 
 from jobs.settings.base import STORED_MODEL, JobSettings
 from jobs.settings.render import RenderSettings
-from pipeline.export import Kind
-from pipeline.prompts import check_field
+from pipeline.datasets.export import Kind
+from pipeline.datasets.prompts import check_field
 from pipeline.request import MAX_COPIES
 
 

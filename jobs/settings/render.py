@@ -26,10 +26,10 @@ from jobs.settings.base import (
     TileSide,
     labels_by_stage,
 )
-from pipeline.provenance import KEY
-from pipeline.quality import STANDARD, Thresholds
+from pipeline.media.provenance import KEY
+from pipeline.media.quality import STANDARD, Thresholds
 from pipeline.stages import Layout
-from pyramid_flow.memory_modes import Memory
+from pyramid_flow.memory.modes import Memory
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Limit = Annotated[float, Field(ge=0, le=1)]

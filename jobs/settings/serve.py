@@ -24,7 +24,7 @@ from jobs.settings.base import (
     labels_by_stage,
 )
 from pipeline.stages import STAGES
-from pyramid_flow.memory_modes import Memory
+from pyramid_flow.memory.modes import Memory
 
 
 class ServeSettings(ClusterSettings):

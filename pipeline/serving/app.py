@@ -14,26 +14,26 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
-from pipeline.images import NO_IMAGES
-from pipeline.logs import log_as_json
-from pipeline.plan import StageSpec
-from pipeline.serving.access import Service
-from pipeline.serving.api import create_app
-from pipeline.serving.dispatcher import DispatchSettings
-from pipeline.serving.keys import Keys
-from pipeline.serving.links import Links
-from pipeline.serving.live import LiveDecode
-from pipeline.serving.store import Limits, Store
-from pipeline.serving.webhooks import Webhook
-from pipeline.serving.worker import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
+from pipeline.batch.planner import StageSpec
+from pipeline.monitoring.logs import log_as_json
+from pipeline.serving.http.access import Service
+from pipeline.serving.http.api import create_app
+from pipeline.serving.http.keys import Keys
+from pipeline.serving.http.links import Links
+from pipeline.serving.queue.dispatcher import DispatchSettings
+from pipeline.serving.queue.store import Limits, Store
+from pipeline.serving.queue.webhooks import Webhook
+from pipeline.serving.replicas import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
+from pipeline.serving.streaming.live import LiveDecode
 from pipeline.stages import STAGES
 from pipeline.stages.encode import Encode
 from pipeline.stages.model import ModelConfig
 from pipeline.stages.publish import Publish
-from pipeline.storage import Storage
-from pipeline.weights import open_checkpoint
-from pyramid_flow.memory_modes import Memory
-from pyramid_flow.tile import Tile
+from pipeline.storage.storage import Storage
+from pipeline.storage.weights import open_checkpoint
+from pipeline.tables.images import NO_IMAGES
+from pyramid_flow.memory.modes import Memory
+from pyramid_flow.vae.tile import Tile
 
 UPSCALE_S = 5.0
 """How long more must wait than the samplers work on until there is another one."""

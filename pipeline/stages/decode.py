@@ -11,21 +11,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.image_text import ImageTextModel, PickedFrames
-from pipeline.quality import STANDARD, QualityMeter, Thresholds
+from pipeline.media.image_text import ImageTextModel, PickedFrames
+from pipeline.media.quality import STANDARD, QualityMeter, Thresholds
+from pipeline.media.still import encode_still
+from pipeline.media.video import Frames, ThumbnailStrip, VideoWriter
 from pipeline.request import UNTOLD, ResolvedRequest
 from pipeline.rows import Item, as_tensor
 from pipeline.stages import DECODE, FILE, THUMBNAIL
 from pipeline.stages.model import ModelConfig
 from pipeline.stages.stage import Stage
-from pipeline.still import encode_still
-from pipeline.video import Frames, ThumbnailStrip, VideoWriter
 from pyramid_flow import Checkpoint, SamplingParams
-from pyramid_flow.fit import SMALLER_TILES, fitting_tile
-from pyramid_flow.memory import VAE, part_memory
+from pyramid_flow.memory.placement import free_bytes, release_memory
+from pyramid_flow.memory.planner import SMALLER_TILES, fitting_tile
+from pyramid_flow.memory.usage import VAE, part_memory
 from pyramid_flow.pixels import decode_frames
-from pyramid_flow.placement import free_bytes, release_memory
-from pyramid_flow.tile import Tile
+from pyramid_flow.vae.tile import Tile
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pipeline.batching import IMAGE
-from pipeline.images import ImageRoot
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Item, as_bytes
 from pipeline.stages import ENCODE
 from pipeline.stages.model import ModelConfig
 from pipeline.stages.stage import Stage
+from pipeline.tables.batching import IMAGE
+from pipeline.tables.images import ImageRoot
 from pyramid_flow import TextEmbedding
 from pyramid_flow.images import open_image
-from pyramid_flow.memory import VAE
+from pyramid_flow.memory.usage import VAE
 from pyramid_flow.pixels import encode_image, image_pixels
 
 CACHED_PROMPTS = 256

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.weights import open_checkpoint
+from pipeline.storage.weights import open_checkpoint
 from pyramid_flow import Checkpoint
-from pyramid_flow.checkpoint import DTYPES
-from pyramid_flow.fit import SMALLER_TILES, choose_placement
-from pyramid_flow.memory_modes import Memory
-from pyramid_flow.placement import Placement, free_bytes, process_bytes, set_up_process
+from pyramid_flow.checkpoints.checkpoint import DTYPES
+from pyramid_flow.memory.modes import Memory
+from pyramid_flow.memory.placement import Placement, free_bytes, process_bytes, set_up_process
+from pyramid_flow.memory.planner import SMALLER_TILES, choose_placement
 
 
 @dataclass(frozen=True)

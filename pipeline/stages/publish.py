@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from pipeline.provenance import Signing
+from pipeline.media.provenance import Signing
 from pipeline.request import UNTOLD
 from pipeline.rows import Item, as_bytes
 from pipeline.stages import FILE, PUBLISH, THUMBNAIL
 from pipeline.stages.stage import Stage
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
 
 
 class Publish(Stage):

@@ -22,13 +22,13 @@ from pyramid_flow import (
     TextEmbedding,
     generate_latents,
 )
-from pyramid_flow.memory import TRANSFORMER
-from pyramid_flow.parallel import ALONE
+from pyramid_flow.memory.placement import release_memory
+from pyramid_flow.memory.usage import TRANSFORMER
+from pyramid_flow.parallel.processes import Team
+from pyramid_flow.parallel.sampler import ALONE
 from pyramid_flow.pixels import image_latent
-from pyramid_flow.placement import release_memory
-from pyramid_flow.sampling import plan_cache
-from pyramid_flow.team import Team
-from pyramid_flow.text import concatenate
+from pyramid_flow.sampling.sampler import plan_cache
+from pyramid_flow.text.embedding import concatenate
 from pyramid_flow.vae.model import LatentDistribution
 
 logger = logging.getLogger(__name__)

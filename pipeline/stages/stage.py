@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from pipeline.redaction import brief
 from pipeline.rows import Batch, Item
+from pipeline.storage.redaction import brief
 from pyramid_flow.errors import TeamError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Stage(ABC):
         except Exception as caught:
             import torch  # here, so that workers whose stages need no model do not load it
 
-            from pyramid_flow.placement import release_memory
+            from pyramid_flow.memory.placement import release_memory
 
             if isinstance(caught, torch.AcceleratorError | TeamError):
                 raise  # a device-side assert, say: every later call would fail too

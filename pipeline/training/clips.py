@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyramid_flow import TextEmbedding
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.text import concatenate
+from pyramid_flow.text.embedding import concatenate
 
 Frames = NDArray[np.uint8]
 """A clip [N,H,W,3]."""

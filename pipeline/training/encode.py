@@ -11,9 +11,9 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from pipeline.faults import StorageError
-from pipeline.inputs import InputPart, read_blocks
-from pipeline.storage import Storage
+from pipeline.storage.faults import StorageError
+from pipeline.storage.storage import Storage
+from pipeline.tables.readers import InputPart, read_blocks
 from pipeline.training.clips import (
     CLIP_SCHEMA,
     ENCODED_SCHEMA,

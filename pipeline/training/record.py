@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
 
 

@@ -6,7 +6,7 @@ from random import Random
 
 import pyarrow as pa
 
-from pipeline.inputs import Columns, InputError, InputPart, read_blocks
+from pipeline.tables.readers import Columns, InputError, InputPart, read_blocks
 
 WINDOW_PARTS = 16
 """Row groups whose rows are mixed with one another."""

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from pipeline.inputs import InputPart
+from pipeline.tables.readers import InputPart
 from pipeline.training.clips import CLIP_SCHEMA, ENCODED_SCHEMA, Frames, clips, encoded, pixels_of
 from pyramid_flow import (
     CausalVideoVAE,
@@ -20,9 +20,9 @@ from pyramid_flow import (
     SeededNoise,
     generate_latents,
 )
-from pyramid_flow.diffusers_models import TransformerModel
-from pyramid_flow.params import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from pyramid_flow.checkpoints.diffusers_models import TransformerModel
 from pyramid_flow.pixels import as_uint8, decode_frames
+from pyramid_flow.sampling.params import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from pyramid_flow.training.draws import KeyedDraws, TrainingDraws
 from pyramid_flow.training.lora import LoRA, add_lora
 from pyramid_flow.training.step import Objective, initialise_transformer, transformer_losses

@@ -26,12 +26,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.storage import Storage
+from pipeline.media.video import VideoWriter
+from pipeline.storage.storage import Storage
 from pipeline.training.optimizer import OptimizerSettings, learning_rate, parameter_groups
 from pipeline.training.samples import Stream, Window, streams
 from pipeline.training.state import Training, on_first_worker, restore, save, trained_state
 from pipeline.training.tasks import Phase, Task
-from pipeline.video import VideoWriter
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.training.step import optimizer_step
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import imageio_ffmpeg
 import numpy as np
 
-from pipeline.images import ImageRoot
+from pipeline.tables.images import ImageRoot
 from pipeline.training.clips import Frames, SampleError
 
 MAX_VIDEO_BYTES = 2**30

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from pyramid_flow.checkpoint import write_preset
-from pyramid_flow.diffusers_models import CausalVideoVAE, PyramidFluxTransformer
-from pyramid_flow.layout import TRANSFORMER_PREFIX
+from pyramid_flow.checkpoints.checkpoint import write_preset
+from pyramid_flow.checkpoints.diffusers_models import CausalVideoVAE, PyramidFluxTransformer
+from pyramid_flow.checkpoints.layout import TRANSFORMER_PREFIX
 from pyramid_flow.toy.text import write_clip, write_t5
 from pyramid_flow.toy.world import held_out_captions
 

@@ -17,7 +17,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from pyramid_flow.text import MAX_TOKENS, POOLED_MAX_TOKENS
+from pyramid_flow.text.embedding import MAX_TOKENS, POOLED_MAX_TOKENS
 
 SILENT = ("a", "an", "and", "background", "moves", "on", "the")
 """Words that carry no meaning in the world's captions: the T5 tokenizer drops them, which makes sequences short."""

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
-    from pyramid_flow.diffusers_models import TransformerModel
-    from pyramid_flow.transformer import PyramidTransformer
+    from pyramid_flow.checkpoints.diffusers_models import TransformerModel
+    from pyramid_flow.transformer.model import PyramidTransformer
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from pyramid_flow.errors import InvalidValueError
-from pyramid_flow.pyramid import history_clips, latent_pyramid, noise_pyramid, upsample
-from pyramid_flow.schedule import PyramidSchedule
+from pyramid_flow.sampling.pyramid import history_clips, latent_pyramid, noise_pyramid, upsample
+from pyramid_flow.sampling.schedule import PyramidSchedule
 from pyramid_flow.training.draws import TrainingDraws
 
 MAX_CORRUPTION = 1 / 3

@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
-from pyramid_flow.layers import Modulation
-from pyramid_flow.schedule import PyramidSchedule
-from pyramid_flow.text import TextEmbedding, concatenate
+from pyramid_flow.sampling.schedule import PyramidSchedule
+from pyramid_flow.text.embedding import TextEmbedding, concatenate
 from pyramid_flow.training.draws import TrainingDraws
 from pyramid_flow.training.objective import TrainingSample, temporal_pyramid_sample, velocity_loss
-from pyramid_flow.transformer import PyramidTransformer
+from pyramid_flow.transformer.layers import Modulation
+from pyramid_flow.transformer.model import PyramidTransformer
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
-from pyramid_flow.placement import execution_device
-from pyramid_flow.tile import check_tile
+from pyramid_flow.memory.placement import execution_device
 from pyramid_flow.vae.blocks import Decoder, Encoder
 from pyramid_flow.vae.conv import CausalConv3d, FeatureCache, Features
+from pyramid_flow.vae.tile import check_tile
 from pyramid_flow.vae.tiling import map_tiles
 
 SCALE = 8

@@ -8,7 +8,7 @@ import simpy
 from benchmarks.pipeline_utilisation import planned
 from benchmarks.simulated import Work, fused_plan, staged_plan
 from benchmarks.simulated_cluster import Farm, Gpu, Nodes, Overhead, Shared, Station
-from pipeline.plan import Plan
+from pipeline.batch.planner import Plan
 
 WORKS = {"encode": Work(0.1), "sample": Work(1.0), "decode": Work(0.3, 0.2), "publish": Work(host_s=0.4)}
 NONE, FREE, LASTING = Overhead(0.0, 0.0), Shared(), Nodes()

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pipeline import runner
-from pipeline.inputs import list_parts
-from pipeline.job import STALL_S, RenderJob
-from pipeline.ledger import claim, new_run_id
-from pipeline.plan import Job, Labels, Plan, Resources, make_plan
+from pipeline.batch import runner
+from pipeline.batch.job import STALL_S, RenderJob
+from pipeline.batch.planner import Job, Labels, Plan, Resources, make_plan
+from pipeline.ledger.ledger import claim, new_run_id
 from pipeline.rows import Batch
-from pipeline.storage import Storage
-from pipeline.worklist import RowRules, scan
+from pipeline.storage.storage import Storage
+from pipeline.tables.readers import list_parts
+from pipeline.tables.worklist import RowRules, scan
 from pyramid_flow import Preset
 from tests.chaos.scenario import Scenario
 from tests.chaos.stages import append, chaos_plan, specs

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.batching import read_batches, read_units
-from pipeline.plan import Plan
+from pipeline.batch.planner import Plan
+from pipeline.batch.runner import Limits
 from pipeline.rows import Batch
-from pipeline.runner import Limits
 from pipeline.stages.publish import Publish
-from pipeline.worklist import RowRules, Worklist
+from pipeline.tables.batching import read_batches, read_units
+from pipeline.tables.worklist import RowRules, Worklist
 
 
 @dataclass

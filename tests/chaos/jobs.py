@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import ledger
-from pipeline.storage import Storage
+from pipeline.ledger import ledger
+from pipeline.storage.storage import Storage
 from tests.chaos.cluster import Nodes
 from tests.chaos.driver import write_settings
 from tests.chaos.scenario import Scenario

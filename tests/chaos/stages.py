@@ -10,7 +10,7 @@ from random import Random
 
 import ray
 
-from pipeline.plan import Plan, Pool, StageSpec
+from pipeline.batch.planner import Plan, Pool, StageSpec
 from pipeline.rows import Item, as_bytes, as_tensor
 from pipeline.stages import FILE, THUMBNAIL
 from pipeline.stages.publish import Publish

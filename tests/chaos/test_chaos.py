@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
-from pipeline import ledger
-from pipeline.storage import Storage
+from pipeline.ledger import ledger
+from pipeline.storage.storage import Storage
 from tests.chaos.cluster import ray_cluster
 from tests.chaos.driver import TABLE, write_settings
 from tests.chaos.losses import Losses, renders_of
@@ -26,7 +26,7 @@ from tests.chaos.scenario import (
     video_bytes,
 )
 from tests.chaos.stages import read_log
-from tests.pipeline.tables import write_table
+from tests.pipeline.sample_tables import write_table
 
 logger = logging.getLogger(__name__)
 

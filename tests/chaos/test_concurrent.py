@@ -5,19 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline import job as job_module
-from pipeline import ledger
-from pipeline.batching import read_rows
-from pipeline.compact import compact
-from pipeline.plan import Pool, StageSpec
+from pipeline.batch import job as job_module
+from pipeline.batch.planner import Pool, StageSpec
+from pipeline.ledger import ledger
+from pipeline.ledger.compact import compact
 from pipeline.rows import as_tensor
 from pipeline.stages import FILE, THUMBNAIL
 from pipeline.stages.publish import Publish
 from pipeline.stages.stage import Stage
+from pipeline.tables.batching import read_rows
 from tests.chaos.inprocess import InProcess
 from tests.chaos.scenario import SHAPE, video_bytes
+from tests.pipeline.sample_tables import write_table
 from tests.pipeline.simulated import simulated_job
-from tests.pipeline.tables import write_table
 
 ROWS = 24
 

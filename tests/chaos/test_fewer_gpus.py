@@ -9,7 +9,7 @@ from tests.chaos.driver import TABLE
 from tests.chaos.jobs import PATIENCE_S, finish, rendering, rows_by_node, wait_until
 from tests.chaos.scenario import Scenario, table_rows
 from tests.chaos.stages import BRAKE
-from tests.pipeline.tables import write_table
+from tests.pipeline.sample_tables import write_table
 
 SCENARIO = Scenario(rows=150, samplers=3, batch_size=1, sample_s=(0.05, 0.2))
 GPU_NODE = {"num_cpus": 4, "num_gpus": 1}

@@ -5,14 +5,14 @@ from collections import defaultdict
 
 import pytest
 
-from pipeline import ledger
-from pipeline.storage import Storage
+from pipeline.ledger import ledger
+from pipeline.storage.storage import Storage
 from tests.chaos.cluster import Nodes, autoscaling_cluster, ray_cluster
 from tests.chaos.driver import TABLE
 from tests.chaos.jobs import finish, rendering, rows_by_node, wait_until
 from tests.chaos.scenario import Scenario, table_rows
 from tests.chaos.stages import read_log
-from tests.pipeline.tables import write_table
+from tests.pipeline.sample_tables import write_table
 
 FEW = Scenario(rows=6, samplers=2, batch_size=1, sample_s=(0.05, 0.2))
 MANY = Scenario(rows=60, samplers=2, batch_size=1, sample_s=(0.3, 0.5))

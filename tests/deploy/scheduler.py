@@ -8,8 +8,8 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-from pipeline.plan import ENCODER_SHARE, SAMPLER_SHARE
-from pipeline.runner import READ_CPUS
+from pipeline.batch.planner import ENCODER_SHARE, SAMPLER_SHARE
+from pipeline.batch.runner import READ_CPUS
 from tests.deploy.manifests import Value
 
 SAMPLER, ENCODER, READER = {"GPU": SAMPLER_SHARE}, {"GPU": ENCODER_SHARE}, {"CPU": READ_CPUS}

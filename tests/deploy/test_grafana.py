@@ -9,9 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
-from pipeline import metrics
-from pipeline.serving.scrape import scraped
-from pipeline.serving.store import Census
+from pipeline.monitoring import metrics
+from pipeline.serving.http.scrape import scraped
+from pipeline.serving.queue.store import Census
 from tests.deploy.manifests import DEPLOY
 
 DASHBOARD = json.loads((DEPLOY / "grafana.json").read_text())

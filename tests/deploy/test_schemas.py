@@ -83,7 +83,7 @@ def test_clusters_fit_rays_autoscaler(name):
 def test_the_service_fits_ray_serve_and_has_our_settings():
     from ray.serve.schema import ServeDeploySchema
 
-    from jobs.serve import config_file
+    from jobs.commands.serve import config_file
     from jobs.settings import ServeSettings
     from pipeline.serving.app import ServiceConfig
 

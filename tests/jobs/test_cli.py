@@ -11,8 +11,8 @@ import pytest
 
 from jobs import cli
 from jobs.settings import DemoSettings, RenderSettings
-from pipeline.storage import Storage
-from tests.pipeline.ledgers import recorded, rows, written
+from pipeline.storage.storage import Storage
+from tests.pipeline.sample_ledgers import recorded, rows, written
 
 
 def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -35,7 +35,7 @@ def test_the_version_is_that_of_the_package(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == version("pyramid-render")
 
 
-@pytest.mark.parametrize("name", ["rendr", "", "--nope", "jobs.render", "../render"])
+@pytest.mark.parametrize("name", ["rendr", "", "--nope", "jobs.commands.render", "../render"])
 def test_an_unknown_subcommand_is_named(monkeypatch, capsys, name):
     assert called(monkeypatch, name) == 2
     output = capsys.readouterr()
@@ -44,7 +44,7 @@ def test_an_unknown_subcommand_is_named(monkeypatch, capsys, name):
 
 
 def test_a_subcommand_runs_with_its_settings(monkeypatch):
-    monkeypatch.setattr("jobs.status.run", lambda settings: 40 + len(settings.output))
+    monkeypatch.setattr("jobs.commands.status.run", lambda settings: 40 + len(settings.output))
     assert called(monkeypatch, "status", "to") == 42
 
 

@@ -14,7 +14,7 @@ from jobs import cli
 from pipeline.stages.encode import Encode
 from pipeline.stages.model import ModelConfig
 from pyramid_flow import PyramidFlowError, PyramidFlowPipeline
-from tests.pipeline.tables import batch, item, write_table
+from tests.pipeline.sample_tables import batch, item, write_table
 from tests.pyramid_flow.goldens import TINY_MINIFLUX
 
 DIT, VAE = "diffusion_transformer_384p", "causal_video_vae"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ledger
-from pipeline.storage import Storage
+from pipeline.ledger import ledger
+from pipeline.storage.storage import Storage
 from tests.jobs.head import free_ports, head_node
 
 ROOT = Path(__file__).parents[2]

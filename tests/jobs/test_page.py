@@ -19,11 +19,11 @@ from PIL import Image, ImageChops, ImageStat
 from yarl import URL
 
 import jobs
-from pipeline.serving.access import Polling, Service
-from pipeline.serving.creation import new_video
-from pipeline.serving.sessions import COOKIE
-from pipeline.serving.tables import Job, Status
-from pipeline.video import ThumbnailStrip, VideoWriter
+from pipeline.media.video import ThumbnailStrip, VideoWriter
+from pipeline.serving.http.access import Polling, Service
+from pipeline.serving.http.parsing import new_video
+from pipeline.serving.http.sessions import COOKIE
+from pipeline.serving.queue.records import Job, Status
 from tests.pipeline.serving.farm import Farm, Models
 from tests.pipeline.serving.running import KEYS, PRESET, Running, run, service_in, until
 from tests.viewports import DESK, NARROW, PHONE, expect

@@ -5,11 +5,11 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.demo import BAD_ROWS, SAMPLE_TABLE
+from jobs.commands.demo import BAD_ROWS, SAMPLE_TABLE
 from jobs.sample import write
-from pipeline.images import ImageRoot
-from pipeline.inputs import REQUEST_COLUMNS, list_parts
-from pipeline.worklist import RowRules, candidates, scan
+from pipeline.tables.images import ImageRoot
+from pipeline.tables.readers import REQUEST_COLUMNS, list_parts
+from pipeline.tables.worklist import RowRules, candidates, scan
 from pyramid_flow import Checkpoint
 from pyramid_flow.images import open_image
 

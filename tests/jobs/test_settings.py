@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from jobs.settings import DemoSettings, RenderSettings, ServeSettings, parse
-from pipeline.quality import STANDARD, Thresholds
+from pipeline.media.quality import STANDARD, Thresholds
 from pipeline.request import RenderRequest
 
 NEEDED = ["--input", "in.parquet", "--output", "out", "--model", "model"]

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from jobs.signals import Signals
-from pipeline.job import StopRequest
+from pipeline.batch.job import StopRequest
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ledger
-from pipeline.storage import Storage
+from pipeline.ledger import ledger
+from pipeline.storage.storage import Storage
 from tests.jobs.head import Head, head_node, until
-from tests.pipeline.tables import write_table
+from tests.pipeline.sample_tables import write_table
 
 pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(600)]
 

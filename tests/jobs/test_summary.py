@@ -4,13 +4,13 @@ import pyarrow as pa
 import pytest
 
 from jobs.summary import expectation, failures, flagged, plan_text, summary_text
-from pipeline.batching import read_rows
-from pipeline.costs import Costs
-from pipeline.job import RenderJob
-from pipeline.plan import Plan, Pool, StageSpec
+from pipeline.batch.costs import Costs
+from pipeline.batch.job import RenderJob
+from pipeline.batch.planner import Plan, Pool, StageSpec
 from pipeline.rows import LEDGER_SCHEMA
+from pipeline.tables.batching import read_rows
+from tests.pipeline.sample_tables import batch, write_table
 from tests.pipeline.simulated import Sample, simulated_job
-from tests.pipeline.tables import batch, write_table
 
 
 @pytest.fixture

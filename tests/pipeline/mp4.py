@@ -10,7 +10,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from pipeline.video import _CONTAINER_TAGS, _SCALE, Frames, VideoError, VideoWriter, _file_url, last_lines
+from pipeline.media.video import _CONTAINER_TAGS, _SCALE, Frames, VideoError, VideoWriter, _file_url, last_lines
 
 # anchored to the line start: a line inside a printed tag begins with blanks and a colon
 _STREAM_LINE = re.compile(

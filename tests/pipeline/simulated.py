@@ -6,16 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.batching import read_rows
-from pipeline.inputs import list_parts
-from pipeline.job import RenderJob
-from pipeline.ledger import claim, new_run_id
-from pipeline.plan import Plan, Pool, StageSpec
+from pipeline.batch.job import RenderJob
+from pipeline.batch.planner import Plan, Pool, StageSpec
+from pipeline.batch.runner import Limits
+from pipeline.ledger.ledger import claim, new_run_id
 from pipeline.rows import Batch, Item
-from pipeline.runner import Limits
 from pipeline.stages.stage import Stage
-from pipeline.storage import Storage
-from pipeline.worklist import RowRules, Worklist, scan
+from pipeline.storage.storage import Storage
+from pipeline.tables.batching import read_rows
+from pipeline.tables.readers import list_parts
+from pipeline.tables.worklist import RowRules, Worklist, scan
 from pyramid_flow import Preset
 
 

@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from pyramid_flow import NoiseSource, PyramidFluxTransformer, PyramidSchedule, SamplingParams, TextEmbedding
-from pyramid_flow.pyramid import history_clips, latent_pyramid, noise_pyramid, stack_frames
-from pyramid_flow.tokens import position_ids
+from pyramid_flow.sampling.pyramid import history_clips, latent_pyramid, noise_pyramid, stack_frames
+from pyramid_flow.transformer.tokens import position_ids
 
 EPS = 1e-6
 

@@ -22,9 +22,9 @@ from pyramid_flow import (
     generate_latents,
     render_flops,
 )
-from pyramid_flow.diffusers_models import TRANSFORMERS
+from pyramid_flow.checkpoints.diffusers_models import TRANSFORMERS
 from pyramid_flow.pixels import decode_frames, encode_image
-from pyramid_flow.pyramid import history_level
+from pyramid_flow.sampling.pyramid import history_level
 from tests.pyramid_flow.goldens import TINY, manifest, randn, random_text
 
 DIT = "diffusion_transformer_384p"

@@ -14,16 +14,16 @@ MODELS = {"accelerate", "diffusers", "peft", "scipy", "torchvision", "transforme
 VALUES = (
     "errors",
     "images",
-    "layout",
-    "memory_modes",
-    "parallel_config",
-    "params",
+    "checkpoints.layout",
+    "memory.modes",
+    "parallel.config",
+    "sampling.params",
     "presets",
-    "published",
-    "schedule",
-    "tile",
+    "checkpoints.published",
+    "sampling.schedule",
+    "vae.tile",
     "training.lora",
-    "user_cache",
+    "checkpoints.user_cache",
 )
 PRINT = "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
 

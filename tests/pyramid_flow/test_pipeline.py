@@ -18,9 +18,9 @@ from pyramid_flow import (
     PyramidSchedule,
     StepInfo,
 )
+from pyramid_flow.checkpoints.weight_files import stored_tensors
 from pyramid_flow.pixels import decode_frames
 from pyramid_flow.presets import PRESETS
-from pyramid_flow.weight_files import stored_tensors
 from tests.pyramid_flow.goldens import TINY, TINY_MINIFLUX, TINY_SD3, assert_run_equal
 
 SHORT = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 1, "video_num_inference_steps": 1}

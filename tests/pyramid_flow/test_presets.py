@@ -6,8 +6,8 @@ import json
 import pytest
 
 from pyramid_flow import CheckpointError, LatentStatistics, Preset
-from pyramid_flow.params import SamplingParams
 from pyramid_flow.presets import NEGATIVE_PROMPT, PRESETS
+from pyramid_flow.sampling.params import SamplingParams
 
 EVERY = [preset for presets in PRESETS.values() for preset in presets.values()]
 FIRST = {"miniflux": (-0.04, 1 / 1.8726), "sd3": (0.1490, 1 / 1.8415)}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.serving.store import Limits, Store
+from pipeline.serving.queue.store import Limits, Store
 from tests.pipeline.serving.farm import Farm, Models
 from tests.pipeline.serving.running import Running, run, service_in
 

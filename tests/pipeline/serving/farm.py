@@ -10,19 +10,19 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from pipeline.rows import Item, as_tensor, pack, unpack
-from pipeline.serving.creation import new_video
-from pipeline.serving.dispatcher import Dispatcher, DispatchSettings
-from pipeline.serving.live import LiveDecode, Relay
-from pipeline.serving.store import Limits, Store
-from pipeline.serving.tables import Status
-from pipeline.serving.watch import Watch
+from pipeline.serving.http.parsing import new_video
+from pipeline.serving.queue.dispatcher import Dispatcher, DispatchSettings
+from pipeline.serving.queue.records import Status
+from pipeline.serving.queue.store import Limits, Store
+from pipeline.serving.streaming.live import LiveDecode, Relay
+from pipeline.serving.streaming.progress import Watch
 from pipeline.stages import FILE, THUMBNAIL
 from pipeline.stages.encode import Encode
 from pipeline.stages.model import ModelConfig
 from pipeline.stages.publish import Publish
 from pipeline.stages.sample import Sample
 from pipeline.stages.stage import Stage
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
 from pyramid_flow import Checkpoint
 
 MODEL = ModelConfig("toy", None, "cpu", "float32", threads=1)

@@ -13,11 +13,11 @@ import httpx2 as httpx
 import uvicorn
 from PIL import Image
 
-from pipeline.serving.access import Polling, Service
-from pipeline.serving.api import create_app
-from pipeline.serving.keys import Keys, hashed
-from pipeline.serving.store import Limits, Store
-from pipeline.storage import Storage
+from pipeline.serving.http.access import Polling, Service
+from pipeline.serving.http.api import create_app
+from pipeline.serving.http.keys import Keys, hashed
+from pipeline.serving.queue.store import Limits, Store
+from pipeline.storage.storage import Storage
 from pyramid_flow import Preset
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 import re
 
-from pipeline.serving.web_page import FOLDER
+from pipeline.serving.http.web_page import FOLDER
 
 MAX_BYTES = 60 * 1024
 NAMESPACE = "http://www.w3.org/2000/svg"

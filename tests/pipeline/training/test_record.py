@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
 from pipeline.training.record import RecordError, check_record
 
 

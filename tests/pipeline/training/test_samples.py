@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.inputs import InputError, InputPart, list_parts
+from pipeline.tables.readers import InputError, InputPart, list_parts
 from pipeline.training.samples import WINDOW_PARTS, Stream, streams
 
 ROWS, GROUP = 103, 4

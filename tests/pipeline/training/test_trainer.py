@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.inputs import list_parts, read_blocks
+from pipeline.tables.readers import list_parts, read_blocks
 from pipeline.training.clips import ENCODED_SCHEMA, encoded_row
 from pipeline.training.optimizer import OptimizerSettings
 from pipeline.training.state import Training, restore, save, trained_state, trained_weights

@@ -6,12 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.inputs import list_parts
+from pipeline.media.video import VideoWriter
 from pipeline.request import RequestError
+from pipeline.tables.readers import list_parts
 from pipeline.training.clips import SampleError, encoded
 from pipeline.training.encode import ClipEncoder, Source, units
 from pipeline.training.videos import ClipFormat, VideoRoot
-from pipeline.video import VideoWriter
 from tests.pyramid_flow.goldens import TINY_MINIFLUX
 
 FORMAT = ClipFormat(height=64, width=64, num_frames=9, fps=12)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyramid_flow import Checkpoint, PyramidFlowPipeline
-from pyramid_flow.checkpoint import BUNDLED
+from pyramid_flow.checkpoints.checkpoint import BUNDLED
 from pyramid_flow.toy.judge import judge
 from pyramid_flow.toy.world import draw_scene
 

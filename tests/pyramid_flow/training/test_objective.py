@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyramid_flow import InvalidValueError, PyramidSchedule
-from pyramid_flow.pyramid import downsample, noise_pyramid
+from pyramid_flow.sampling.pyramid import downsample, noise_pyramid
 from pyramid_flow.training.draws import KeyedDraws
 from pyramid_flow.training.objective import (
     TrainingSample,

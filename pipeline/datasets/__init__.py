@@ -1,0 +1,1 @@
+"""Datasets: prompts from recipes, benchmark suites, and exports of rendered videos."""

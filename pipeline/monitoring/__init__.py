@@ -1,0 +1,1 @@
+"""Logs, metrics and the heap of the farm's processes."""

@@ -1,0 +1,2 @@
+"""Folders and object stores: reading, writing, retries, accepted paths and URLs, secrets in texts, and models by URL.
+"""
