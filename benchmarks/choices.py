@@ -16,7 +16,7 @@ from benchmarks.report import ROOT, write_result
 from benchmarks.toy_quality import BATCH, judged, scenes, scores, videos
 from pyramid_flow import PyramidFlowPipeline, PyramidFluxTransformer, SamplingParams
 from pyramid_flow.flops import sampling_flops
-from pyramid_flow.presets import EFFORTS, PRESETS
+from pyramid_flow.presets import PRESETS, QUALITY_PRESETS
 
 CLIP = PRESETS["miniflux"]["768p"]
 SHOWN = ("colour", "shape", "size", "direction", "speed", "background", "all")
@@ -34,7 +34,7 @@ class Choice:
     def flops(self) -> int:
         """Of a published clip."""
         quality = self.options.get("quality", "standard")
-        preset, effort = CLIP.at(quality), EFFORTS[quality]
+        preset, effort = CLIP.at(quality), QUALITY_PRESETS[quality]
         params = SamplingParams(
             *preset.sizes[0],
             121,

@@ -36,7 +36,7 @@ from benchmarks.report import RESULTS, ROOT, write_result
 from benchmarks.simulated import Work
 from benchmarks.simulated_cluster import Farm, Nodes, Overhead, Shared, Station
 from pipeline.batch.costs import ASSUMED_FLOPS, ASSUMED_PUBLISH_S, Costs
-from pipeline.batch.planner import Job, Plan, Resources, make_plan
+from pipeline.batch.planner import Plan, PlanRequest, Resources, make_plan
 from pipeline.batch.runner import READ_TASKS
 from pipeline.ledger.ledger import FLUSH_ROWS, THREADS
 
@@ -172,7 +172,7 @@ def cluster_plan(workload: Workload, gpus: int, encoders: int | None, assumed: A
     """Return what the planner makes of a number of GPUs; encoders: a pinned number of them."""
     seconds = {name: work.device_s + work.host_s for name, work in workload.works(assumed).items()}
     costs, pinned = Costs(seconds, measured=False), {} if encoders is None else {"encode": encoders}
-    target = Job(
+    target = PlanRequest(
         "model", None, "cuda", "bfloat16", "output", "images", 1, None, workload.batch_size, workers=pinned, costs=costs
     )
     return make_plan(target, Resources(gpus * assumed.cpus_per_gpu, gpus))

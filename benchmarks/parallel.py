@@ -44,8 +44,8 @@ from pyramid_flow import (
     generate_latents,
 )
 from pyramid_flow.flops import sampling_flops
-from pyramid_flow.parallel.config import Ways, split_ways
-from pyramid_flow.parallel.processes import Team
+from pyramid_flow.parallel.config import ParallelConfig, parallel_config
+from pyramid_flow.parallel.processes import ParallelSampler
 from pyramid_flow.transformer.history_cache import cached_frames
 from tests.pyramid_flow.goldens import TINY_MINIFLUX
 
@@ -77,7 +77,9 @@ class Sent:
     evaluations: int
 
 
-def sent(model: PyramidFluxTransformer, params: SamplingParams, ways: Ways, text_tokens: int, itemsize: int) -> Sent:
+def sent(
+    model: PyramidFluxTransformer, params: SamplingParams, ways: ParallelConfig, text_tokens: int, itemsize: int
+) -> Sent:
     """Return what the first process sends for a guided clip with a full history cache."""
     dim, num_blocks, patch = model.proj_out.in_features, len(model.blocks), model.proj_out.out_features
     rows = 2 // ways.guidance
@@ -99,7 +101,7 @@ def sent(model: PyramidFluxTransformer, params: SamplingParams, ways: Ways, text
     return Sent(total, exchanges, evaluations)
 
 
-def share(tokens: int, ways: Ways) -> int:
+def share(tokens: int, ways: ParallelConfig) -> int:
     """Return how many of so many tokens the first process holds."""
     return tokens // ways.sequence
 
@@ -113,7 +115,7 @@ def measure_bytes(assumed: Assumed) -> dict[str, Any]:
     for clip, params in CLIPS.items():
         work = sum(sampling_flops(model, params, has_image=False, text_tokens=TEXT_TOKENS))
         for size in (2, 4, 6, 10, 12):
-            ways = split_ways(size, model.config["num_attention_heads"])
+            ways = parallel_config(size, model.config["num_attention_heads"])
             told = sent(model, params, ways, TEXT_TOKENS, itemsize=2)
             alone = work / assumed.device_flops
             talking = told.bytes / assumed.link_bytes + told.exchanges * assumed.exchange_s
@@ -148,7 +150,8 @@ def measure_cpu(sizes: Sequence[int], rounds: int) -> dict[str, Any]:
         alone = run(transformer, prompts, rounds, generate_latents)
         print(f"{'processes':>9}{'ways':>8}{'seconds':>9}{'times as fast':>15}{'MB a step':>11}  differs by")
         for size in sizes:
-            with closing(Team(checkpoint, torch.float32, "cpu", size, threads=1)) as team, counting() as told:
+            sampler = ParallelSampler(checkpoint, torch.float32, "cpu", size, threads=1)
+            with closing(sampler) as team, counting() as told:
                 together = run(transformer, prompts, rounds, team.generate)
             ways = team.parallel.ways
             expected = sent(transformer, MIDDLE_CLIP, ways, TEXT_TOKENS, itemsize=4)

@@ -40,7 +40,7 @@ from benchmarks.simulated import (
     write_table,
 )
 from pipeline.batch.costs import Costs
-from pipeline.batch.planner import Job, Plan, Resources, make_plan
+from pipeline.batch.planner import Plan, PlanRequest, Resources, make_plan
 from pipeline.batch.runner import session
 from pipeline.stages import Layout
 
@@ -129,7 +129,7 @@ def layouts(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
 def planned(layout: Layout, works: Mapping[str, Work], gpus: int) -> Plan:
     """Return what the planner makes of a job that costs what the works say."""
     costs = Costs({name: work.device_s + work.host_s for name, work in works.items()}, measured=True)
-    job = Job("model", None, "cuda", "bfloat16", "output", "images", 1, None, 1, layout=layout, costs=costs)
+    job = PlanRequest("model", None, "cuda", "bfloat16", "output", "images", 1, None, 1, layout=layout, costs=costs)
     return make_plan(job, Resources(cpus=8, gpus=gpus))
 
 

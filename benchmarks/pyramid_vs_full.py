@@ -56,7 +56,7 @@ from pyramid_flow.flops import clip_shapes
 from pyramid_flow.presets import PRESETS, Preset
 from pyramid_flow.text.embedding import TextEmbedding
 from pyramid_flow.toy.world import Scene
-from pyramid_flow.training.draws import KeyedDraws
+from pyramid_flow.training.draws import KeyedRandom
 from pyramid_flow.training.objective import temporal_pyramid_sample, velocity_loss
 from pyramid_flow.training.step import transformer_losses, velocity
 from pyramid_flow.transformer.tokens import frame_tokens
@@ -164,7 +164,7 @@ def step_flops(task: TransformerTask, job: TrainJob, budget: float) -> Iterator[
 
     @cache
     def count(level: int, length: int) -> int:
-        only, draws = replace(task.objective, levels=(level,)), KeyedDraws(0, 0, range(share))
+        only, draws = replace(task.objective, levels=(level,)), KeyedRandom(0, 0, range(share))
         own, lengths = range(share), [length]
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no CPU's fused kernels
             losses = transformer_losses(
@@ -211,7 +211,7 @@ def unexplained(run: Run, pipe: PyramidFlowPipeline, held: Heldout) -> float:
     for level in range(len(schedule.levels)):
         error = square = 0.0
         for length in range(1, run.task.num_units + 1):
-            draws = KeyedDraws(1, length, range(len(held.latents)))
+            draws = KeyedRandom(1, length, range(len(held.latents)))
             sample = temporal_pyramid_sample(schedule, level, held.latents[:, :, :length], draws)
             error += float(velocity_loss(velocity(pipe.transformer, sample, held.text), sample.target).mean())
             square += float(sample.target.square().mean())

@@ -54,7 +54,7 @@ from pipeline.rows import LEDGER_SCHEMA, Batch, pack
 from pipeline.storage.storage import Storage
 from pipeline.tables.batching import read_batches, read_units
 from pipeline.tables.readers import list_parts
-from pipeline.tables.worklist import Fate, PartWork, scan
+from pipeline.tables.worklist import PartWork, RowStatus, scan
 
 ROWS = [10_000, 100_000, 1_000_000]
 PIPELINE_ROWS = [1000, 10_000]
@@ -121,7 +121,7 @@ def plan_rows(table: str, output: str) -> dict[str, Any]:
 
 def batch_rows(table: str, batch_size: int) -> dict[str, Any]:
     """Do what the read tasks do, one after another."""
-    works = [PartWork(part, bytes([Fate.RENDER]) * part.num_rows) for part in list_parts([table])]
+    works = [PartWork(part, bytes([RowStatus.RENDER]) * part.num_rows) for part in list_parts([table])]
     rows, batches, packing_s, started = 0, 0, 0.0, time.perf_counter()
     units = list(read_units(works))
     for unit in units:

@@ -18,16 +18,16 @@ SHOWN_REASONS = 5
 
 def plan_text(job: "RenderJob", gpu_hour_price: float | None) -> str:
     """Say what would be done: rows, workers, expected speed and cost."""
-    from pipeline.tables.worklist import Fate
+    from pipeline.tables.worklist import RowStatus
 
     pending = job.pending()
-    fates = pending.num_rows_by_fate
+    fates = pending.num_rows_by_status
     rows = (
-        f"{fates[Fate.RENDER]} rows to render, {fates[Fate.SKIP]} in the ledger already, "
-        f"{fates[Fate.DUPLICATE]} equal to an earlier row, {fates[Fate.CONFLICT]} with a disputed id"
+        f"{fates[RowStatus.RENDER]} rows to render, {fates[RowStatus.SKIP]} in the ledger already, "
+        f"{fates[RowStatus.DUPLICATE]} equal to an earlier row, {fates[RowStatus.CONFLICT]} with a disputed id"
     )
-    if fates[Fate.ELSEWHERE]:
-        rows += f", {fates[Fate.ELSEWHERE]} of other shards"
+    if fates[RowStatus.ELSEWHERE]:
+        rows += f", {fates[RowStatus.ELSEWHERE]} of other shards"
     if again := job.num_due - pending.num_rows:
         rows += f", {again} flagged ones to render again"
     lines = [rows, job.plan.describe(), f"up to {job.plan.batch_size} rows of one shape in a batch"]

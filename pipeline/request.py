@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.storage.redaction import recorded
 from pyramid_flow import InvalidValueError, Preset, PyramidFlowError, PyramidSchedule, SamplingParams
 from pyramid_flow.images import ImageFit
-from pyramid_flow.presets import EFFORTS, PRESETS, Quality
+from pyramid_flow.presets import PRESETS, QUALITY_PRESETS, Quality
 from pyramid_flow.sampling.params import (
     MIN_GUIDANCE_SCALE,
     check_guidance,
@@ -54,7 +54,7 @@ class RenderRequest(BaseModel):
     image: an encoded picture, or a URI below the image root -> image-to-video; image_fit: how it is brought to the
     size, see `image_pixels`. Sizes in pixels, multiples of 64; num_frames = 1 + 8k, 1 = a still, which becomes a file
     of image_format; steps: one count or one per level, lowest first; guidance, skip_last_step and guided_share: see
-    `SamplingParams`; quality: what steps, skip_last_step and guided_share are if they are left out, see `EFFORTS`.
+    `SamplingParams`; quality: the default of steps, skip_last_step and guided_share, see `QUALITY_PRESETS`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -178,7 +178,7 @@ class RenderRequest(BaseModel):
         has_image = self.image is not None
         later = preset.later_guidance(has_image)
         quality = self.quality or "standard"
-        preset, effort = preset.at(quality), EFFORTS[quality]
+        preset, effort = preset.at(quality), QUALITY_PRESETS[quality]
         num_frames = self.num_frames or preset.max_num_frames
         resolved = ResolvedRequest(
             id=row_id,

@@ -35,5 +35,5 @@ class CheckpointError(PyramidFlowError):
     """A checkpoint folder lacks something, holds something unknown, or cannot be read."""
 
 
-class TeamError(PyramidFlowError):
+class ParallelError(PyramidFlowError):
     """The processes that share a clip are out of step; only starting all of them again helps."""

@@ -19,7 +19,7 @@ from pyramid_flow.memory.modes import Memory
 from pyramid_flow.memory.placement import Placement, check_device
 from pyramid_flow.memory.planner import choose_placement
 from pyramid_flow.pixels import decode_frames, encode_image, image_latent, image_pixels
-from pyramid_flow.presets import EFFORTS, Preset, Quality
+from pyramid_flow.presets import QUALITY_PRESETS, Preset, Quality
 from pyramid_flow.sampling.noise import NoiseSource, SeededNoise
 from pyramid_flow.sampling.params import (
     Guidance,
@@ -171,7 +171,7 @@ class PyramidFlowPipeline:
         image: the first frame of every video, see `image_pixels` for image_fit. tile: side in pixels of the
         tiles that frames are decoded in, to save memory; it changes pixels. seed: one per prompt, or one number
         from which prompt i takes seed + i. on_step, cache: see `generate_latents`; guidance, skip_last_step and
-        guided_share: see `SamplingParams`; quality: what these and steps are if they are not given, see `EFFORTS`.
+        guided_share: see `SamplingParams`; quality: the default of these and of the steps, see `QUALITY_PRESETS`.
         Raises InvalidValueError for values that cannot be rendered, and NonFiniteError if NaN or infinity comes out.
         """
         prompts = _texts("prompt", prompt)
@@ -211,8 +211,8 @@ class PyramidFlowPipeline:
             "video_num_inference_steps": preset.video_num_inference_steps,
             "guidance_scale": preset.guidance_scale,
             "video_guidance_scale": preset.later_guidance(has_image),
-            "skip_last_step": EFFORTS[quality].skip_last_step,
-            "guided_share": EFFORTS[quality].guided_share,
+            "skip_last_step": QUALITY_PRESETS[quality].skip_last_step,
+            "guided_share": QUALITY_PRESETS[quality].guided_share,
         }
         return SamplingParams(**own | {name: value for name, value in given.items() if value is not None})
 

@@ -48,7 +48,7 @@ Quality = Literal["draft", "standard", "high"]
 
 
 @dataclass(frozen=True)
-class Effort:
+class QualityPreset:
     """What a quality spends: steps, as a multiple of the recommended ones, and see `SamplingParams` for the rest."""
 
     steps: float = 1.0
@@ -56,10 +56,10 @@ class Effort:
     guided_share: float = 1.0
 
 
-EFFORTS: dict[Quality, Effort] = {
-    "draft": Effort(steps=0.6, skip_last_step=True, guided_share=0.5),
-    "standard": Effort(),
-    "high": Effort(steps=1.5),
+QUALITY_PRESETS: dict[Quality, QualityPreset] = {
+    "draft": QualityPreset(steps=0.6, skip_last_step=True, guided_share=0.5),
+    "standard": QualityPreset(),
+    "high": QualityPreset(steps=1.5),
 }
 """standard is the published way; docs/performance.md has what the others gain and cost."""
 
@@ -92,9 +92,9 @@ class Preset:
 
     def at(self, quality: Quality) -> "Preset":
         """Return the preset with the steps of a quality; raises InvalidValueError for an unknown one."""
-        if quality not in EFFORTS:
-            raise InvalidValueError("quality", repr(quality), f"is not one of {', '.join(EFFORTS)}")
-        factor = EFFORTS[quality].steps
+        if quality not in QUALITY_PRESETS:
+            raise InvalidValueError("quality", repr(quality), f"is not one of {', '.join(QUALITY_PRESETS)}")
+        factor = QUALITY_PRESETS[quality].steps
         if factor == 1:  # of most rows of a table
             return self
         first, later = (

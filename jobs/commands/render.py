@@ -22,7 +22,7 @@ from jobs.summary import SUMMARY_COLUMNS, num_failed, plan_text, summary_text
 from pipeline.batch import runner
 from pipeline.batch.costs import Costs, expected_costs, flops_estimate, read_measured
 from pipeline.batch.job import RenderJob, StopRequest
-from pipeline.batch.planner import Job, Plan, PlanError, Resources, make_plan
+from pipeline.batch.planner import Plan, PlanError, PlanRequest, Resources, make_plan
 from pipeline.ledger import ledger
 from pipeline.media.image_text import check_model
 from pipeline.media.provenance import Signing
@@ -34,7 +34,7 @@ from pipeline.tables.readers import check_apart, folder_of, full_url, list_parts
 from pipeline.tables.worklist import RowRules, scan
 from pyramid_flow import Checkpoint
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.parallel.config import split_ways
+from pyramid_flow.parallel.config import parallel_config
 
 EXIT_SOME_FAILED = 3
 
@@ -66,7 +66,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     """Check everything that can be checked before a model is loaded; raises a PyramidFlowError if the job is wrong."""
     checkpoint = open_checkpoint(settings.model, settings.variant, tuple(settings.lora))
     checkpoint.check()
-    split_ways(settings.gpus_per_clip, checkpoint.num_attention_heads)
+    parallel_config(settings.gpus_per_clip, checkpoint.num_attention_heads)
     parts = list_parts(settings.input)
     storage = Storage(settings.output)
     check_apart(settings.input, storage.uri)
@@ -110,7 +110,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         shard=settings.shard and settings.shard.replace("/", "-of-"),
         flush_rows=settings.ledger_rows,
         flush_seconds=settings.ledger_seconds,
-        limits=runner.Limits(settings.max_attempts, settings.row_timeout_s),
+        limits=runner.RetryLimits(settings.max_attempts, settings.row_timeout_s),
         max_failures=settings.max_failures,
         grace_s=settings.grace_s,
         stall_s=settings.stall_s,
@@ -126,14 +126,14 @@ def _target(
     device: str,
     dtype: str,
     facts: Mapping[str, str],
-) -> Job:
+) -> PlanRequest:
     """Return what is to be planned; raises ImageTextError and SigningError for what workers could not do."""
     signing = Signing.read(settings.c2pa_certificate, facts) if settings.c2pa_certificate else None
     if signing:
         signing.check()
     if settings.image_text_model:
         check_model(settings.image_text_model)
-    return Job(
+    return PlanRequest(
         model_path=settings.model if is_stored(settings.model) else checkpoint.path,
         variant=checkpoint.transformer_folder.name,
         lora=checkpoint.lora,

@@ -25,7 +25,7 @@ from pipeline.serving.queue.store import Store
 from pipeline.storage.storage import Storage
 from pipeline.storage.weights import is_stored, open_checkpoint
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.parallel.config import split_ways
+from pyramid_flow.parallel.config import parallel_config
 
 APPLICATION = "pyramid-render"
 MIN_SECRET_BYTES = 24
@@ -73,7 +73,7 @@ def prepare(settings: ServeSettings) -> ServiceConfig:
     """Check everything that can be checked before a cluster is used; raises a PyramidFlowError."""
     checkpoint = open_checkpoint(settings.model, settings.variant, tuple(settings.lora))
     checkpoint.check()
-    split_ways(settings.gpus_per_clip, checkpoint.num_attention_heads)
+    parallel_config(settings.gpus_per_clip, checkpoint.num_attention_heads)
     device = "cuda" if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()) else "cpu"
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
     _check_webhook(settings.webhook_url)

@@ -24,7 +24,7 @@ from pipeline.rows import LEDGER_SCHEMA, Batch, Item, RowError, ledger_table
 from pipeline.storage.faults import StorageError, StorageFullError
 from pipeline.storage.storage import Storage
 from pipeline.tables.batching import read_rows
-from pipeline.tables.worklist import Echo, RowRules, Worklist
+from pipeline.tables.worklist import RowRules, UnrenderedRow, Worklist
 from pyramid_flow.errors import PyramidFlowError
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class RenderJob:
     shard: str | None = None
     flush_rows: int = ledger.FLUSH_ROWS
     flush_seconds: float = ledger.FLUSH_SECONDS
-    limits: runner.Limits = field(default_factory=runner.Limits)
+    limits: runner.RetryLimits = field(default_factory=runner.RetryLimits)
     max_failures: int = MAX_FAILURES
     grace_s: float = GRACE_S
     stall_s: float = STALL_S
@@ -309,7 +309,7 @@ class RenderJob:
 
     def _echoes(self) -> Iterator[Batch]:
         """Yield the ledger rows of duplicates and conflicts that are not in the ledger yet, or lag behind a reroll."""
-        by_part: dict[int, dict[int, Echo]] = defaultdict(dict)
+        by_part: dict[int, dict[int, UnrenderedRow]] = defaultdict(dict)
         for echo in (*self.pending().echoes, *self._outdated()):
             by_part[echo.part][echo.index] = echo
         if not by_part:
@@ -321,7 +321,7 @@ class RenderJob:
             for index, batch in read_rows(self.worklist.parts[part], self.rules, list(echoes)):
                 yield batch.with_items([_echoed(batch.items[0], echoes[index], originals)])
 
-    def _outdated(self) -> list[Echo]:
+    def _outdated(self) -> list[UnrenderedRow]:
         """Return the duplicates in the ledger whose original was rerolled since."""
         duplicates = [echo for echo in self.worklist.echoes if echo.duplicate_of]
         if not duplicates:
@@ -378,7 +378,7 @@ def _logged(consequence: str) -> Iterator[None]:
         logger.error("%s; %s", error, consequence)
 
 
-def _echoed(item: Item, echo: Echo, originals: Mapping[str, dict[str, Any]]) -> Item:
+def _echoed(item: Item, echo: UnrenderedRow, originals: Mapping[str, dict[str, Any]]) -> Item:
     row = item.row.updated(id=echo.id, duplicate_of=echo.duplicate_of)
     if echo.duplicate_of is None:
         return Item(row.updated(error=RowError(stage="read", type="RequestError", message=str(echo.conflict))))

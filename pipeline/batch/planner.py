@@ -119,7 +119,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlanRequest:
     """What a plan is made for.
 
     workers: pinned sizes of the pools that encode, sample and publish; gpu_shares: pinned shares of a GPU of the first
@@ -208,7 +208,7 @@ class Plan:
         return sum(sum(pool.seconds(costs)) for pool in self.pools if pool.gpus or not self.num_gpus)
 
 
-def make_plan(job: Job, resources: Resources) -> Plan:
+def make_plan(job: PlanRequest, resources: Resources) -> Plan:
     """Plan the stages for the resources; raises PlanError if they cannot hold one worker of each stage.
 
     Staged: every GPU carries a worker that samples and, beside it, decodes what it sampled before; as many encoders
@@ -233,12 +233,12 @@ def make_plan(job: Job, resources: Resources) -> Plan:
     return replace(plan, gpus_per_clip=job.gpus_per_clip if job.on_gpu else 1)
 
 
-def _devices(job: Job, resources: Resources) -> int:
+def _devices(job: PlanRequest, resources: Resources) -> int:
     """Return how many samplers the GPUs are enough for."""
     return resources.at(job.place("sample")).groups_of(job.gpus_per_clip)
 
 
-def _fused(job: Job, resources: Resources) -> Plan:
+def _fused(job: PlanRequest, resources: Resources) -> Plan:
     pinned = dict(job.workers)
     there = resources.at(job.place("sample"))
     workers = pinned.pop("sample", _devices(job, resources) if job.on_gpu else max(1, there.cpus // CPUS_PER_WORKER))
@@ -250,7 +250,7 @@ def _fused(job: Job, resources: Resources) -> Plan:
     return Plan((pool,), job.batch_size, workers, job.costs)
 
 
-def _together(job: Job, resources: Resources) -> Plan:
+def _together(job: PlanRequest, resources: Resources) -> Plan:
     pinned = job.workers.keys() | job.places.keys()
     if "encode" in pinned or job.gpu_shares:
         raise PlanError("with several GPUs per clip, what samples also encodes, on whole GPUs: neither can be pinned")
@@ -265,7 +265,7 @@ def _together(job: Job, resources: Resources) -> Plan:
     return Plan(pools, job.batch_size, devices, job.costs)
 
 
-def _staged(job: Job, resources: Resources) -> Plan:
+def _staged(job: PlanRequest, resources: Resources) -> Plan:
     devices = _devices(job, resources) if job.on_gpu else job.workers.get("sample", 1)
     places = {name: job.place(name) for name in ("encode", "sample", "publish")}
     workers = _workers(job.costs, devices) | dict(job.workers)
@@ -295,7 +295,7 @@ def _workers(costs: Costs | None, devices: int) -> dict[str, int]:
     return {name: max(1, min(devices, ceil(needed[name]))) for name in sizes}
 
 
-def _gpu_shares(job: Job, encoders: int) -> dict[str, float]:
+def _gpu_shares(job: PlanRequest, encoders: int) -> dict[str, float]:
     """Return what of a GPU a worker takes: all encoders together what a sampler leaves, in units that Ray knows."""
     sampler = job.gpu_shares.get("sample", SAMPLER_SHARE)
     apart = job.place("encode") != job.place("sample")
@@ -303,7 +303,9 @@ def _gpu_shares(job: Job, encoders: int) -> dict[str, float]:
     return {"encode": min(ENCODER_SHARE, left) or ENCODER_SHARE, "sample": sampler} | dict(job.gpu_shares)
 
 
-def _stages(job: Job, resources: Resources, workers: int, *, together: bool) -> tuple[float, dict[str, StageSpec]]:
+def _stages(
+    job: PlanRequest, resources: Resources, workers: int, *, together: bool
+) -> tuple[float, dict[str, StageSpec]]:
     """Return the logical CPUs of each of the workers that decode, which are their ffmpeg's, and the stages by name."""
     # here, so that workers of other stages load neither torch nor the model
     from pipeline.stages.decode import Decode

@@ -50,7 +50,7 @@ class _Running:
 
 
 @dataclass
-class Watch:
+class WorkerMonitor:
     """What runs where, told by the workers before and after; lives in an actor outside of them.
 
     A row announced again while it still runs elsewhere has lost its worker. Deaths count against a row only if it ran
@@ -121,8 +121,8 @@ def node_is_alive(node: str) -> bool:
 def start_watch(max_attempts: int) -> Any:  # noqa: ANN401 - Ray's actor handles have no static type
     """Start the job's watch: an actor that takes no resources, on the driver's node, whose loss ends the job anyway."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Watch).options(scheduling_strategy=here)
-    return actor.remote(node_is_alive, max_attempts)
+    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WorkerMonitor)
+    return remote.options(scheduling_strategy=here).remote(node_is_alive, max_attempts)
 
 
 class Guarded:

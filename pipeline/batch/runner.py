@@ -33,7 +33,7 @@ CLOSE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class RetryLimits:
     """When a row is given up: deaths of its worker while it ran alone, and seconds per stage (None = no limit)."""
 
     max_attempts: int = MAX_ATTEMPTS
@@ -46,7 +46,7 @@ class Worker:
     With overlap it is called in several threads at once, whose batches take turns at each stage.
     """
 
-    def __init__(self, pool: Pool, watch: Any, limits: Limits) -> None:  # noqa: ANN401 - an actor handle
+    def __init__(self, pool: Pool, watch: Any, limits: RetryLimits) -> None:  # noqa: ANN401 - an actor handle
         node = ray.get_runtime_context().get_node_id()
         log_as_json(node=node)
         self.metrics = StageMetrics()
@@ -72,7 +72,7 @@ def _made(spec: StageSpec, node: str) -> Stage:
 class Rendering:
     """A running Dataset over a worklist: iterate over what it finishes, and stop it."""
 
-    def __init__(self, worklist: Worklist, plan: Plan, rules: RowRules, limits: Limits) -> None:
+    def __init__(self, worklist: Worklist, plan: Plan, rules: RowRules, limits: RetryLimits) -> None:
         self.watch = start_watch(limits.max_attempts)
         self.dataset = build(worklist, plan, rules, self.watch, limits)
         self.metrics = QueueMetrics(worklist.num_rows)
@@ -129,7 +129,7 @@ def build(
     plan: Plan,
     rules: RowRules,
     watch: Any,  # noqa: ANN401 - an actor handle
-    limits: Limits,
+    limits: RetryLimits,
 ) -> "ray.data.Dataset":
     """Return the lazy Dataset: read and batch -> one row per sampling batch -> the stages in order.
 

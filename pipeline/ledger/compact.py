@@ -158,8 +158,8 @@ def _read(storage: Storage, names: Sequence[str]) -> list[_Part]:
 
 def _read_part(storage: Storage, name: str) -> _Part:
     data = _fetched(storage, name)
-    with ledger.blamed(storage, name):
-        file = ledger.opened(data)
+    with ledger.wrap_read_errors(storage, name):
+        file = ledger.open_part(data)
         columns = ledger.key_columns(file.schema_arrow.names)
         keys = file.read(columns=columns, use_threads=False).select(columns)
         schema = ledger.decoded(file.schema_arrow.empty_table()).schema.remove_metadata()
@@ -251,8 +251,8 @@ def _kept_rows(storage: Storage, group: _Group) -> Iterator[pa.Table]:
     contents = ledger.prefetched(partial(_fetched, storage), group.kept)
     parts = zip(group.kept.items(), contents, strict=True)
     for (name, mask), data in _told("parts merged", len(group.kept), parts):
-        with ledger.blamed(storage, name):
-            file = ledger.opened(data)
+        with ledger.wrap_read_errors(storage, name):
+            file = ledger.open_part(data)
             start = 0
             for number in range(file.num_row_groups):
                 rows = file.read_row_group(number)
@@ -293,7 +293,7 @@ class _PartWriter:
             return
         self._write_group().close()
         name = next(self.names)
-        with ledger.blamed(self.storage, name):
+        with ledger.wrap_read_errors(self.storage, name):
             _check(self.path, self._num_rows)
         self.storage.put(name, self.path)
         self.written += 1

@@ -152,7 +152,7 @@ def fetch(storage: Storage, name: str) -> bytes | None:
 
 
 @contextmanager
-def blamed(storage: Storage, name: str) -> Iterator[None]:
+def wrap_read_errors(storage: Storage, name: str) -> Iterator[None]:
     """Raise what goes wrong while a part is decoded as a LedgerError that names it."""
     try:
         yield
@@ -160,7 +160,7 @@ def blamed(storage: Storage, name: str) -> Iterator[None]:
         raise LedgerError(f"ledger part {storage.url(name)} cannot be read: {error}") from error
 
 
-def opened(data: bytes) -> pq.ParquetFile:
+def open_part(data: bytes) -> pq.ParquetFile:
     """Open the content of a part; raises ArrowInvalid if it is not one of a ledger."""
     file = pq.ParquetFile(pa.BufferReader(data))
     lacking = set(KEYS).difference(file.schema_arrow.names)
@@ -334,8 +334,8 @@ def _rows(storage: Storage, name: str, *, columns: Sequence[str] | None, ids: fr
     data = fetch(storage, name)
     if data is None:
         return None
-    with blamed(storage, name):
-        file = opened(data)
+    with wrap_read_errors(storage, name):
+        file = open_part(data)
         there = file.schema_arrow.names
         present = there if columns is None else [column for column in columns if column in there]
         none = file.schema_arrow.empty_table().select(present)

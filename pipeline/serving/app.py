@@ -21,7 +21,7 @@ from pipeline.serving.http.api import create_app
 from pipeline.serving.http.keys import Keys
 from pipeline.serving.http.links import Links
 from pipeline.serving.queue.dispatcher import DispatchSettings
-from pipeline.serving.queue.store import Limits, Store
+from pipeline.serving.queue.store import QueueLimits, Store
 from pipeline.serving.queue.webhooks import Webhook
 from pipeline.serving.replicas import DecodeReplica, DispatcherReplica, SampleReplica, StageReplica
 from pipeline.serving.streaming.live import LiveDecode
@@ -104,9 +104,9 @@ class ServiceConfig(BaseModel):
         return self
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> QueueLimits:
         """What may wait."""
-        return Limits(self.max_queued, self.max_unfinished, self.max_per_minute, self.max_kept)
+        return QueueLimits(self.max_queued, self.max_unfinished, self.max_per_minute, self.max_kept)
 
 
 def build(

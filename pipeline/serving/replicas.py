@@ -24,7 +24,7 @@ from pipeline.serving.queue.dispatcher import Dispatcher, DispatchSettings
 from pipeline.serving.queue.store import Store
 from pipeline.serving.queue.webhooks import Webhook
 from pipeline.serving.streaming.live import LiveDecode, Relay
-from pipeline.serving.streaming.progress import Watch
+from pipeline.serving.streaming.progress import ProgressReporter
 from pipeline.stages.model import ModelConfig
 from pipeline.stages.sample import Sample
 from pipeline.storage.storage import Storage
@@ -93,9 +93,9 @@ class SampleReplica(StageReplica):
     def __init__(self, model: ModelConfig, database: str, decoder: Handle, render_s: float) -> None:
         store, executor = Store(database), ThreadPoolExecutor(1)
 
-        def watch(items: Sequence[Item]) -> Watch:
+        def watch(items: Sequence[Item]) -> ProgressReporter:
             show = decoder.options(method_name="show", session_id=items[0].row.id)
-            return Watch(store, Relay(partial(_shown, show, render_s), executor), items)
+            return ProgressReporter(store, Relay(partial(_shown, show, render_s), executor), items)
 
         super().__init__(StageSpec(Sample, {"model": model, "watch": watch}), render_s)
 

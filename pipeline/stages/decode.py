@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 COUNTED_SHAPES = 256
 
 
-class Watcher(Protocol):
+class FrameObserver(Protocol):
     """Sees the frames of a video while they stream by."""
 
     def add(self, frames: Frames) -> None:
@@ -105,7 +105,7 @@ class Decode(Stage):
         request = item.request
         strip, meter = ThumbnailStrip(request.num_frames), QualityMeter()
         picked = PickedFrames(request.num_frames)
-        watchers: list[Watcher] = [strip, meter, *([picked] if self.image_text else [])]
+        watchers: list[FrameObserver] = [strip, meter, *([picked] if self.image_text else [])]
         chunks = self._chunks(item.tensors["latents"], tile, watchers)
         if request.image_format:
             [[frame]] = chunks
@@ -130,7 +130,7 @@ class Decode(Stage):
             logger.warning("decode: row %s has no scores: %s: %s", item.row.id, type(error).__name__, error)
             return {}
 
-    def _chunks(self, latents: Tensor, tile: int | None, watchers: Sequence[Watcher]) -> Iterator[Frames]:
+    def _chunks(self, latents: Tensor, tile: int | None, watchers: Sequence[FrameObserver]) -> Iterator[Frames]:
         """Yield the decoded frames chunk by chunk, once all that watch have seen them."""
         for chunk in decode_frames(self.vae, latents, self.statistics, window=self.window, tile=tile):
             frames = chunk[0].numpy()

@@ -24,8 +24,8 @@ from pyramid_flow import (
 )
 from pyramid_flow.memory.placement import release_memory
 from pyramid_flow.memory.usage import TRANSFORMER
-from pyramid_flow.parallel.processes import Team
-from pyramid_flow.parallel.sampler import ALONE
+from pyramid_flow.parallel.processes import ParallelSampler
+from pyramid_flow.parallel.sampler import SINGLE_PROCESS
 from pyramid_flow.pixels import image_latent
 from pyramid_flow.sampling.sampler import plan_cache
 from pyramid_flow.text.embedding import concatenate
@@ -116,7 +116,7 @@ class Sample(Stage):
         """Return the levels that have a history cache if some rows are sampled together."""
         params = sampling_params([item.request for item in items])
         text, negative = _embeddings(items)
-        parallel = self.team.parallel if self.team else ALONE
+        parallel = self.team.parallel if self.team else SINGLE_PROCESS
         planned = plan_cache(
             self.transformer, self.schedule, params, text, negative, cache_bytes=cache_bytes, parallel=parallel
         )
@@ -134,10 +134,10 @@ class Sample(Stage):
         )
 
 
-def _team(model: ModelConfig, checkpoint: Checkpoint) -> Team:
+def _team(model: ModelConfig, checkpoint: Checkpoint) -> ParallelSampler:
     threads = max(1, model.threads // model.gpus_per_clip)
     torch.set_num_threads(threads)
-    return Team(checkpoint, model.torch_dtype, torch.device(model.device).type, model.gpus_per_clip, threads)
+    return ParallelSampler(checkpoint, model.torch_dtype, torch.device(model.device).type, model.gpus_per_clip, threads)
 
 
 def _stacked(items: Sequence[Item], name: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pipeline.rows import Batch, Item
 from pipeline.storage.redaction import brief
-from pyramid_flow.errors import TeamError
+from pyramid_flow.errors import ParallelError
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Stage(ABC):
 
             from pyramid_flow.memory.placement import release_memory
 
-            if isinstance(caught, torch.AcceleratorError | TeamError):
+            if isinstance(caught, torch.AcceleratorError | ParallelError):
                 raise  # a device-side assert, say: every later call would fail too
             error = caught.with_traceback(None)  # whose frames would keep the attempt's tensors while rows are retried
         if isinstance(error, torch.OutOfMemoryError):

@@ -1,2 +1,1 @@
-"""Folders and object stores: reading, writing, retries, accepted paths and URLs, secrets in texts, and models by URL.
-"""
+"""Folders and object stores: reading, writing, retries, accepted paths and URLs, secrets in texts, models by URL."""

@@ -7,7 +7,7 @@ import pyarrow as pa
 from pipeline.request import Shape
 from pipeline.rows import Batch, Item, as_tensor
 from pipeline.tables.readers import READ_ROWS, InputPart, own_columns, read_blocks, request_values
-from pipeline.tables.worklist import Candidate, Fate, PartWork, RowRules, candidates
+from pipeline.tables.worklist import Candidate, PartWork, RowRules, RowStatus, candidates
 
 IMAGE = "image"
 
@@ -72,7 +72,7 @@ def _groups(works: Sequence[PartWork], rules: RowRules) -> Iterator[tuple[Key, B
         for table, members in _blocks(work.part, rules):
             groups: dict[Shape | None, list[Member]] = {}
             for index, member in members:
-                if work.fates[index] == Fate.RENDER:
+                if work.fates[index] == RowStatus.RENDER:
                     groups.setdefault(_shape(member[1]), []).append(member)
             for shape, group in groups.items():
                 yield (shape, table.schema), _batch(group, table)

@@ -45,7 +45,7 @@ class ImageError(PyramidFlowError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class DownloadLimits:
     """How large a file may be, how long fetching it may take, and how often it is tried.
 
     A try may take `timeout_s`, redirects included, and `connect_timeout_s` for each connection, names looked up
@@ -94,7 +94,7 @@ class Fetcher:
     """
 
     allowed_hosts: frozenset[str]
-    limits: Limits
+    limits: DownloadLimits
     is_public: Callable[[str], bool] = is_public_address
     resolver: Callable[[], AbstractResolver] = DefaultResolver
 

@@ -13,7 +13,7 @@ from pipeline.request import RequestError
 from pipeline.storage.faults import presentable
 from pipeline.storage.redaction import redacted
 from pipeline.storage.urls import climbs, is_web
-from pipeline.tables.image_download import Fetcher, ImageError, Limits, is_public_address
+from pipeline.tables.image_download import Fetcher, ImageError, DownloadLimits, is_public_address
 from pyramid_flow.images import MAX_BYTES
 
 
@@ -42,7 +42,7 @@ class ImageRoot:
             StorageError: A web server cannot be reached, or fails.
         """
         if is_web(uri) or is_web(self.url):
-            fetcher = Fetcher(self.allowed_hosts, Limits(self.max_bytes), self.is_public)
+            fetcher = Fetcher(self.allowed_hosts, DownloadLimits(self.max_bytes), self.is_public)
             return fetcher.read(uri, self.url if is_web(self.url) else None)
         return self._read_file(uri)
 

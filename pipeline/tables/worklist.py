@@ -115,7 +115,7 @@ def _not_understood(values: dict[str, object], position: str, error: RequestErro
     return Candidate(row, content)
 
 
-class Fate(IntEnum):
+class RowStatus(IntEnum):
     """What happens to a candidate; a byte each, and never a zero byte, which some array types strip.
 
     RENDER goes through the pipeline, SKIP is in the ledger already, ELSEWHERE belongs to another shard of the job, the
@@ -139,11 +139,11 @@ class PartWork:
     @property
     def num_rows(self) -> int:
         """Number of rows to render."""
-        return self.fates.count(Fate.RENDER)
+        return self.fates.count(RowStatus.RENDER)
 
 
 @dataclass(frozen=True)
-class Echo:
+class UnrenderedRow:
     """A row that is not rendered itself: it repeats an earlier row, or claims the id of one that differs.
 
     id: of its own ledger row; claimed: the id that it claims; part, index: where it is read; conflict: what it is in
@@ -177,22 +177,22 @@ class Worklist:
     rows: NDArray[np.uint32]
     shapes: tuple[Shape | None, ...]
     shape_of: NDArray[np.uint32]
-    echoes: tuple[Echo, ...]
+    echoes: tuple[UnrenderedRow, ...]
 
     @property
     def num_rows(self) -> int:
         """Number of rows to render."""
-        return int((self.fates == Fate.RENDER).sum())
+        return int((self.fates == RowStatus.RENDER).sum())
 
     @property
-    def num_rows_by_fate(self) -> dict[Fate, int]:
+    def num_rows_by_status(self) -> dict[RowStatus, int]:
         """Number of candidates of each fate."""
-        return {fate: int((self.fates == fate).sum()) for fate in Fate}
+        return {fate: int((self.fates == fate).sum()) for fate in RowStatus}
 
     @property
     def num_rows_by_shape(self) -> Counter[Shape]:
         """Number of rows to render of each shape; rows that are known to fail are left out."""
-        counts = np.bincount(self.shape_of[self.fates == Fate.RENDER], minlength=len(self.shapes))
+        counts = np.bincount(self.shape_of[self.fates == RowStatus.RENDER], minlength=len(self.shapes))
         return Counter({shape: int(n) for shape, n in zip(self.shapes, counts, strict=True) if shape and n})
 
     def expected_ids(self) -> pa.StringArray:
@@ -222,7 +222,7 @@ class Worklist:
     def remaining(self, done: pa.StringArray) -> "Worklist":
         """Return the worklist without the rows that are in the ledger."""
         found = pc.is_in(self.ids, done, skip_nulls=True).to_numpy(zero_copy_only=False)
-        fates = np.where(found & (self.fates == Fate.RENDER), np.uint8(Fate.SKIP), self.fates)
+        fates = np.where(found & (self.fates == RowStatus.RENDER), np.uint8(RowStatus.SKIP), self.fates)
         if not self.echoes:
             return replace(self, fates=fates)
         settled = frozenset(done.to_pylist())
@@ -231,7 +231,7 @@ class Worklist:
     def only(self, ids: pa.StringArray) -> "Worklist":
         """Return the worklist with only the rows to render that have these ids, and without echoes."""
         found = pc.is_in(self.ids, ids, skip_nulls=True).to_numpy(zero_copy_only=False)
-        fates = np.where(found | (self.fates != Fate.RENDER), self.fates, np.uint8(Fate.SKIP))
+        fates = np.where(found | (self.fates != RowStatus.RENDER), self.fates, np.uint8(RowStatus.SKIP))
         return replace(self, fates=fates, echoes=())
 
     def shard(self, number: int, count: int) -> "Worklist":
@@ -245,18 +245,18 @@ class Worklist:
         return replace(
             self,
             ids=pc.if_else(pa.array(mine), self.ids, None),
-            fates=np.where(mine, self.fates, np.uint8(Fate.ELSEWHERE)),
+            fates=np.where(mine, self.fates, np.uint8(RowStatus.ELSEWHERE)),
             echoes=echoes,
         )
 
     def first_of_each_shape(self, num_rows: int) -> "Worklist":
         """Return the worklist with only the first rows to render of each shape, and without echoes."""
-        fates = np.where(self.fates == Fate.RENDER, np.uint8(Fate.ELSEWHERE), self.fates)
+        fates = np.where(self.fates == RowStatus.RENDER, np.uint8(RowStatus.ELSEWHERE), self.fates)
         for index, shape in enumerate(self.shapes):
             if shape:
-                chosen = np.flatnonzero((self.fates == Fate.RENDER) & (self.shape_of == index))[:num_rows]
-                fates[chosen] = Fate.RENDER
-        ids = pc.if_else(pa.array(fates != Fate.ELSEWHERE), self.ids, None)
+                chosen = np.flatnonzero((self.fates == RowStatus.RENDER) & (self.shape_of == index))[:num_rows]
+                fates[chosen] = RowStatus.RENDER
+        ids = pc.if_else(pa.array(fates != RowStatus.ELSEWHERE), self.ids, None)
         return replace(self, ids=ids, fates=fates, echoes=())
 
 
@@ -266,7 +266,7 @@ def _shard_of(row_id: str, count: int) -> int:
 
 def scan(parts: Sequence[InputPart], rules: RowRules) -> Worklist:
     """Read the request columns of the whole input once and decide every row's fate; logs its progress."""
-    seen, logged_at = _Seen(), time.monotonic()
+    seen, logged_at = _ScanState(), time.monotonic()
     for part in parts:
         seen.begin(part)
         for start, table in read_blocks(part, REQUEST_COLUMNS):
@@ -279,7 +279,7 @@ def scan(parts: Sequence[InputPart], rules: RowRules) -> Worklist:
     return seen.worklist()
 
 
-class _Seen:
+class _ScanState:
     """What a scan knows so far; a candidate is known by its number in reading order.
 
     first: the first candidate of each id; repeats: the later ones, if there are any; contents: 16 bytes each.
@@ -308,10 +308,10 @@ class _Seen:
         self.shape_of.append(self.shapes.setdefault(shape, len(self.shapes)))
         self.contents += candidate.digest
         if self.first.setdefault(row.id, number) == number:
-            self.fates.append(Fate.RENDER)
+            self.fates.append(RowStatus.RENDER)
             self.ids.append(row.id)
         else:
-            self.fates.append(Fate.DUPLICATE)
+            self.fates.append(RowStatus.DUPLICATE)
             self.ids.append(None)
             self.repeats[row.id].append(number)
 
@@ -329,22 +329,22 @@ class _Seen:
             echoes=tuple(echoes),
         )
 
-    def _settled(self, row_id: str, repeats: Sequence[int]) -> Iterator[Echo]:
+    def _settled(self, row_id: str, repeats: Sequence[int]) -> Iterator[UnrenderedRow]:
         """Yield the repeats of an id as duplicates, or all rows that claim it as conflicts if one differs."""
         first, names = self.first[row_id], self._free_names(row_id)
         others = [repeat for repeat in repeats if self._content(repeat) != self._content(first)]
         if not others:
             for repeat, name in zip(repeats, names, strict=False):
                 part, index = self._place(repeat)
-                yield Echo(name, row_id, part, index)
+                yield UnrenderedRow(name, row_id, part, index)
             return
         self.ids[first] = None
         for number, name in [(first, row_id), *zip(repeats, names, strict=False)]:
-            self.fates[number] = Fate.CONFLICT
+            self.fates[number] = RowStatus.CONFLICT
             rival = others[0] if self._content(number) == self._content(first) else number
             message = f"id {row_id!r} has two contents, at {self._position(first)} and {self._position(rival)}"
             part, index = self._place(number)
-            yield Echo(name, row_id, part, index, conflict=message)
+            yield UnrenderedRow(name, row_id, part, index, conflict=message)
 
     def _content(self, number: int) -> bytes:
         return bytes(self.contents[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)])

@@ -23,7 +23,7 @@ from pyramid_flow import (
 from pyramid_flow.checkpoints.diffusers_models import TransformerModel
 from pyramid_flow.pixels import as_uint8, decode_frames
 from pyramid_flow.sampling.params import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from pyramid_flow.training.draws import KeyedDraws, TrainingDraws
+from pyramid_flow.training.draws import KeyedRandom, TrainingDraws
 from pyramid_flow.training.lora import LoRA, add_lora
 from pyramid_flow.training.step import Objective, initialise_transformer, transformer_losses
 from pyramid_flow.training.vae import VAEObjective, initialise_vae, vae_losses
@@ -86,7 +86,7 @@ class VAETask(Task):
 
     def forward(self, table: pa.Table, samples: Sequence[int], step: int, phase: Phase) -> Loss:
         """Cut the clips, and reconstruct them."""
-        draws = KeyedDraws(self.seed, step, samples)
+        draws = KeyedRandom(self.seed, step, samples)
         cut = crops(clips(table), phase, draws)
         pixels = torch.stack([pixels_of(clip) for clip in cut]).to(self.model.device)
         losses = vae_losses(self.vae, pixels, draws, self.objective)
@@ -140,7 +140,7 @@ class TransformerTask(Task):
             rows.empty,
             [sample + step for sample in samples],  # so that every stream of rows trains every level
             self.lengths(step),
-            KeyedDraws(self.seed, step, samples),
+            KeyedRandom(self.seed, step, samples),
             self.objective,
         )
         return Loss(losses.total, {f"level{level}": value for level, value in losses.by_level().items()})
@@ -150,7 +150,7 @@ class TransformerTask(Task):
 
         They are the same for every worker, since they are keyed by no sample of anyone's batch.
         """
-        common = KeyedDraws(self.seed, step, [-1 - column for column in range(len(self.objective.levels))])
+        common = KeyedRandom(self.seed, step, [-1 - column for column in range(len(self.objective.levels))])
         return self.objective.unit_lengths(self.num_units, common)
 
     @torch.no_grad()

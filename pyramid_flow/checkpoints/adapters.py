@@ -86,13 +86,13 @@ class Adapter:
             raise CheckpointError(f"{weights} cannot be read: {error}") from error
 
 
-def fused(transformer: Model, adapters: Sequence[Adapter]) -> Model:
+def merge_adapters(transformer: Model, adapters: Sequence[Adapter]) -> Model:
     """Add adapters to a transformer's weights; raises CheckpointError for one that does not fit it."""
     from peft import set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
     for adapter in adapters:
-        adapted, tensors = adapting(transformer, adapter), adapter.tensors
+        adapted, tensors = apply_adapter(transformer, adapter), adapter.tensors
         set_peft_model_state_dict(adapted, tensors)
         for module in adapted.modules():
             if isinstance(module, LoraLayer):
@@ -101,7 +101,7 @@ def fused(transformer: Model, adapters: Sequence[Adapter]) -> Model:
     return transformer
 
 
-def adapting(transformer: nn.Module, adapter: Adapter) -> "PeftModel":
+def apply_adapter(transformer: nn.Module, adapter: Adapter) -> "PeftModel":
     """Wrap a transformer, which may be on the meta device, for an adapter's weights; raises CheckpointError.
 
     peft takes seconds to import, so it is imported where it is needed.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from pyramid_flow.checkpoints.adapters import Adapter, adapting, fused
+from pyramid_flow.checkpoints.adapters import Adapter, apply_adapter, merge_adapters
 from pyramid_flow.checkpoints.fingerprint import fingerprint
 from pyramid_flow.checkpoints.layout import (
     CONFIG_FILE,
@@ -162,7 +162,8 @@ class Checkpoint:
         """Load the transformer with its adapters, strictly; raises CheckpointError naming what does not fit."""
         from pyramid_flow.checkpoints.diffusers_models import TRANSFORMERS  # here, because diffusers is slow to import
 
-        return fused(load_model(TRANSFORMERS[self.family], self.transformer_folder, dtype, device), self.adapters)
+        transformer = load_model(TRANSFORMERS[self.family], self.transformer_folder, dtype, device)
+        return merge_adapters(transformer, self.adapters)
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> "CausalVideoVAE":
         """Load the VAE strictly."""
@@ -195,7 +196,7 @@ class Checkpoint:
         for name in layout.tokenizers:
             check_tokenizer(self.root / name)
         for adapter in self.adapters:
-            adapting(self.empty_transformer(), adapter)
+            apply_adapter(self.empty_transformer(), adapter)
 
 
 def save_checkpoint(

@@ -78,7 +78,7 @@ def execution_device(module: nn.Module) -> torch.device:
     return next(layer.parameters()).device if hook is None else torch.device(hook.execution_device)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     """Return what was made on the CPU on a device, without waiting for what the device is doing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -9,7 +9,7 @@ BRANCHES = 2
 
 
 @dataclass(frozen=True)
-class Ways:
+class ParallelConfig:
     """How many processes a batch is split over: by guidance branch (1 or 2), and by tokens and heads."""
 
     guidance: int = 1
@@ -21,16 +21,16 @@ class Ways:
         return self.guidance * self.sequence
 
 
-def possible_ways(num_heads: int) -> dict[int, Ways]:
+def possible_configs(num_heads: int) -> dict[int, ParallelConfig]:
     """Return how each possible number of processes works together; branches are split first, which costs least."""
     divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
-    ways = [Ways(guidance, n) for guidance in (1, BRANCHES) for n in divisors]
+    ways = [ParallelConfig(guidance, n) for guidance in (1, BRANCHES) for n in divisors]
     return {each.size: each for each in sorted(ways, key=lambda each: each.size)}
 
 
-def split_ways(size: int, num_heads: int) -> Ways:
+def parallel_config(size: int, num_heads: int) -> ParallelConfig:
     """Return how so many processes work together; raises InvalidValueError with the numbers that are possible."""
-    possible = possible_ways(num_heads)
+    possible = possible_configs(num_heads)
     if size not in possible:
         rule = f"cannot share {num_heads} attention heads; possible are {', '.join(map(str, possible))}"
         raise InvalidValueError("gpus_per_clip", size, rule)

@@ -17,9 +17,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from pyramid_flow.checkpoints.checkpoint import Checkpoint
-from pyramid_flow.errors import PyramidFlowError, TeamError
+from pyramid_flow.errors import ParallelError, PyramidFlowError
 from pyramid_flow.memory.placement import Placement, set_up_process
-from pyramid_flow.parallel.config import Ways, split_ways
+from pyramid_flow.parallel.config import ParallelConfig, parallel_config
 from pyramid_flow.parallel.sampler import Parallel, join
 from pyramid_flow.sampling.noise import NoiseSource
 from pyramid_flow.sampling.params import SamplingParams
@@ -33,7 +33,7 @@ CLOSE_S = 5.0
 logger = logging.getLogger(__name__)
 
 
-class Team:
+class ParallelSampler:
     """This process and `size - 1` children, each with its own copy of a checkpoint's transformer.
 
     Device r of the kind is that of process r; on a CPU they share the cores. A child that is lost ends this process:
@@ -43,9 +43,9 @@ class Team:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device_type: str, size: int, threads: int) -> None:
         """Start the children and wait until they are ready; threads: of each process.
 
-        Raises InvalidValueError for a size that the model cannot be shared by, and TeamError if a child fails.
+        Raises InvalidValueError for a size that the model cannot be shared by, and ParallelError if a child fails.
         """
-        ways = split_ways(size, checkpoint.num_attention_heads)
+        ways = parallel_config(size, checkpoint.num_attention_heads)
         context = mp.get_context("spawn")
         self._closed = threading.Event()
         self._folder = tempfile.TemporaryDirectory()  # where they meet; NCCL comes back to it later
@@ -79,7 +79,7 @@ class Team:
     ) -> Tensor:
         """Do what `generate_latents` does, together; the noise goes to the children as it is, by pickle.
 
-        Raises TeamError for anything but a wrong argument.
+        Raises ParallelError for anything but a wrong argument.
         """
         task: dict[str, Any] = {
             "schedule": schedule,
@@ -98,7 +98,7 @@ class Team:
         except PyramidFlowError:
             raise  # as in every child
         except Exception as error:
-            raise TeamError(f"sampling with {len(self._children)} other processes failed: {error}") from error
+            raise ParallelError(f"sampling with {len(self._children)} other processes failed: {error}") from error
 
     def close(self) -> None:
         """End the children."""
@@ -120,7 +120,7 @@ class Team:
                 child.join()
                 self.close()
                 message = f"{child.name} ended with exit code {child.exitcode} while it loaded the model"
-                raise TeamError(message) from None
+                raise ParallelError(message) from None
 
     def _telling(self, on_step: OnStep) -> OnStep:
         """Return what asks `on_step` and tells the children its answer."""
@@ -147,7 +147,7 @@ def _member(
     dtype: torch.dtype,
     device_type: str,
     rank: int,
-    ways: Ways,
+    ways: ParallelConfig,
     meeting: str,
     threads: int,
 ) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from pyramid_flow.parallel.config import BRANCHES, Ways
+from pyramid_flow.parallel.config import BRANCHES, ParallelConfig
 
 GUIDANCE, SEQUENCE = "guidance", "sequence"
 
@@ -143,7 +143,7 @@ class Parallel:
     They are called alike: with the same cached levels, and with the same answers of `on_step`.
     """
 
-    ways: Ways = field(default_factory=Ways)
+    ways: ParallelConfig = field(default_factory=ParallelConfig)
     branches: dist.ProcessGroup | None = None
     sequence: SequenceGroup | None = None
 
@@ -160,10 +160,10 @@ class Parallel:
         return torch.cat(both)
 
 
-ALONE = Parallel()
+SINGLE_PROCESS = Parallel()
 
 
-def join(ways: Ways, rank: int, device: torch.device, init_method: str) -> Parallel:
+def join(ways: ParallelConfig, rank: int, device: torch.device, init_method: str) -> Parallel:
     """Meet the other processes (torch.distributed; rank 0 ... ways.size-1, each with its device) and take one's place.
 
     init_method: where they meet, as `torch.distributed.init_process_group` takes it.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyramid_flow.errors import InvalidValueError, ShapeError
-from pyramid_flow.memory.placement import free_bytes, sent
-from pyramid_flow.parallel.sampler import ALONE, Parallel
+from pyramid_flow.memory.placement import free_bytes, to_device_async
+from pyramid_flow.parallel.sampler import SINGLE_PROCESS, Parallel
 from pyramid_flow.sampling.noise import NoiseSource
 from pyramid_flow.sampling.params import SamplingParams, Step
 from pyramid_flow.sampling.pyramid import keep_rows, latent_pyramid, noise_pyramid, stack_frames
@@ -78,7 +78,7 @@ class _Videos:
         """Bring the current frame to the next level; noise is drawn for all rows, those that have left, too."""
         _, channels, frames, height, width = self.frame.shape
         fresh = noise.block((self._batch, channels, frames, 2 * height, 2 * width))
-        self.frame = level.enter(self.frame, sent(fresh[self.rows], self.frame.device))
+        self.frame = level.enter(self.frame, to_device_async(fresh[self.rows], self.frame.device))
 
     def advance(self, unit: int, level: int, number: int, step: Step) -> None:
         """Take a step of a unit at a level."""
@@ -112,14 +112,14 @@ def generate_latents(
     cache_bytes: float | None = None,
     cache_dtype: torch.dtype | None = None,
     on_step: OnStep | None = None,
-    parallel: Parallel = ALONE,
+    parallel: Parallel = SINGLE_PROCESS,
 ) -> Tensor:
     """Generate a latent video frame by frame, and each frame level by level.
 
     text, negative: one row per video (`negative` may have one row for all); image_latent: normalised [B,C,1,h,w], the
     finished first frame of image-to-video. cache, cache_bytes, cache_dtype: see `plan_cache`. on_step may return a bool
     mask [B] over the rows as given: rows that are False leave at once, for good, and when none is left the sampler
-    stops. parallel: this process' place among those that are called alike and share the work, see `Team`.
+    stops. parallel: this process' place among those that are called alike and share the work, see `ParallelSampler`.
     Returns normalised float32 latents [B',C,T,H/8,W/8] of the rows that stayed, in order, on the transformer's device.
     Raises InvalidValueError and ShapeError.
     """
@@ -129,10 +129,10 @@ def generate_latents(
     negative = _negative(text, negative, params)
     finished = _first_frames(image_latent, shape, num_levels, device)
     planned = plan_cache(transformer, schedule, params, text, negative, cache, cache_bytes, cache_dtype, parallel)
-    start = sent(noise_pyramid(noise.initial(shape), num_levels)[0], device)
+    start = to_device_async(noise_pyramid(noise.initial(shape), num_levels)[0], device)
     videos = _Videos(VelocityField(transformer, text, negative, planned, parallel), start, finished)
     for unit in range(len(finished), params.num_units):
-        videos.begin(sent(params.scale(unit, batch)[videos.rows], device))
+        videos.begin(to_device_async(params.scale(unit, batch)[videos.rows], device))
         for level in schedule.levels:
             if level.index:
                 videos.enter(level, noise)
@@ -159,7 +159,7 @@ def plan_cache(
     cache: Cache = "auto",
     cache_bytes: float | None = None,
     dtype: torch.dtype | None = None,
-    parallel: Parallel = ALONE,
+    parallel: Parallel = SINGLE_PROCESS,
 ) -> HistoryCache:
     """Return the empty history cache of a batch, of this process' share; see `generate_latents`.
 

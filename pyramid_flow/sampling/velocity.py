@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyramid_flow.parallel.sampler import ALONE, Parallel
+from pyramid_flow.parallel.sampler import SINGLE_PROCESS, Parallel
 from pyramid_flow.sampling.pyramid import history_clips
 from pyramid_flow.text.embedding import TextEmbedding, concatenate
 from pyramid_flow.transformer.history_cache import HistoryCache
@@ -30,7 +30,7 @@ class VelocityField:
         text: TextEmbedding,
         negative: TextEmbedding | None,
         cache: HistoryCache,
-        parallel: Parallel = ALONE,
+        parallel: Parallel = SINGLE_PROCESS,
     ) -> None:
         """text, negative: one row per video; negative may be None if no step is guided."""
         self.transformer, self.cache, self.parallel = transformer, cache, parallel

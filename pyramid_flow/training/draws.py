@@ -26,7 +26,7 @@ class TrainingDraws(Protocol):
 
 
 @dataclass(frozen=True)
-class KeyedDraws:
+class KeyedRandom:
     """One generator per sample, keyed by (seed, step, index of the sample in the global batch)."""
 
     seed: int
@@ -47,10 +47,10 @@ class KeyedDraws:
         """White noise [B, *shape]."""
         return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in self.generators])
 
-    def select(self, rows: Sequence[int]) -> "KeyedDraws":
+    def select(self, rows: Sequence[int]) -> "KeyedRandom":
         """Return the draws of some of the samples; they go on where those of the whole were."""
         generators = tuple(self.generators[row] for row in rows)
-        return KeyedDraws(self.seed, self.step, [self.samples[row] for row in rows], generators)
+        return KeyedRandom(self.seed, self.step, [self.samples[row] for row in rows], generators)
 
 
 def _key(seed: int, step: int, sample: int) -> int:

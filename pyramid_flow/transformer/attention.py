@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyramid_flow.memory.placement import sent
+from pyramid_flow.memory.placement import to_device_async
 from pyramid_flow.parallel.sampler import HeadExchange
 from pyramid_flow.transformer.history_cache import BlockCache
 from pyramid_flow.transformer.tokens import PrefixLayout
@@ -43,7 +43,7 @@ def rotary_table(ids: Tensor, axes_dims: Sequence[int], device: torch.device) ->
         frequencies = ROPE_BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles.append(ids[:, axis, None].double() * frequencies)
     table = torch.cat(angles, dim=-1)
-    return RotaryTable(sent(torch.stack((table.cos(), table.sin()), dim=-1).float(), device))
+    return RotaryTable(to_device_async(torch.stack((table.cos(), table.sin()), dim=-1).float(), device))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pyramid_flow.transformer.layers import (
     BlockConditioning,
     JointBlock,
     Modulation,
+    ModulationParams,
     RMSNorm,
-    Vectors,
     modulate,
     split_heads,
 )
@@ -58,7 +58,7 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(dim, 4 * dim)
         self.proj_out = nn.Linear(5 * dim, dim)
 
-    def modulation(self, activated: Tensor) -> tuple[Vectors, ...]:
+    def modulation(self, activated: Tensor) -> tuple[ModulationParams, ...]:
         """Return the vectors of all tokens; activated = SiLU(conditioning) [B,D]."""
         return (self.norm(activated),)
 

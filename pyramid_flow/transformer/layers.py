@@ -28,14 +28,14 @@ def modulate(x: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), gain)
 
 
-Vectors = tuple[Tensor, ...]
+ModulationParams = tuple[Tensor, ...]
 """Shifts, gains and gates [B,1,D] of one stream of tokens."""
 
 Kind = Literal["shift", "scale", "gate"]
 SHIFT_SCALE_GATE: tuple[Kind, ...] = ("shift", "scale", "gate")
 """What a checkpoint stores for an attention or a feed-forward branch, in this order."""
 
-BlockConditioning = Tensor | tuple[Vectors, ...]
+BlockConditioning = Tensor | tuple[ModulationParams, ...]
 """SiLU(c) [B,D] of timestep and pooled text, or what a block's `modulation` has made of it ahead."""
 
 
@@ -50,7 +50,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(dim, len(kinds) * dim)
         self.kinds = kinds
 
-    def forward(self, activated: Tensor) -> Vectors:
+    def forward(self, activated: Tensor) -> ModulationParams:
         vectors = self.linear(activated)[:, None].chunk(len(self.kinds), dim=-1)
         return tuple(1 + each if kind == "scale" else each for kind, each in zip(self.kinds, vectors, strict=True))
 
@@ -196,7 +196,7 @@ class JointBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.ff_context = FeedForward(dim)
 
-    def modulation(self, activated: Tensor) -> tuple[Vectors, ...]:
+    def modulation(self, activated: Tensor) -> tuple[ModulationParams, ...]:
         """Return the vectors of image and text; activated = SiLU(conditioning) [B,D]."""
         return self.norm1(activated), self.norm1_context(activated)
 

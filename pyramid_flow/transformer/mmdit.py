@@ -17,7 +17,7 @@ from pyramid_flow.transformer.layers import (
     JointBlock,
     JointProjections,
     Modulation,
-    Vectors,
+    ModulationParams,
     modulate,
 )
 from pyramid_flow.transformer.model import BlockInputs, PyramidTransformer, check_supported
@@ -104,7 +104,7 @@ class LastJointBlock(nn.Module):
         self.attn = LastJointAttention(dim, num_heads, RMS_EPS, TEXT_NORM)
         self.ff = FeedForward(dim)
 
-    def modulation(self, activated: Tensor) -> tuple[Vectors, ...]:
+    def modulation(self, activated: Tensor) -> tuple[ModulationParams, ...]:
         """Return the vectors of image and text; activated = SiLU(conditioning) [B,D]."""
         return self.norm1(activated), self.norm1_context(activated)
 

@@ -16,7 +16,13 @@ from pyramid_flow.parallel.sampler import HeadExchange, SequenceGroup
 from pyramid_flow.text.embedding import TextEmbedding
 from pyramid_flow.transformer.attention import AttentionContext, RotaryTable, attention, rotary_table
 from pyramid_flow.transformer.history_cache import BlockCache
-from pyramid_flow.transformer.layers import BlockConditioning, ConditioningEmbedding, Modulation, Vectors, modulate
+from pyramid_flow.transformer.layers import (
+    BlockConditioning,
+    ConditioningEmbedding,
+    Modulation,
+    ModulationParams,
+    modulate,
+)
 from pyramid_flow.transformer.tokens import PATCH, PrefixLayout, position_ids, prefix_layout, unpatchify
 
 
@@ -47,8 +53,8 @@ class Conditioning:
     """
 
     activated: Tensor
-    blocks: tuple[tuple[Vectors, ...], ...] | None = None
-    out: Vectors | None = None
+    blocks: tuple[tuple[ModulationParams, ...], ...] | None = None
+    out: ModulationParams | None = None
 
 
 @dataclass(frozen=True)

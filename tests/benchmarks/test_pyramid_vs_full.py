@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.pyramid_vs_full import METHODS, most_tokens
-from pyramid_flow.training.draws import KeyedDraws
+from pyramid_flow.training.draws import KeyedRandom
 from pyramid_flow.training.objective import temporal_pyramid_sample
 
 
@@ -13,7 +13,7 @@ def test_the_papers_count_of_tokens():
 
 def test_full_resolution_flows_from_noise_to_the_frame_with_all_of_its_history():
     latents = torch.randn(2, 16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    draws = [KeyedDraws(0, 0, range(2)) for _ in range(2)]
+    draws = [KeyedRandom(0, 0, range(2)) for _ in range(2)]
     sample = temporal_pyramid_sample(METHODS["full"], 0, latents, draws[0])
     noise, ratio = draws[1].normal((16, 1, 8, 8)), sample.ratio.view(-1, 1, 1, 1, 1)
     frame = latents[:, :, -1:]

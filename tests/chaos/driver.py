@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.batch import runner
 from pipeline.batch.job import STALL_S, RenderJob
-from pipeline.batch.planner import Job, Labels, Plan, Resources, make_plan
+from pipeline.batch.planner import Labels, Plan, PlanRequest, Resources, make_plan
 from pipeline.ledger.ledger import claim, new_run_id
 from pipeline.rows import Batch
 from pipeline.storage.storage import Storage
@@ -73,14 +73,14 @@ def chaos_job(
         retry_failed=False,
         flush_rows=scenario.flush_rows,
         flush_seconds=scenario.flush_seconds,
-        limits=runner.Limits(scenario.max_attempts),
+        limits=runner.RetryLimits(scenario.max_attempts),
     )
 
 
 def planned_for(gpus: int, folder: Path, output: str, scenario: Scenario, places: Mapping[str, Labels]) -> Plan:
     """Return the real plan for so many GPUs, with simulated stages."""
     stages = specs(str(folder), output, scenario)
-    job = Job(
+    job = PlanRequest(
         model_path="",
         variant=None,
         device="cuda",

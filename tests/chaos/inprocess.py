@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.batch.planner import Plan
-from pipeline.batch.runner import Limits
+from pipeline.batch.runner import RetryLimits
 from pipeline.rows import Batch
 from pipeline.stages.publish import Publish
 from pipeline.tables.batching import read_batches, read_units
@@ -18,7 +18,7 @@ class InProcess:
     worklist: Worklist
     plan: Plan
     rules: RowRules
-    limits: Limits
+    limits: RetryLimits
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield every batch after all stages."""

@@ -23,7 +23,7 @@ from pipeline.media.video import ThumbnailStrip, VideoWriter
 from pipeline.serving.http.access import Polling, Service
 from pipeline.serving.http.parsing import new_video
 from pipeline.serving.http.sessions import COOKIE
-from pipeline.serving.queue.records import Job, Status
+from pipeline.serving.queue.records import Status, VideoRecord
 from tests.pipeline.serving.farm import Farm, Models
 from tests.pipeline.serving.running import KEYS, PRESET, Running, run, service_in, until
 from tests.viewports import DESK, NARROW, PHONE, expect
@@ -54,24 +54,24 @@ class Studio:
         return f"{self.running.url}/"
 
     @property
-    def jobs(self) -> tuple[Job, ...]:
+    def jobs(self) -> tuple[VideoRecord, ...]:
         """The owner's jobs, newest first."""
         return self.running.service.store.list(OWNER, limit=100).jobs
 
-    def ask(self, prompt: str = PROMPT, **fields: object) -> Job:
+    def ask(self, prompt: str = PROMPT, **fields: object) -> VideoRecord:
         """Add a request to the queue."""
         service = self.running.service
         video = new_video({"prompt": prompt, **fields}, None, service.preset, "toy")
         job = video.job(service.preset, owner=OWNER, model="toy", created_at=service.store.clock())
         return service.store.add(job)
 
-    def claim(self, progress: int = 0) -> Job:
+    def claim(self, progress: int = 0) -> VideoRecord:
         """Take the next request as a worker does."""
         [job] = self.running.service.store.claim(1, HELD_S)
         self.running.service.store.report([job.claim], progress)
         return job
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: VideoRecord) -> None:
         """Complete a claimed job with a small video."""
         assert self.running.service.store.complete(job.claim, self.result)
 

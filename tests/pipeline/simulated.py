@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.batch.job import RenderJob
 from pipeline.batch.planner import Plan, Pool, StageSpec
-from pipeline.batch.runner import Limits
+from pipeline.batch.runner import RetryLimits
 from pipeline.ledger.ledger import claim, new_run_id
 from pipeline.rows import Batch, Item
 from pipeline.stages.stage import Stage
@@ -84,14 +84,14 @@ def simulated_job(table: Path, output: Path, *, batch_size: int = 4, seconds: fl
         plan_for=lambda costs: Plan(pools, batch_size, costs=costs),
         constants={"model": "simulated", "model_fingerprint": "0", "software_version": "0"},
         retry_failed=False,
-        **{"limits": Limits(), **job},
+        **{"limits": RetryLimits(), **job},
     )
 
 
 class AsRead:
     """In place of `runner.Rendering`: delivers the rows of the first part as they were read, without any stage."""
 
-    def __init__(self, worklist: Worklist, plan: Plan, rules: RowRules, limits: Limits) -> None:
+    def __init__(self, worklist: Worklist, plan: Plan, rules: RowRules, limits: RetryLimits) -> None:
         self.batches = [batch for _, batch in read_rows(worklist.parts[0], rules, [0, 1])]
 
     def __iter__(self) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ from pipeline.request import (
     sampling_params,
 )
 from pyramid_flow import Preset, PyramidFlowError
-from pyramid_flow.presets import EFFORTS
+from pyramid_flow.presets import QUALITY_PRESETS
 
 PRESET = Preset(sizes=((384, 640), (640, 384)), max_num_frames=121)
 NAN, INFINITY = float("nan"), float("inf")
@@ -213,7 +213,7 @@ def test_a_quality_decides_what_is_not_given():
     usual = resolved()
     assert (usual.quality, usual.skip_last_step, usual.guided_share) == ("standard", False, 1.0)
     assert usual.num_inference_steps == PRESET.num_inference_steps
-    for quality, effort in EFFORTS.items():
+    for quality, effort in QUALITY_PRESETS.items():
         chosen = resolved(quality=quality)
         assert chosen.quality == quality
         assert chosen.num_inference_steps == PRESET.at(quality).num_inference_steps

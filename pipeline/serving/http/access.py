@@ -15,7 +15,7 @@ from pipeline.serving.http.links import Links
 from pipeline.serving.http.schemas import APIError
 from pipeline.serving.http.scrape import Scrape
 from pipeline.serving.http.sessions import Sessions, check_origin, session_of
-from pipeline.serving.queue.records import Job
+from pipeline.serving.queue.records import VideoRecord
 from pipeline.serving.queue.store import Store
 from pipeline.storage.storage import Storage
 from pipeline.tables.images import NO_IMAGES, ImageRoot
@@ -122,18 +122,18 @@ async def _reader(
     return await _owner(request, service, credentials)
 
 
-def _own(video_id: str, service: Served, owner: Owner) -> Job:
+def _own(video_id: str, service: Served, owner: Owner) -> VideoRecord:
     return found(service.store.get(video_id, owner), video_id)
 
 
-def _readable(video_id: str, service: Served, reader: Annotated[str | None, Depends(_reader)]) -> Job:
+def _readable(video_id: str, service: Served, reader: Annotated[str | None, Depends(_reader)]) -> VideoRecord:
     return found(service.store.get(video_id, reader), video_id)
 
 
-Own = Annotated[Job, Depends(_own)]
+Own = Annotated[VideoRecord, Depends(_own)]
 """The video that a path names, if it is the asker's."""
 
-Readable = Annotated[Job, Depends(_readable)]
+Readable = Annotated[VideoRecord, Depends(_readable)]
 """The video whose file a path names, for its owner and for whoever has a signed link to the file."""
 
 
@@ -155,7 +155,7 @@ def file_path(video_id: str, name: str) -> str:
     return f"/v1/videos/{video_id}/{name}"
 
 
-def found(job: Job | None, video_id: str) -> Job:
+def found(job: VideoRecord | None, video_id: str) -> VideoRecord:
     """Return a job; raises APIError if there is none."""
     if job is None:
         raise APIError(404, "video_not_found", f"there is no video {video_id!r}")

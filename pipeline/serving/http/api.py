@@ -23,7 +23,7 @@ from pipeline.serving.http.sessions import check_origin, session_of, set_cookie
 from pipeline.serving.http.submission import ask_for_remix, ask_for_video, give_up
 from pipeline.serving.http.waits import OpenWait
 from pipeline.serving.http.web_page import add_page
-from pipeline.serving.queue.records import Job, Status
+from pipeline.serving.queue.records import Status, VideoRecord
 from pipeline.serving.queue.store import BusyError
 
 UNMADE = {"cancelled": 409, "invalid_request": 400}
@@ -171,7 +171,7 @@ async def create_and_wait(request: Request, service: Served, owner: Owner) -> Re
         return await file_of(service, await _finished(request, service, owner))
 
 
-async def _finished(request: Request, service: Service, owner: str) -> Job:
+async def _finished(request: Request, service: Service, owner: str) -> VideoRecord:
     """Return the job that a request asks for once its video is completed; raises APIError if it ends otherwise."""
     creating = asyncio.ensure_future(ask_for_video(request, service, owner))
     try:
@@ -236,7 +236,7 @@ async def remix(job: Own, request: Request, response: Response, service: Served)
     return await run_in_threadpool(_shown, service, asked, response)
 
 
-def _shown(service: Service, job: Job, response: Response) -> Video:
+def _shown(service: Service, job: VideoRecord, response: Response) -> Video:
     """Show a job, and say when to ask again: the later, the more wait before it."""
     video = video_of(service, job)
     if not video.status.is_end:

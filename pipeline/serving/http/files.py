@@ -20,7 +20,7 @@ from pipeline.ledger.compact import FILES
 from pipeline.media.video import THUMBNAIL_FRAMES
 from pipeline.serving.http.access import counted
 from pipeline.serving.http.schemas import APIError
-from pipeline.serving.queue.records import ID_PREFIX, Claim, Job
+from pipeline.serving.queue.records import ID_PREFIX, Claim, VideoRecord
 from pipeline.storage.storage import Storage
 
 CHUNK_BYTES = 2**20
@@ -73,7 +73,7 @@ class MediaFile:
         return storage.get(self.source, start, stop) if isinstance(self.source, str) else self.source[start:stop]
 
 
-def media_file(storage: Storage, job: Job, variant: str) -> MediaFile:
+def media_file(storage: Storage, job: VideoRecord, variant: str) -> MediaFile:
     """Return a file of a finished job: the video or still, its first frame, or its strip of frames."""
     result = job.result or {}
     etag, completed_at = result["sha256"], job.completed_at or 0.0
@@ -190,7 +190,7 @@ def remove_attempt(storage: Storage, claim: Claim, result: Mapping[str, Any]) ->
             storage.delete(path)
 
 
-def remove_files(storage: Storage, job: Job) -> None:
+def remove_files(storage: Storage, job: VideoRecord) -> None:
     """Remove everything that is stored of a job."""
     name, result = job.id.removeprefix(ID_PREFIX), job.result or {}
     paths = {job.image, result.get("uri"), result.get("thumbnail_uri")}

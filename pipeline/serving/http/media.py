@@ -16,7 +16,7 @@ from pipeline.serving.http.files import MAX_DOWNLOADS, MAX_PER_LINK, VALID_S, Fi
 from pipeline.serving.http.openapi import errors, file
 from pipeline.serving.http.schemas import APIError, FileLinks, Video
 from pipeline.serving.http.waits import OpenWait
-from pipeline.serving.queue.records import Job, Status
+from pipeline.serving.queue.records import Status, VideoRecord
 from pyramid_flow.sampling.params import TEMPORAL_FACTOR
 
 MEDIA_TYPES = ("video/mp4", "image/png", "image/webp")
@@ -25,7 +25,7 @@ Variant = Literal["video", "thumbnail", "spritesheet"]
 media = APIRouter(prefix="/v1/videos/{video_id}", responses=errors(400, 401, 403))
 
 
-def video_of(service: Service, job: Job) -> Video:
+def video_of(service: Service, job: VideoRecord) -> Video:
     """Return a job as clients see it, with its place in the queue."""
     position = service.store.position(job) if job.status == Status.QUEUED else None
     return Video.of(job, service.fingerprint, position)
@@ -47,7 +47,7 @@ async def content(job: Readable, service: Served, variant: Variant = "video", si
     return await file_of(service, job, variant, signature)
 
 
-async def file_of(service: Service, job: Job, variant: Variant = "video", link: str | None = None) -> Response:
+async def file_of(service: Service, job: VideoRecord, variant: Variant = "video", link: str | None = None) -> Response:
     """Return the answer that sends a file of a finished job; raises APIError if there is none."""
     if job.result is None:
         raise APIError(409, "video_not_completed", f"the video is {job.status}")
@@ -60,19 +60,19 @@ async def file_of(service: Service, job: Job, variant: Variant = "video", link: 
     return FileAnswer(open_file, service.storage, service.downloads, limits)
 
 
-async def _waiting(job: Own, service: Served) -> tuple[Job, OpenWait]:
+async def _waiting(job: Own, service: Served) -> tuple[VideoRecord, OpenWait]:
     return job, await OpenWait.begin(service.store, job.owner)
 
 
 @media.get("/events", response_class=EventSourceResponse, responses=errors(404, 429))
 async def events(
-    waiting: Annotated[tuple[Job, OpenWait], Depends(_waiting)], service: Served
+    waiting: Annotated[tuple[VideoRecord, OpenWait], Depends(_waiting)], service: Served
 ) -> AsyncIterator[ServerSentEvent]:
     """Send each change of a video, as server-sent events, until it has ended or is deleted."""
     first, wait = waiting
     async with wait:
         sent: Video | None = None
-        job: Job | None = first
+        job: VideoRecord | None = first
         while job is not None:
             video = await run_in_threadpool(video_of, service, job)
             if video != sent:
@@ -97,10 +97,10 @@ async def stream(job: Readable, service: Served) -> StreamingResponse:
     return StreamingResponse(_parts(service, job, wait), media_type="video/mp4", headers={"Cache-Control": "no-store"})
 
 
-async def _parts(service: Service, first: Job, wait: OpenWait) -> AsyncIterator[bytes]:
+async def _parts(service: Service, first: VideoRecord, wait: OpenWait) -> AsyncIterator[bytes]:
     """Yield the fragments of a video, a new attempt's from where the one before was; its file if there are none."""
     async with wait:
-        job: Job | None = first
+        job: VideoRecord | None = first
         sent, units = 0, 1 + (first.request["num_frames"] - 1) // TEMPORAL_FACTOR
         while job is not None:
             if (

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.request import MAX_NUM_FRAMES, RenderRequest, RequestError, UntrainedError
 from pipeline.rows import plain_text
 from pipeline.serving.http.schemas import APIError
-from pipeline.serving.queue.records import ID_PREFIX, PRIORITIES, Job
+from pipeline.serving.queue.records import ID_PREFIX, PRIORITIES, VideoRecord
 from pipeline.storage.faults import StorageError
 from pipeline.storage.urls import is_web
 from pipeline.tables.image_download import ImageError
@@ -60,14 +60,14 @@ class NewVideo:
     request: RenderRequest
     priority: int
 
-    def job(self, preset: Preset, **values: Any) -> Job:  # noqa: ANN401 - columns
+    def job(self, preset: Preset, **values: Any) -> VideoRecord:  # noqa: ANN401 - columns
         """Return the job, with every value decided."""
         content_id = self.request.id or self.request.content_hash
         try:
             resolved = self.request.resolve(preset, content_id)
         except UntrainedError as error:
             raise invalid(str(error), error.field) from error
-        return Job(
+        return VideoRecord(
             id=new_id(),
             given=self.request.model_dump(mode="json", exclude={"image"}, exclude_none=True),
             request=resolved.model_dump(mode="json"),
@@ -112,7 +112,7 @@ def new_video(
     return NewVideo(_request({"seed": secrets.randbelow(MAX_DRAWN_SEED + 1), **values} | image), priority)
 
 
-def remixed(job: Job, prompt: str, image: bytes | None) -> NewVideo:
+def remixed(job: VideoRecord, prompt: str, image: bytes | None) -> NewVideo:
     """Return the request of a job with another prompt, the same seed and image."""
     given = {name: value for name, value in job.given.items() if name != "id"} | {"seed": job.request["seed"]}
     return NewVideo(_request(given | {"prompt": prompt} | ({"image": image} if image else {})), job.priority)

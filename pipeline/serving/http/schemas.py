@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.request import ImageFormat, ResolvedRequest
-from pipeline.serving.queue.records import Job, Status
+from pipeline.serving.queue.records import Status, VideoRecord
 from pyramid_flow import Preset
 from pyramid_flow.errors import PyramidFlowError
 from pyramid_flow.images import ImageFit
@@ -109,7 +109,7 @@ class Video(BaseModel):
     model_fingerprint: str
 
     @classmethod
-    def of(cls, job: Job, fingerprint: str, position: int | None = None) -> "Video":
+    def of(cls, job: VideoRecord, fingerprint: str, position: int | None = None) -> "Video":
         """Show a job."""
         request, result = ResolvedRequest.model_validate(job.request), job.result or {}
         failed = job.status == Status.FAILED

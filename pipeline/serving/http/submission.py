@@ -17,7 +17,7 @@ from pipeline.serving.http.body import body_fields
 from pipeline.serving.http.files import remove_files
 from pipeline.serving.http.parsing import REFERENCES, NewVideo, Remix, new_video, remixed
 from pipeline.serving.http.schemas import APIError
-from pipeline.serving.queue.records import Job
+from pipeline.serving.queue.records import VideoRecord
 from pipeline.serving.queue.store import BusyError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Sender:
         return self.replay is None and self.headers.get("x-stainless-retry-count", "0") not in ("", "0")
 
 
-async def ask_for_video(request: Request, service: Service, owner: str) -> tuple[Job, bool]:
+async def ask_for_video(request: Request, service: Service, owner: str) -> tuple[VideoRecord, bool]:
     """Return the job that a request asks for, and whether it is new. Its body is read once it is admitted."""
     sender = Sender(owner, request.headers)
     known = await run_in_threadpool(_admit, service, sender)
@@ -68,7 +68,7 @@ async def ask_for_video(request: Request, service: Service, owner: str) -> tuple
         return await to_thread.run_sync(_added, service, sender, content, read, limiter=_with_picture)
 
 
-async def ask_for_remix(request: Request, service: Service, job: Job) -> Job:
+async def ask_for_remix(request: Request, service: Service, job: VideoRecord) -> VideoRecord:
     """Return the job of a video with another prompt, the same seed and image."""
     sender = Sender(job.owner, request.headers)
     known = await run_in_threadpool(_admit, service, sender)
@@ -89,7 +89,7 @@ async def ask_for_remix(request: Request, service: Service, job: Job) -> Job:
     return (await run_in_threadpool(_added, service, sender, content, read, remixed_from=job.id))[0]
 
 
-def give_up(service: Service, job: Job, is_new: bool) -> None:
+def give_up(service: Service, job: VideoRecord, is_new: bool) -> None:
     """Cancel the job of a client that has gone, which may send the same request again."""
     if is_new:
         service.store.cancel(job.id, job.owner, forget=True)
@@ -99,7 +99,7 @@ def _content_of(fields: Mapping[str, object], upload: bytes | None) -> str:
     return hash_of({**fields, "input_reference": hashlib.sha256(upload or b"").hexdigest()})
 
 
-def _admit(service: Service, sender: Sender) -> Job | None:
+def _admit(service: Service, sender: Sender) -> VideoRecord | None:
     """Count a request; returns the job that an earlier one with the same idempotency key asked for.
 
     Raises:
@@ -112,7 +112,7 @@ def _admit(service: Service, sender: Sender) -> Job | None:
     return known
 
 
-def _same(job: Job, content: str) -> Job:
+def _same(job: VideoRecord, content: str) -> VideoRecord:
     """Return a job if it came of the same content; raises APIError otherwise."""
     if job.content != content:
         raise APIError(409, "idempotency_conflict", "the idempotency key was used for another request")
@@ -121,7 +121,7 @@ def _same(job: Job, content: str) -> Job:
 
 def _added(
     service: Service, sender: Sender, content: str, read: Callable[[], NewVideo], remixed_from: str | None = None
-) -> tuple[Job, bool]:
+) -> tuple[VideoRecord, bool]:
     """Read what is asked for and let it wait, its picture stored first, unless the same was added meanwhile.
 
     Returns the job, and whether it is new.

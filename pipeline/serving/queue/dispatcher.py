@@ -18,7 +18,7 @@ from pipeline.monitoring.metrics import ServiceMetrics
 from pipeline.request import ResolvedRequest
 from pipeline.rows import Batch, Item, RenderRow, as_tensor
 from pipeline.serving.http.files import remove_attempt, remove_files
-from pipeline.serving.queue.records import Job, Status
+from pipeline.serving.queue.records import Status, VideoRecord
 from pipeline.serving.queue.store import Store
 from pipeline.serving.queue.webhooks import Webhook, WebhookError
 from pipeline.storage.storage import Storage
@@ -84,7 +84,7 @@ class Dispatcher:
     settings: DispatchSettings = DispatchSettings()
     webhook: Webhook | None = None
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
-    running: dict[asyncio.Task[None], Sequence[Job]] = field(default_factory=dict)
+    running: dict[asyncio.Task[None], Sequence[VideoRecord]] = field(default_factory=dict)
 
     async def run(self) -> None:
         """Dispatch until cancelled; then what is in the stages waits again at once."""
@@ -132,7 +132,7 @@ class Dispatcher:
         task.add_done_callback(self.running.pop)
         return True
 
-    async def _claim(self) -> Sequence[Job]:
+    async def _claim(self) -> Sequence[VideoRecord]:
         """Claim a batch; if this is cancelled meanwhile, what was claimed waits again."""
         claim = asyncio.to_thread(self.store.claim, self.settings.batch_size, self.settings.lease_s)
         claiming = asyncio.ensure_future(claim)
@@ -143,7 +143,7 @@ class Dispatcher:
                 self.store.release(job.claim)
             raise
 
-    async def _render(self, jobs: Sequence[Job]) -> None:
+    async def _render(self, jobs: Sequence[VideoRecord]) -> None:
         with log_fields(videos=[job.id for job in jobs]):
             try:
                 batch = await run_in_threadpool(self._batch, jobs)
@@ -154,25 +154,25 @@ class Dispatcher:
                 for job in jobs:
                     await run_in_threadpool(self._lose, job, alone=len(jobs) == 1)
 
-    def _lose(self, job: Job, *, alone: bool, **reason: str) -> None:
+    def _lose(self, job: VideoRecord, *, alone: bool, **reason: str) -> None:
         status = self.store.lose(job.claim, alone=alone, max_deaths=self.settings.max_attempts, **reason)
         if status == Status.FAILED:
             self._ended(job, status, "worker_lost")
 
-    def _ended(self, job: Job, status: Status, reason: str = "") -> None:
+    def _ended(self, job: VideoRecord, status: Status, reason: str = "") -> None:
         self.metrics.ended(status, reason)
         logger.info("%s", status, extra={"video": job.id, "reason": reason})
 
-    def _batch(self, jobs: Sequence[Job]) -> Batch:
+    def _batch(self, jobs: Sequence[VideoRecord]) -> Batch:
         return Batch(tuple(self._item(job) for job in jobs), pa.table({"video": [job.id for job in jobs]}))
 
-    def _item(self, job: Job) -> Item:
+    def _item(self, job: VideoRecord) -> Item:
         name = job.claim.row_id
         request = ResolvedRequest.model_validate(job.request | {"id": name})
         row = RenderRow(id=name, position=job.id, prompt=request.prompt, request=request, attempts=job.attempts)
         return Item(row, {IMAGE: as_tensor(self.storage.get(job.image))} if job.image else {})
 
-    def _finish(self, jobs: Sequence[Job], done: Batch) -> None:
+    def _finish(self, jobs: Sequence[VideoRecord], done: Batch) -> None:
         for job, item in zip(jobs, done.items, strict=True):
             row = item.row
             if row.error is None and not row.skipped:
@@ -184,7 +184,7 @@ class Dispatcher:
                 logger.warning("%s failed: %s", row.error.stage, row.error.message, extra={"video": job.id})
                 self._lose(job, alone=True, reason=f"{row.error.stage} failed ({row.error.type})")
 
-    def _complete(self, job: Job, result: dict[str, Any]) -> None:
+    def _complete(self, job: VideoRecord, result: dict[str, Any]) -> None:
         """Write down what was made; if someone else has the job by now, or nobody wants it, it goes."""
         if self.store.complete(job.claim, result):
             self._ended(job, Status.COMPLETED)
@@ -204,7 +204,7 @@ class Dispatcher:
             if not jobs:
                 await asyncio.sleep(self.settings.poll_s)
 
-    async def _tell(self, webhook: Webhook, job: Job) -> None:
+    async def _tell(self, webhook: Webhook, job: VideoRecord) -> None:
         try:
             await webhook.tell(job, int(time.time()))
             again_in_s = None

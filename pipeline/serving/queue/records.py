@@ -40,7 +40,7 @@ class Base(DeclarativeBase):
     """What SQLAlchemy knows of the tables."""
 
 
-class Job(Base):
+class VideoRecord(Base):
     """One video.
 
     owner: name of the API key that asked; replay: marks a request that may come twice, unique per owner; content: a
@@ -100,7 +100,7 @@ class Job(Base):
         return Claim(self.id, self.fence)
 
 
-class Ask(Base):
+class RateLimitEvent(Base):
     """That a job was asked for: counts against its owner's limit for a minute, even if the job is deleted."""
 
     __tablename__ = "asks"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from aiohttp import ClientError, ClientSession, ClientTimeout
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from pipeline.serving.queue.records import Job
+from pipeline.serving.queue.records import VideoRecord
 
 TIMEOUT_S = 10.0
 ATTEMPTS = 5
@@ -41,7 +41,7 @@ class Webhook:
             "webhook-signature": f"v1,{base64.b64encode(digest).decode()}",
         }
 
-    async def tell(self, job: Job, timestamp: int) -> None:
+    async def tell(self, job: VideoRecord, timestamp: int) -> None:
         """Tell the end of a job; raises WebhookError after `ATTEMPTS` attempts. Redirects are not followed."""
         message = {
             "id": f"evt_{job.id}",

@@ -21,7 +21,7 @@ BEFORE, SAMPLING = 5, 85
 """Percent of progress before the sampler, and of the sampler; the rest is for what comes after it."""
 
 
-class Watch:
+class ProgressReporter:
     """The sampler's `on_step` for a batch of claimed jobs; see `generate_latents`.
 
     The table is told at most every `report_s` seconds. Rows whose claim is lost, because they were cancelled or are

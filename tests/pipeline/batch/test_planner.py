@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from pipeline.batch.costs import Costs
-from pipeline.batch.planner import Job, Node, Plan, PlanError, Pool, Resources, make_plan
+from pipeline.batch.planner import Node, Plan, PlanError, PlanRequest, Pool, Resources, make_plan
 from pipeline.media.quality import Thresholds
 
 STAGES = ["encode", "sample", "decode", "publish"]
@@ -14,7 +14,7 @@ POOLS = ["encode", "sample+decode", "publish"]
 
 def planned(device: str, resources: Resources, workers: Mapping[str, int] | None = None, **values: object) -> Plan:
     """Return a plan of the staged layout, if nothing else is said."""
-    job = Job(
+    job = PlanRequest(
         model_path="model",
         variant=None,
         device=device,

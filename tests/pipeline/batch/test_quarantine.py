@@ -5,16 +5,16 @@ import pytest
 
 from pipeline.batch.job import TooManyFailures
 from pipeline.batch.planner import StageSpec
-from pipeline.batch.quarantine import Watch
-from pipeline.batch.runner import Limits
+from pipeline.batch.quarantine import WorkerMonitor
+from pipeline.batch.runner import RetryLimits
 from tests.pipeline.sample_tables import write_table
 from tests.pipeline.simulated import Decode, simulated_job
 
 SHAPE = {"height": 64, "width": 64, "num_frames": 9}
 
 
-def watch(**options) -> Watch:
-    return Watch(**({"is_alive": lambda node: node != "gone"} | options))
+def watch(**options) -> WorkerMonitor:
+    return WorkerMonitor(**({"is_alive": lambda node: node != "gone"} | options))
 
 
 def test_rows_that_end_are_never_suspects():
@@ -115,7 +115,7 @@ def survived(cluster, tmp_path_factory) -> tuple[dict[str, dict[str, object]], C
     folder = tmp_path_factory.mktemp("survived")
     names = ["fine0", "kill", *(f"fine{number}" for number in range(1, 7)), "hang", "poison"]
     table = write_table(folder / "in.parquet", [{"prompt": name, "id": name, **SHAPE} for name in names])
-    limits = Limits(max_attempts=1, row_timeout_s=1.0)
+    limits = RetryLimits(max_attempts=1, row_timeout_s=1.0)
     job = simulated_job(table, folder / "out", batch_size=3, limits=limits)
     job.execute(lambda batch: None)
     rows = job.view().to_pylist()
@@ -154,7 +154,7 @@ def test_what_runs_beside_a_row_that_kills_its_worker_is_not_to_blame(cluster, t
     prompts = ["fine", "fine", "fine", "kill me", "fine", "fine"]
     rows = [{"prompt": prompt, "id": f"r{i}", **SHAPE} for i, prompt in enumerate(prompts)]
     job = simulated_job(
-        write_table(tmp_path / "in.parquet", rows), tmp_path / "out", batch_size=1, limits=Limits(max_attempts=1)
+        write_table(tmp_path / "in.parquet", rows), tmp_path / "out", batch_size=1, limits=RetryLimits(max_attempts=1)
     )
     encode, sample = job.plan.pools
     beside = replace(sample, stages=(*sample.stages, StageSpec(Decode, {"seconds": 0.5})), workers=1, overlap=True)

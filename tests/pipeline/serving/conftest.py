@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.serving.queue.store import Limits, Store
+from pipeline.serving.queue.store import QueueLimits, Store
 from tests.pipeline.serving.farm import Farm, Models
 from tests.pipeline.serving.running import Running, run, service_in
 
@@ -35,7 +35,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(database: str, clock: Clock) -> Iterator[Store]:
-    store = Store(database, limits=Limits(20, 20, 20), retention_s=100, clock=clock)
+    store = Store(database, limits=QueueLimits(20, 20, 20), retention_s=100, clock=clock)
     yield store
     store.close()
 
@@ -64,5 +64,5 @@ def rendering_farm(tmp_path: Path, models: Models) -> Iterator[Farm]:
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
     """Run an interface that answers on a port; a worker is played by hand."""
-    with run(service_in(tmp_path, Limits(max_queued=50, max_per_minute=50))) as running:
+    with run(service_in(tmp_path, QueueLimits(max_queued=50, max_per_minute=50))) as running:
         yield running

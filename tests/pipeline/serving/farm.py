@@ -13,9 +13,9 @@ from pipeline.rows import Item, as_tensor, pack, unpack
 from pipeline.serving.http.parsing import new_video
 from pipeline.serving.queue.dispatcher import Dispatcher, DispatchSettings
 from pipeline.serving.queue.records import Status
-from pipeline.serving.queue.store import Limits, Store
+from pipeline.serving.queue.store import QueueLimits, Store
 from pipeline.serving.streaming.live import LiveDecode, Relay
-from pipeline.serving.streaming.progress import Watch
+from pipeline.serving.streaming.progress import ProgressReporter
 from pipeline.stages import FILE, THUMBNAIL
 from pipeline.stages.encode import Encode
 from pipeline.stages.model import ModelConfig
@@ -89,7 +89,7 @@ class Local:
         decode.store, decode.storage, decode.videos = store, Storage(str(output)), {}
         local = cls(models.encode, sample, decode, Publish(str(output), "here"))
         local.decode = decode
-        sample.watch = lambda items: Watch(store, Relay(local.show, Inline()), items)
+        sample.watch = lambda items: ProgressReporter(store, Relay(local.show, Inline()), items)
         return local
 
     def work(self, batch):
@@ -116,7 +116,7 @@ class Farm:
     """A table, a place for files, the stages and a dispatcher; models: None = none is needed."""
 
     def __init__(self, folder: Path, models: Models | None = None) -> None:
-        self.store = Store(f"sqlite:///{folder}/videos.db", limits=Limits(), retention_s=1000)
+        self.store = Store(f"sqlite:///{folder}/videos.db", limits=QueueLimits(), retention_s=1000)
         self.storage = Storage(str(folder / "out"))
         output = folder / "out"
         self.local = Local.rendering(models, self.store, output) if models else Local.drawing(output)

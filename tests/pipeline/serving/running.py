@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.serving.http.access import Polling, Service
 from pipeline.serving.http.api import create_app
 from pipeline.serving.http.keys import Keys, hashed
-from pipeline.serving.queue.store import Limits, Store
+from pipeline.serving.queue.store import QueueLimits, Store
 from pipeline.storage.storage import Storage
 from pyramid_flow import Preset
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import openai
 
 KEYS = Keys.parse(f"me:{hashed('secret')}\nyou:{hashed('other')}\nmetrics:{hashed('scraper')}")
-LIMITS = Limits()
+LIMITS = QueueLimits()
 POLLING = Polling(client_s=0.02, events_s=0.01, stream_s=0.01)
 PRESET = Preset(sizes=((64, 64),), max_num_frames=33)
 JSON = {"content-type": "application/json"}
@@ -92,7 +92,7 @@ class Running:
                 store.complete(job.claim, files | facts)
 
 
-def service_in(folder: Path, limits: Limits = LIMITS, preset: Preset = PRESET) -> Service:
+def service_in(folder: Path, limits: QueueLimits = LIMITS, preset: Preset = PRESET) -> Service:
     """Return a service whose table and files lie in a folder; it knows the keys "secret" and "other"."""
     store = Store(f"sqlite:///{folder}/videos.db", limits=limits)
     return Service(store, Storage(str(folder / "out")), preset, "toy", "f00d", KEYS, polling=POLLING)

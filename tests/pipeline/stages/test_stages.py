@@ -26,7 +26,7 @@ from pipeline.stages.sample import Sample
 from pipeline.tables.images import ImageRoot
 from pyramid_flow import Checkpoint, Preset, PyramidFlowPipeline
 from pyramid_flow.memory.placement import Placement, free_bytes, process_bytes
-from pyramid_flow.parallel.processes import TeamError
+from pyramid_flow.parallel.processes import ParallelError
 from tests.pipeline.certificates import identity, manifest_of
 from tests.pipeline.clip import small_clip
 from tests.pipeline.mp4 import black_video, probe, read_frames, read_tags
@@ -389,7 +389,7 @@ def test_processes_that_are_out_of_step_are_no_rows_fault(model, preset, encode,
     stage = Sample(replace(model, gpus_per_clip=2))
     monkeypatch.setattr("pyramid_flow.parallel.processes.generate_latents", generate_latents)
     try:
-        with pytest.raises(TeamError, match="sampling with 1 other processes failed: out of memory"):
+        with pytest.raises(ParallelError, match="sampling with 1 other processes failed: out of memory"):
             stage(encode(batch(item(preset, prompt="a ball", **SHAPE))))
     finally:
         stage.team.close()

@@ -26,14 +26,14 @@ from pipeline.storage.faults import StorageError, StorageFullError
 from pipeline.storage.urls import climbs, host_name, is_web, shown, web_url
 from pipeline.tables.image_download import (
     MAX_REDIRECTS,
+    DownloadLimits,
     Fetcher,
     ImageError,
-    Limits,
     is_public_address,
 )
 
 HOST = "images.example"
-QUICK = Limits(max_bytes=1000, timeout_s=30.0, connect_timeout_s=20.0, first_wait_s=0.001)
+QUICK = DownloadLimits(max_bytes=1000, timeout_s=30.0, connect_timeout_s=20.0, first_wait_s=0.001)
 SECRET = "s3cr3t"
 
 
@@ -626,7 +626,7 @@ def test_slow_servers_are_given_up(server, drip):
     server.routes["/slow"] = endless(drip, pause_s=0.02)
     started = time.monotonic()
     with pytest.raises(StorageError, match="cannot fetch image"):
-        loopback(HOST, limits=Limits(1000, timeout_s=0.3)).read(server.url("/slow"))
+        loopback(HOST, limits=DownloadLimits(1000, timeout_s=0.3)).read(server.url("/slow"))
     assert time.monotonic() - started < 3
     assert len(server.asked) <= 1
 
@@ -638,13 +638,13 @@ def test_slow_redirects_count_together(server):
 
     server.routes["/slow"] = slowly
     with pytest.raises(StorageError, match="in time"):
-        loopback(HOST, limits=Limits(1000, timeout_s=0.3)).read(server.url("/slow"))
+        loopback(HOST, limits=DownloadLimits(1000, timeout_s=0.3)).read(server.url("/slow"))
 
 
 def test_silent_connections_are_given_up():
     with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
         url = f"https://{HOST}:{silent.getsockname()[1]}/a.png?key={SECRET}"  # the handshake is never answered
-        limits = Limits(1000, timeout_s=30.0, connect_timeout_s=0.1, attempts=2, first_wait_s=0.01)
+        limits = DownloadLimits(1000, timeout_s=30.0, connect_timeout_s=0.1, attempts=2, first_wait_s=0.01)
         with pytest.raises(StorageError, match=r"Connection timeout .* \(2 attempts\)") as caught:
             loopback(HOST, limits=limits).read(url)
     assert SECRET not in "".join(traceback.format_exception(caught.value))

@@ -27,7 +27,7 @@ from pipeline.tables.readers import (
     read_blocks,
     request_values,
 )
-from pipeline.tables.worklist import Fate, RowRules, Worklist, candidates, scan
+from pipeline.tables.worklist import RowRules, RowStatus, Worklist, candidates, scan
 from pyramid_flow import Preset
 from tests.pipeline.sample_tables import write_table
 
@@ -46,7 +46,7 @@ def table_of(folder: Path, *rows: dict[str, object], **options: object) -> Workl
 
 
 def fates(worklist: Worklist) -> list[str]:
-    return [Fate(fate).name for fate in worklist.fates]
+    return [RowStatus(fate).name for fate in worklist.fates]
 
 
 def batches(worklist: Worklist, batch_size: int = 4) -> list[Batch]:
@@ -435,7 +435,7 @@ def test_equal_bad_rows_are_duplicates(tmp_path):
 
 
 def test_no_fate_is_a_zero_byte():
-    assert all(0 < fate < 256 for fate in Fate)
+    assert all(0 < fate < 256 for fate in RowStatus)
 
 
 def random_rows(seed: int) -> list[dict[str, object]]:

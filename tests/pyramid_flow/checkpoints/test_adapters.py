@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyramid_flow import Checkpoint, CheckpointError, InvalidValueError
-from pyramid_flow.checkpoints.adapters import Adapter, fused
+from pyramid_flow.checkpoints.adapters import Adapter, merge_adapters
 from tests.pyramid_flow.goldens import TINY_MINIFLUX, save_adapter
 
 
@@ -30,7 +30,7 @@ def test_adapters_add_up_each_by_its_weight(tmp_path):
         name: plain.get_submodule(name).weight + delta(first, name, 0.5 * 6 / 2) + delta(second, name, -1.0)
         for name in names
     }
-    made = fused(transformer(), [Adapter(first, 0.5), Adapter(second, -1.0)])
+    made = merge_adapters(transformer(), [Adapter(first, 0.5), Adapter(second, -1.0)])
     assert type(made) is type(plain)
     assert made.state_dict().keys() == plain.state_dict().keys()
     for name in names:
@@ -129,7 +129,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, broken, message):
     folder = save_adapter(transformer(), tmp_path / "style", seed=1)
     broken(folder)
     with pytest.raises(CheckpointError, match=message):
-        fused(transformer(), [Adapter(folder)])
+        merge_adapters(transformer(), [Adapter(folder)])
 
 
 @pytest.mark.parametrize(
@@ -154,18 +154,18 @@ def test_a_config_that_makes_peft_import_or_load_more_is_refused(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     _edited(**values)(folder)
     with pytest.raises(CheckpointError, match=message):
-        fused(transformer(), [Adapter(folder)])
+        merge_adapters(transformer(), [Adapter(folder)])
     assert not imported.exists()
 
 
 def test_the_model_that_an_adapter_was_trained_on_is_neither_imported_nor_loaded(tmp_path, monkeypatch):
     folder = save_adapter(transformer(), tmp_path / "style", seed=1)
-    expected = fused(transformer(), [Adapter(folder)]).state_dict()
+    expected = merge_adapters(transformer(), [Adapter(folder)]).state_dict()
     imported = tmp_path / "imported"
     (tmp_path / "planted.py").write_text(f"open({str(imported)!r}, 'w').close()")
     monkeypatch.syspath_prepend(tmp_path)
     mapping = {"base_model_class": "Model", "parent_library": "planted"}
     _edited(auto_mapping=mapping, base_model_name_or_path="planted/model", revision="x", task_type="CAUSAL_LM")(folder)
-    made = fused(transformer(), [Adapter(folder)]).state_dict()
+    made = merge_adapters(transformer(), [Adapter(folder)]).state_dict()
     assert all(torch.equal(made[name], expected[name]) for name in expected)
     assert not imported.exists()

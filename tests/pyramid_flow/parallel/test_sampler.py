@@ -25,9 +25,9 @@ from pyramid_flow import (
     TextEmbedding,
     generate_latents,
 )
-from pyramid_flow.parallel.config import Ways, possible_ways, split_ways
-from pyramid_flow.parallel.processes import Team, TeamError
-from pyramid_flow.parallel.sampler import ALONE, Parallel
+from pyramid_flow.parallel.config import ParallelConfig, parallel_config, possible_configs
+from pyramid_flow.parallel.processes import ParallelError, ParallelSampler
+from pyramid_flow.parallel.sampler import SINGLE_PROCESS, Parallel
 from pyramid_flow.sampling.sampler import plan_cache
 from tests.pyramid_flow.goldens import TINY, assert_run_equal, randn
 
@@ -36,26 +36,26 @@ PARAMS = SamplingParams(64, 128, 41, (1, 2, 1), (2, 1, 2), guidance_scale=4.0, v
 
 
 def test_branches_are_split_before_heads():
-    assert possible_ways(30) == {
-        1: Ways(1, 1),
-        2: Ways(2, 1),
-        3: Ways(1, 3),
-        4: Ways(2, 2),
-        5: Ways(1, 5),
-        6: Ways(2, 3),
-        10: Ways(2, 5),
-        12: Ways(2, 6),
-        15: Ways(1, 15),
-        20: Ways(2, 10),
-        30: Ways(2, 15),
-        60: Ways(2, 30),
+    assert possible_configs(30) == {
+        1: ParallelConfig(1, 1),
+        2: ParallelConfig(2, 1),
+        3: ParallelConfig(1, 3),
+        4: ParallelConfig(2, 2),
+        5: ParallelConfig(1, 5),
+        6: ParallelConfig(2, 3),
+        10: ParallelConfig(2, 5),
+        12: ParallelConfig(2, 6),
+        15: ParallelConfig(1, 15),
+        20: ParallelConfig(2, 10),
+        30: ParallelConfig(2, 15),
+        60: ParallelConfig(2, 30),
     }
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 61])
 def test_an_impossible_number_is_answered_with_the_possible_ones(size):
     with pytest.raises(InvalidValueError, match=r"possible are 1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60$"):
-        split_ways(size, 30)
+        parallel_config(size, 30)
 
 
 MODELS = {"miniflux": TINY["miniflux"], "sd3": TINY["sd3"], "toy": "toy"}
@@ -72,7 +72,7 @@ TEAMS = [
 class Samplers:
     """A team, and the transformer of its first process."""
 
-    team: Team
+    team: ParallelSampler
     transformer: PyramidTransformer
 
     def both(self, params: SamplingParams, cache: Collection[int], **options) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def random_prompts(transformer: PyramidTransformer, lengths: Sequence[int], seed
 def samplers(request) -> Iterator[Samplers]:
     name, size = request.param
     checkpoint = Checkpoint.open(MODELS[name])
-    team = Team(checkpoint, torch.float32, "cpu", size, threads=1)
+    team = ParallelSampler(checkpoint, torch.float32, "cpu", size, threads=1)
     yield Samplers(team, checkpoint.load_transformer(torch.float32, "cpu"))
     team.close()
 
@@ -168,17 +168,17 @@ def test_a_cache_is_shared_by_branches_and_heads(samplers):
         rows = 2 // parallel.ways.guidance
         return sum(cache.shape.level_bytes(level, rows, torch.float32) for level in cache.levels)
 
-    assert stored(ALONE) == parallel.ways.size * stored(parallel)
+    assert stored(SINGLE_PROCESS) == parallel.ways.size * stored(parallel)
 
 
 LOSING = """
     import os, signal, sys, threading, time
     import torch
     from pyramid_flow import Checkpoint
-    from pyramid_flow.parallel.processes import Team
+    from pyramid_flow.parallel.processes import ParallelSampler
 
     if __name__ == "__main__":
-        team = Team(Checkpoint.open(sys.argv[1]), torch.float32, "cpu", 2, threads=1)
+        team = ParallelSampler(Checkpoint.open(sys.argv[1]), torch.float32, "cpu", 2, threads=1)
         [child] = team._children
         print(child.pid, flush=True)
         time.sleep(60)
@@ -220,5 +220,5 @@ def test_a_child_that_cannot_load_the_model_is_an_error(tmp_path):
     checkpoint.empty_transformer()
     for file in checkpoint.transformer_folder.glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(TeamError, match="sampler 1 ended with exit code 1 while it loaded the model"):
-        Team(checkpoint, torch.float32, "cpu", 2, threads=1)
+    with pytest.raises(ParallelError, match="sampler 1 ended with exit code 1 while it loaded the model"):
+        ParallelSampler(checkpoint, torch.float32, "cpu", 2, threads=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyramid_flow import InvalidValueError, PyramidSchedule
 from pyramid_flow.sampling.pyramid import downsample, noise_pyramid
-from pyramid_flow.training.draws import KeyedDraws
+from pyramid_flow.training.draws import KeyedRandom
 from pyramid_flow.training.objective import (
     TrainingSample,
     spatial_pyramid_sample,
@@ -82,7 +82,7 @@ def latents(batch: int = 2, frames: int = 4) -> Tensor:
     return torch.randn(batch, 16, frames, 8, 16, generator=torch.Generator().manual_seed(5))
 
 
-class Ends(KeyedDraws):
+class Ends(KeyedRandom):
     """Draws at one end of a level."""
 
     def uniform(self) -> Tensor:
@@ -111,19 +111,19 @@ def test_at_ratio_1_the_model_sees_what_the_sampler_begins_a_level_with(level):
 
 def test_one_euler_step_of_the_target_leads_from_anywhere_to_the_clean_latents():
     clean = latents(frames=1)
-    sample = spatial_pyramid_sample(SCHEDULE, 2, clean, KeyedDraws(0, 7, [0, 1]))
+    sample = spatial_pyramid_sample(SCHEDULE, 2, clean, KeyedRandom(0, 7, [0, 1]))
     ratio = sample.ratio.view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(sample.noisy - ratio * sample.target, clean, atol=1e-5, rtol=1e-5)
 
 
 def test_the_history_of_a_first_frame_is_empty():
-    sample = temporal_pyramid_sample(SCHEDULE, 1, latents(frames=1), KeyedDraws(0, 0, [0, 1]))
+    sample = temporal_pyramid_sample(SCHEDULE, 1, latents(frames=1), KeyedRandom(0, 0, [0, 1]))
     assert sample.history == ()
 
 
 def test_history_lies_as_the_sampler_has_it_and_is_corrupted_by_less_than_a_third():
     clean = latents(frames=4)
-    sample = temporal_pyramid_sample(SCHEDULE, 2, clean, KeyedDraws(0, 0, [0, 1]))
+    sample = temporal_pyramid_sample(SCHEDULE, 2, clean, KeyedRandom(0, 0, [0, 1]))
     assert [tuple(clip.shape[3:]) for clip in sample.history] == [(2, 4), (4, 8), (8, 16)]
     share = 1 - (sample.history[-1] * clean[:, :, 2:3]).flatten(1).sum(1) / clean[:, :, 2].square().flatten(1).sum(1)
     assert (share < 1 / 3 + 0.1).all()
@@ -133,25 +133,25 @@ def test_history_lies_as_the_sampler_has_it_and_is_corrupted_by_less_than_a_thir
 def test_arguments_are_not_changed():
     clean = latents()
     before = clean.clone()
-    temporal_pyramid_sample(SCHEDULE, 2, clean, KeyedDraws(0, 0, [0, 1]))
+    temporal_pyramid_sample(SCHEDULE, 2, clean, KeyedRandom(0, 0, [0, 1]))
     assert torch.equal(clean, before)
 
 
 def test_a_sample_is_drawn_alike_whatever_its_batch():
     clean = latents(batch=3)
-    together = temporal_pyramid_sample(SCHEDULE, 1, clean, KeyedDraws(4, 9, [10, 11, 12]))
-    alone = temporal_pyramid_sample(SCHEDULE, 1, clean[1:2], KeyedDraws(4, 9, [11]))
-    chosen = temporal_pyramid_sample(SCHEDULE, 1, clean[1:2], KeyedDraws(4, 9, [10, 11, 12]).select([1]))
+    together = temporal_pyramid_sample(SCHEDULE, 1, clean, KeyedRandom(4, 9, [10, 11, 12]))
+    alone = temporal_pyramid_sample(SCHEDULE, 1, clean[1:2], KeyedRandom(4, 9, [11]))
+    chosen = temporal_pyramid_sample(SCHEDULE, 1, clean[1:2], KeyedRandom(4, 9, [10, 11, 12]).select([1]))
     for sample in (alone, chosen):
         assert torch.equal(together.noisy[1:2], sample.noisy)
         assert all(torch.equal(a[1:2], b) for a, b in zip(together.history, sample.history, strict=True))
-    other = temporal_pyramid_sample(SCHEDULE, 1, clean[1:2], KeyedDraws(4, 10, [11]))
+    other = temporal_pyramid_sample(SCHEDULE, 1, clean[1:2], KeyedRandom(4, 10, [11]))
     assert not torch.equal(alone.noisy, other.noisy)
 
 
 def test_a_level_that_is_not_there_is_refused():
     with pytest.raises(InvalidValueError, match="level 3 is not one of 3"):
-        spatial_pyramid_sample(SCHEDULE, 3, latents(), KeyedDraws(0, 0, [0, 1]))
+        spatial_pyramid_sample(SCHEDULE, 3, latents(), KeyedRandom(0, 0, [0, 1]))
 
 
 def test_the_loss_is_one_number_per_sample_in_float32():

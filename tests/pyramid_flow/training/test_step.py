@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyramid_flow import InvalidValueError, PyramidSchedule, PyramidTransformer, ShapeError
-from pyramid_flow.training.draws import KeyedDraws
+from pyramid_flow.training.draws import KeyedRandom
 from pyramid_flow.training.step import (
     Losses,
     Objective,
@@ -43,7 +43,7 @@ def losses(
         encoder([""]),
         samples=rows,
         lengths=[4, 2, 1],
-        draws=KeyedDraws(3, step, rows),
+        draws=KeyedRandom(3, step, rows),
         objective=Objective(**objective),
     )
 
@@ -154,7 +154,7 @@ def test_prompts_are_dropped_as_often_as_told():
 def test_unit_lengths_are_uniform_or_favour_the_first_frame():
     def lengths(num_units: int, **objective: object) -> Tensor:
         levels = range(4000)
-        found = Objective(tuple(levels), **objective).unit_lengths(num_units, KeyedDraws(0, 0, levels))
+        found = Objective(tuple(levels), **objective).unit_lengths(num_units, KeyedRandom(0, 0, levels))
         return torch.bincount(torch.tensor(found), minlength=num_units + 1)[1:] / 4000
 
     assert (lengths(5) - 0.2).abs().max() < 0.03
@@ -166,7 +166,7 @@ def test_unit_lengths_are_uniform_or_favour_the_first_frame():
 def test_batches_that_do_not_fit_are_refused():
     encoder = tiny_text_encoder()
     text, empty = encoder(["a"]), encoder([""])
-    arguments = {"samples": [0], "lengths": [1, 1, 1], "draws": KeyedDraws(0, 0, [0]), "objective": Objective()}
+    arguments = {"samples": [0], "lengths": [1, 1, 1], "draws": KeyedRandom(0, 0, [0]), "objective": Objective()}
     with pytest.raises(ShapeError, match="samples"):
         transformer_losses(trainable(), SCHEDULE, latents(), text, empty, **arguments)
     with pytest.raises(InvalidValueError, match="one per entry of levels"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyramid_flow import CausalVideoVAE
 from pyramid_flow.training import vae as training_vae
-from pyramid_flow.training.draws import KeyedDraws
+from pyramid_flow.training.draws import KeyedRandom
 from pyramid_flow.training.vae import (
     VAEObjective,
     foreground_weights,
@@ -42,7 +42,7 @@ def test_it_learns():
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
     totals = []
     for step in range(12):
-        losses = vae_losses(vae, clips(), KeyedDraws(0, step, [0, 1]), VAEObjective())
+        losses = vae_losses(vae, clips(), KeyedRandom(0, step, [0, 1]), VAEObjective())
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
@@ -72,7 +72,7 @@ def test_at_first_convolutions_that_change_the_resolution_take_means_and_copy(mo
 def test_gradients_are_those_of_a_network_that_overwrites_nothing(monkeypatch):
     def gradient() -> Tensor:
         vae = trainable()
-        vae_losses(vae, clips(), KeyedDraws(0, 0, [0, 1]), VAEObjective()).total.backward()
+        vae_losses(vae, clips(), KeyedRandom(0, 0, [0, 1]), VAEObjective()).total.backward()
         return torch.cat([each.grad.flatten() for each in vae.parameters() if each.grad is not None])
 
     found = gradient()
@@ -82,9 +82,9 @@ def test_gradients_are_those_of_a_network_that_overwrites_nothing(monkeypatch):
 
 def test_losses_are_what_they_say():
     vae, pixels = trainable(), clips()
-    plain = vae_losses(vae, pixels, KeyedDraws(0, 0, [0, 1]), VAEObjective(2.0, 0.5, 0.0))
+    plain = vae_losses(vae, pixels, KeyedRandom(0, 0, [0, 1]), VAEObjective(2.0, 0.5, 0.0))
     posterior = vae.encode_moments(pixels)
-    error = vae.decode(posterior.sample(KeyedDraws(0, 0, [0, 1]).normal(posterior.mean.shape[1:]))) - pixels
+    error = vae.decode(posterior.sample(KeyedRandom(0, 0, [0, 1]).normal(posterior.mean.shape[1:]))) - pixels
     normal = torch.distributions.Normal(posterior.mean, posterior.std)
     kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).mean()
     for actual, expected in ((plain.l1, error.abs().mean()), (plain.mse, error.square().mean()), (plain.kl, kl)):

@@ -26,7 +26,7 @@ from pipeline.serving.http.access import Polling
 from pipeline.serving.http.api import create_app
 from pipeline.serving.http.files import fragment_path
 from pipeline.serving.http.middleware import SECURITY_HEADERS
-from pipeline.serving.queue.store import Limits
+from pipeline.serving.queue.store import QueueLimits
 from pipeline.tables.images import ImageRoot
 from tests.pipeline.serving.running import JSON, PRESET, VIDEO, WAIT_S, Running, run, service_in, until
 
@@ -165,7 +165,7 @@ def test_one_key_does_not_see_anothers_videos(running):
 def test_a_full_queue_says_when_to_come_again(running):
     from openai import RateLimitError
 
-    running.service.store.limits = Limits(max_queued=1)
+    running.service.store.limits = QueueLimits(max_queued=1)
     http = running.http()
     assert http.post("/v1/videos", json={"prompt": "a fox"}).status_code == 200
     answer = http.post("/v1/videos", files={"input_reference": picture()}, data={"prompt": "a fox"})
@@ -185,7 +185,7 @@ def test_clients_are_asked_to_poll_less_often_the_more_videos_wait_before_theirs
 
 
 def test_a_queue_that_fills_up_meanwhile_keeps_no_picture(running, monkeypatch):
-    running.service.store.limits = Limits(max_queued=0)
+    running.service.store.limits = QueueLimits(max_queued=0)
     monkeypatch.setattr(running.service.store, "check_room", lambda owner: None)
     answer = running.http().post("/v1/videos", files={"input_reference": picture()}, data={"prompt": "a fox"})
     assert answer.status_code == 429
@@ -193,7 +193,7 @@ def test_a_queue_that_fills_up_meanwhile_keeps_no_picture(running, monkeypatch):
 
 
 def test_requests_are_counted_before_their_body_is_read(running):
-    running.service.store.limits = Limits(max_per_minute=3)
+    running.service.store.limits = QueueLimits(max_per_minute=3)
     http, key = running.http(), {"Idempotency-Key": "k"}
     made = http.post("/v1/videos", json={"prompt": "a fox"}, headers=key).json()
     broken = {"files": {"input_reference": b"no picture"}, "data": {"prompt": "a fox"}}
@@ -223,7 +223,7 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory) -> Iterator[httpx.Client]:
     """Yield a client of a service that is only asked for what it refuses."""
-    limits = Limits(max_per_minute=10**6)
+    limits = QueueLimits(max_per_minute=10**6)
     with run(service_in(tmp_path_factory.mktemp("service"), limits)) as running:
         yield running.http()
         assert sum(running.service.store.counts().values()) == 0

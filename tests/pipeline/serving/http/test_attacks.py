@@ -19,7 +19,7 @@ from pipeline.serving.http.api import create_app
 from pipeline.serving.http.keys import KeyFileError, Keys, hashed
 from pipeline.serving.http.waits import LEASE_S, OpenWait
 from pipeline.serving.queue.records import Wait
-from pipeline.serving.queue.store import BusyError, Limits, Store
+from pipeline.serving.queue.store import BusyError, QueueLimits, Store
 from pipeline.tables.image_download import ImageError
 from pipeline.tables.images import ImageRoot
 from tests.pipeline.serving.queue.test_store import job
@@ -48,7 +48,7 @@ HOSTILE = {
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_body_is_refused_and_counted(running, body):
     http = running.http()
-    running.service.store.limits = Limits(max_per_minute=1)
+    running.service.store.limits = QueueLimits(max_per_minute=1)
     answer = http.post("/v1/videos", content=body, headers=JSON)
     assert answer.status_code in (400, 404)
     assert len(answer.content) < 500
@@ -63,7 +63,7 @@ def test_json_of_many_values_is_never_parsed(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x", "text/plain"])
 def test_the_body_of_a_refused_request_is_not_read(tmp_path, kind):
-    service = service_in(tmp_path, Limits(max_queued=0))
+    service = service_in(tmp_path, QueueLimits(max_queued=0))
 
     def body():
         yield b"{"
@@ -146,13 +146,13 @@ def test_one_owner_reads_few_pictures_at_once(tmp_path, monkeypatch):
 
 def test_a_request_that_claims_to_be_sent_again_finds_no_room_either(tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "new_video", lambda *_: pytest.fail("read"))
-    with run(service_in(tmp_path, Limits(max_queued=0))) as running:
+    with run(service_in(tmp_path, QueueLimits(max_queued=0))) as running:
         answer = running.http().post("/v1/videos", json={"prompt": "a"}, headers={"X-Stainless-Retry-Count": "1"})
         assert answer.json()["error"]["code"] == "queue_full"
 
 
 def test_an_owner_keeps_so_many_videos(store):
-    store.limits = Limits(max_kept=1)
+    store.limits = QueueLimits(max_kept=1)
     kept = job(0)
     store.add(kept)
     store.cancel(kept.id, kept.owner)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.serving.http.access import Service
 from pipeline.serving.http.api import create_app
-from pipeline.serving.queue.store import Limits
+from pipeline.serving.queue.store import QueueLimits
 from pyramid_flow import Preset
 from tests.pipeline.serving.running import Running, run, service_in
 
@@ -52,7 +52,7 @@ def running(tmp_path_factory) -> Iterator[Running]:
         while not over.wait(0.05):
             running.work()
 
-    with run(service_in(folder, Limits(10**6, 10**6, 10**6), preset=PRESET)) as running:
+    with run(service_in(folder, QueueLimits(10**6, 10**6, 10**6), preset=PRESET)) as running:
         worker = threading.Thread(target=work)
         worker.start()
         yield running

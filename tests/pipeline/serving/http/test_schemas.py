@@ -2,13 +2,13 @@
 
 from pipeline.serving.http.parsing import new_video
 from pipeline.serving.http.schemas import Video
-from pipeline.serving.queue.records import Job, Status
+from pipeline.serving.queue.records import Status, VideoRecord
 from pyramid_flow import Preset
 
 PRESET = Preset(sizes=((384, 640), (64, 64)))
 
 
-def job(**fields: object) -> Job:
+def job(**fields: object) -> VideoRecord:
     asked = new_video({"prompt": "a fox", **fields}, None, PRESET, "toy")
     return asked.job(PRESET, owner="me", model="toy", created_at=12.7)
 

@@ -7,14 +7,14 @@ import pytest
 from sqlalchemy import text
 
 from pipeline.serving.queue.database import DatabaseError
-from pipeline.serving.queue.records import Claim, Job, Priority, Status
-from pipeline.serving.queue.store import MAX_LOST_LEASES, BusyError, Limits, Store
+from pipeline.serving.queue.records import Claim, Priority, Status, VideoRecord
+from pipeline.serving.queue.store import MAX_LOST_LEASES, BusyError, QueueLimits, Store
 
 
-def job(number: int, **values: object) -> Job:
+def job(number: int, **values: object) -> VideoRecord:
     given = {"prompt": f"prompt {number}"}
     defaults = {"owner": "me", "model": "toy", "given": given, "request": given, "created_at": float(number)}
-    return Job(id=f"video_{number:03d}", **{**defaults, **values})
+    return VideoRecord(id=f"video_{number:03d}", **{**defaults, **values})
 
 
 def ids(jobs) -> list[int]:
@@ -43,7 +43,7 @@ def test_a_request_that_comes_twice_is_one_job(store):
 
 
 def test_requests_are_counted_for_a_minute_whatever_comes_of_them(store, clock):
-    store.limits = Limits(max_per_minute=2)
+    store.limits = QueueLimits(max_per_minute=2)
     for _ in range(2):
         store.count_request("me")
     with pytest.raises(BusyError, match="within a minute") as caught:
@@ -56,7 +56,7 @@ def test_requests_are_counted_for_a_minute_whatever_comes_of_them(store, clock):
 
 @pytest.mark.parametrize(
     ("limits", "code"),
-    [(Limits(3, 9, 9), "queue_full"), (Limits(9, 3, 9), "quota_exceeded")],
+    [(QueueLimits(3, 9, 9), "queue_full"), (QueueLimits(9, 3, 9), "quota_exceeded")],
 )
 def test_what_may_wait_is_limited(store, limits, code):
     store.limits = limits
@@ -294,8 +294,8 @@ def test_what_is_followed_and_seen_is_of_one_claim(store):
 @pytest.mark.parametrize(
     ("limits", "ask"),
     [
-        (Limits(max_queued=3), lambda store, number: store.add(job(number))),
-        (Limits(max_per_minute=3), lambda store, number: store.count_request("me")),
+        (QueueLimits(max_queued=3), lambda store, number: store.add(job(number))),
+        (QueueLimits(max_per_minute=3), lambda store, number: store.count_request("me")),
     ],
 )
 def test_limits_hold_when_many_ask_at_once(database, limits, ask):

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from pipeline.serving.queue.dispatcher import Dispatcher, DispatchSettings
-from pipeline.serving.queue.records import Job
+from pipeline.serving.queue.records import VideoRecord
 from pipeline.serving.queue.store import Store
 from pipeline.serving.queue.webhooks import ATTEMPTS, Webhook, WebhookError
 from pipeline.storage.storage import Storage
@@ -46,8 +46,8 @@ class Receiver:
             await runner.cleanup()
 
 
-def ended() -> Job:
-    return Job(id="video_a", status="completed", completed_at=5.0)
+def ended() -> VideoRecord:
+    return VideoRecord(id="video_a", status="completed", completed_at=5.0)
 
 
 def tell(receiver: Receiver) -> None:
@@ -90,7 +90,7 @@ def test_a_receiver_that_always_fails_is_given_up_and_redirects_are_not_followed
 def test_the_dispatcher_tells_each_end_once(tmp_path, monkeypatch):
     store = Store(f"sqlite:///{tmp_path}/videos.db")
     for name in ("a", "b"):
-        store.add(Job(id=name, owner="me", model="toy", given={}, request={}, created_at=1.0))
+        store.add(VideoRecord(id=name, owner="me", model="toy", given={}, request={}, created_at=1.0))
         store.cancel(name, "me")
     receiver, unannounced, found = Receiver(200), store.unannounced, []
 

@@ -6,7 +6,7 @@ from sqlalchemy.exc import OperationalError
 
 from pipeline.rows import Item, RenderRow
 from pipeline.serving.http.parsing import new_video
-from pipeline.serving.streaming.progress import BEFORE, SAMPLING, Watch
+from pipeline.serving.streaming.progress import BEFORE, SAMPLING, ProgressReporter
 from pyramid_flow import Checkpoint, StepInfo
 
 PRESET = Checkpoint.open("toy").preset
@@ -42,7 +42,7 @@ def relayed(calls):
 
 def watching(store, items, calls=None):
     """Return a watch that reports at every step."""
-    return Watch(store, relayed([] if calls is None else calls), items, report_s=0)
+    return ProgressReporter(store, relayed([] if calls is None else calls), items, report_s=0)
 
 
 def test_a_row_that_is_cancelled_leaves_at_the_next_step(store, batch):
@@ -107,7 +107,7 @@ def test_the_table_is_told_at_an_interval_and_at_the_last_step(store, batch, mon
         return report(claims, progress)
 
     monkeypatch.setattr(store, "report", counted)
-    seen = Watch(store, relayed([]), items, report_s=1000)
+    seen = ProgressReporter(store, relayed([]), items, report_s=1000)
     for unit, level in STEPS:
         seen(step(unit, level))
     assert told == [BEFORE + SAMPLING * 1 // 84, BEFORE + SAMPLING]
