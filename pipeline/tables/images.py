@@ -13,7 +13,7 @@ from pipeline.request import RequestError
 from pipeline.storage.faults import presentable
 from pipeline.storage.redaction import redacted
 from pipeline.storage.urls import climbs, is_web
-from pipeline.tables.image_download import Fetcher, ImageError, DownloadLimits, is_public_address
+from pipeline.tables.image_download import DownloadLimits, Fetcher, ImageError, is_public_address
 from pyramid_flow.images import MAX_BYTES
 
 
