@@ -2,11 +2,13 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, features
 
 from pyramid_flow import InvalidValueError, images
 from pyramid_flow.images import fit_image, open_image, upright
@@ -164,13 +166,22 @@ def test_a_caller_lowers_the_limit_on_pixels_for_every_format(file_format, monke
         open_image(data, max_pixels=191)
 
 
+def tiff(*tags: tuple[int, int, int, int], body: bytes = b"") -> bytes:
+    """Return a TIFF of a body, which begins at byte 8, and a directory of (tag, type, count, value)."""
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def grey_tiff(width: int, height: int, *tags: tuple[int, int, int, int], body: bytes, compression: int = 8) -> bytes:
+    size = ((256, 4, 1, width), (257, 4, 1, height), (258, 4, 1, 8), (259, 4, 1, compression), (262, 4, 1, 1))
+    return tiff(*size, (277, 4, 1, 1), *tags, body=body)
+
+
 def tiled_tiff(*tiles: int) -> bytes:
     """Return a deflated TIFF of 10x10 black pixels in one tile; several sides repeat the tags of its size."""
     body = zlib.compress(bytes(tiles[0] ** 2))
-    tags = [(256, 10), (257, 10), (258, 8), (259, 8), (262, 1), (277, 1)]
-    tags += [(tag, side) for tag in (322, 323) for side in tiles] + [(324, 8), (325, len(body))]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
+    sides = [(tag, 4, 1, side) for tag in (322, 323) for side in tiles]
+    return grey_tiff(10, 10, *sides, (324, 4, 1, 8), (325, 4, 1, len(body)), body=body)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +197,48 @@ def test_a_tile_larger_than_its_image_counts_as_its_size(data, message):
         open_image(data, max_pixels=4_000_000)
 
 
+def repeated(offset: int, size: int, count: int) -> bytes:
+    """Return the offsets of `count` strips or tiles at the same offset, and their sizes."""
+    return struct.pack("<I", offset) * count + struct.pack("<I", size) * count
+
+
+def test_wide_tiles_of_a_thin_image_count_as_their_size():
+    strips = repeated(8, 1, 256)
+    places = ((322, 4, 1, 2**14), (323, 4, 1, 16), (324, 4, 256, 8), (325, 4, 256, 8 + 4 * 256))
+    with pytest.raises(InvalidValueError, match="image 1x4096 has more than 4000000 pixels"):
+        open_image(grey_tiff(1, 4096, *places, body=strips), max_pixels=4_000_000)
+
+
+def test_strips_of_a_compressed_tiff_that_overlap_are_refused():
+    count, strip = 4096, zlib.compress(bytes(8))  # in reversed bit order, libtiff copies every strip
+    offsets = 8 + len(strip)
+    places = ((266, 3, 1, 2), (273, 4, count, offsets), (278, 4, 1, 1), (279, 4, count, offsets + 4 * count))
+    data = grey_tiff(8, count, *places, body=strip + repeated(8, 2**15, count))
+    with pytest.raises(InvalidValueError, match=rf"image \({len(data)} bytes\) has TIFF strips or tiles that overlap"):
+        open_image(data)
+
+
+@pytest.mark.parametrize(("tag", "limit"), [(258, 2**12), (273, 2**16), (279, 2**16), (325, 2**16)])
+def test_a_tiff_tag_of_many_values_is_refused(tag, limit):
+    data = tiff((tag, 5, limit + 1, 8))
+    message = rf"image \({len(data)} bytes\) has {limit + 1} values in its TIFF tag {tag}, more than {limit}"
+    with pytest.raises(InvalidValueError, match=message):
+        open_image(data)
+
+
+@pytest.mark.parametrize("tag", [279, 322])
+def test_a_tiff_tag_of_a_type_that_only_libtiff_reads_is_refused(tag):
+    data = tiff((tag, 17, 1, 8))
+    with pytest.raises(
+        InvalidValueError, match=rf"image \({len(data)} bytes\) has type 17 in its TIFF tag {tag}, which"
+    ):
+        open_image(data)
+
+
+def test_a_tiff_tag_that_pixels_do_not_require_may_have_any_number_of_values():
+    assert open_image(grey_tiff(1, 1, (273, 4, 1, 8), (282, 5, 2**20, 8), body=bytes(8), compression=1)).size == (1, 1)
+
+
 def progressive_jpeg(repeats: int) -> bytes:
     """Return a JPEG whose last scan is repeated; a scan without any change has 56 bytes."""
     data = encoded(Image.new("L", (16, 16)), "JPEG", progressive=True)
@@ -199,14 +252,261 @@ def test_a_jpeg_of_many_scans_is_refused():
         open_image(data)
 
 
+@pytest.mark.parametrize("marker", [0x01, 0x02, 0x05, 0xBF, 0xD0])
+def test_scans_behind_a_marker_that_libjpeg_skips_are_counted(marker):
+    data = progressive_jpeg(images.MAX_SCANS)
+    start = data.index(b"\xff\xda") + 10  # within the first scan, where it would be found at a restart
+    data = data[:start] + bytes([0xFF, marker]) + struct.pack(">H", len(data) - start - 2) + data[start:]
+    with pytest.raises(InvalidValueError, match="has more than 100 JPEG scans"):
+        open_image(data)
+
+
 def test_bytes_after_the_end_of_a_jpeg_are_no_scans():
     data = progressive_jpeg(20) + b"\xff\xda" * images.MAX_SCANS  # a phone appends a video, a gain map or a preview
     assert open_image(data).size == (16, 16)
 
 
+def test_padding_of_a_jpeg_is_read_once(monkeypatch):
+    sizes, load_read = [], JpegImagePlugin.JpegImageFile.load_read
+    monkeypatch.setattr(
+        JpegImagePlugin.JpegImageFile, "load_read", lambda self, size: sizes.append(size) or load_read(self, size)
+    )
+    data = encoded(PICTURE, "JPEG")
+    assert open_image(data[:-2] + b"\xff" * 2**20 + data[-2:]).size == PICTURE.size
+    assert len(sizes) == 1
+
+
 @pytest.mark.parametrize("data", [tiled_tiff(16), encoded(Image.new("L", (10, 10)), "TIFF", big_tiff=True)])
 def test_tiled_and_large_tiff_files_are_read(data):
     assert np.asarray(open_image(data, max_pixels=16**2)).shape == (10, 10, 3)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd", "lzma"])
+def test_compressed_tiff_files_open_as_they_were(compression):
+    assert np.array_equal(np.asarray(open_image(encoded(PICTURE, "TIFF", compression=compression))), PICTURE)
+
+
+QUARTERS = Image.fromarray(
+    np.kron(
+        np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8), np.ones((16, 32, 1), np.uint8)
+    )
+)
+UPRIGHT = {
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def exif_of(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera"
+    exif[ExifTags.Base.Orientation] = orientation
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"a comment"
+    return exif.tobytes()
+
+
+def raw_profile(exif: bytes) -> bytes:
+    """Return an EXIF as ImageMagick stores it in the text of a PNG."""
+    digits = exif.hex()
+    lines = [digits[start : start + 72] for start in range(0, len(digits), 72)]
+    return "\n".join(["", "exif", f"{len(exif):8}", *lines, ""]).encode()
+
+
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_with_text(key: str, text: bytes, zip: bool = True) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(key, text, zip=zip)
+    return encoded(QUARTERS, "PNG", pnginfo=info)
+
+
+def turned_files(orientation: int) -> dict[str, bytes]:
+    exif = exif_of(orientation)
+    big_endian = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, 3, 1, orientation, 0, 0)
+    return {
+        "JPEG": encoded(QUARTERS, "JPEG", exif=exif),
+        "JPEG, big-endian": encoded(QUARTERS, "JPEG", exif=big_endian),
+        "PNG": encoded(QUARTERS, "PNG", exif=exif),
+        "PNG, raw profile": png_with_text("Raw profile type exif", raw_profile(exif)),
+        "PNG, raw profile without compression": png_with_text("Raw profile type exif", raw_profile(exif), zip=False),
+        "WEBP": encoded(QUARTERS, "WEBP", exif=exif),
+        "TIFF": encoded(QUARTERS, "TIFF", exif=exif),
+        "TIFF, compressed": encoded(QUARTERS, "TIFF", tiffinfo={0x0112: orientation}, compression="tiff_lzw"),
+        "BigTIFF": encoded(QUARTERS, "TIFF", exif=exif, big_tiff=True),
+    }
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_every_orientation_of_every_format_is_applied_once(orientation):
+    expected = UPRIGHT[orientation](np.asarray(QUARTERS)).astype(int)
+    for name, data in turned_files(orientation).items():
+        image = open_image(data)
+        assert image.size == expected.shape[1::-1], name
+        assert np.abs(np.asarray(image) - expected).mean() < 8, name  # a JPEG blurs the edges
+        assert upright(image).tobytes() == image.tobytes(), name
+
+
+def overlapping_tags(count: int, size: int) -> bytes:
+    """Return an EXIF whose tags all have the same value."""
+    start = 8 + 2 + 12 * count + 4
+    tags = b"".join(struct.pack("<HHII", 40_000 + index, 1, size, start) for index in range(count))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + tags + bytes(4 + size)
+
+
+EXIF_BOMB, JPEG_EXIF_BOMB = overlapping_tags(200, 2**19), b"Exif\0\0" + overlapping_tags(2500, 30_000)
+
+
+def jpeg_with_bomb(before: bytes) -> bytes:
+    """Return a JPEG with an EXIF bomb in bytes of its header that a decoder may skip."""
+    data, length = encoded(QUARTERS, "JPEG"), struct.pack(">H", len(JPEG_EXIF_BOMB) + 2)
+    return data[:2] + before + b"\xff\xe1" + length + JPEG_EXIF_BOMB + data[20:]  # without JFIF, which has a resolution
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(QUARTERS, "PNG", exif=EXIF_BOMB),
+        png_with_text("Raw profile type exif", raw_profile(EXIF_BOMB)),
+        encoded(QUARTERS, "JPEG", exif=JPEG_EXIF_BOMB, dpi=(72, 72)),
+        jpeg_with_bomb(b""),
+        jpeg_with_bomb(b"\xff\xc8\xff\xff"),
+        jpeg_with_bomb(b"\xff\xd8\xff\xff"),
+        jpeg_with_bomb(b"\xff\xd9"),
+        encoded(QUARTERS, "WEBP", exif=EXIF_BOMB),
+        grey_tiff(
+            *(1, 1, (273, 4, 1, 8), *((40_000 + tag, 1, 2**19, 8) for tag in range(200))),
+            body=bytes(2**19),
+            compression=1,
+        ),
+        grey_tiff(1, 1, (273, 4, 1, 8), (0x8769, 4, 1, 8), body=EXIF_BOMB[8:], compression=1),
+    ],
+    ids=[
+        "PNG",
+        "PNG text",
+        "JPEG",
+        "JPEG without resolution",
+        "JPEG in JPG",
+        "JPEG in SOI",
+        "JPEG after EOI",
+        "WEBP",
+        "TIFF",
+        "EXIF of a TIFF",
+    ],
+)
+def test_tags_that_share_a_value_take_no_memory(data):
+    tracemalloc.start()
+    try:
+        with suppress(InvalidValueError):
+            open_image(data)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_only_the_first_exif_of_a_png_is_decompressed():
+    chunk = png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(2**17)))
+    data = encoded(PICTURE, "PNG")
+    assert open_image(data[:33] + chunk * 2**14 + data[33:]).size == PICTURE.size
+
+
+def test_bytes_after_the_end_of_a_png_are_no_chunks():
+    assert open_image(encoded(PICTURE, "PNG") + bytes(2**20)).size == PICTURE.size
+
+
+def test_large_text_and_profiles_of_a_png_are_not_decompressed():
+    info = PngImagePlugin.PngInfo()
+    for index in range(5):  # 8 MiB each, as the graph of a node editor; Pillow refuses more than 1
+        info.add_text(f"workflow {index}", bytes(2**23), zip=True)
+    data = encoded(QUARTERS, "PNG", pnginfo=info, icc_profile=bytes(2**23))
+    tracemalloc.start()
+    try:
+        assert open_image(data).size == QUARTERS.size
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_a_plain_ppm_is_refused(kind):
+    data = b"P%d 4096 1024 255\n" % kind + b"#\n" * 2**18
+    message = rf"image \({len(data)} bytes\) is a plain PPM \(P{kind}\); use a binary one \(P4, P5 or P6\) or a PNG"
+    with pytest.raises(InvalidValueError, match=message):
+        open_image(data)
+
+
+def test_a_binary_ppm_may_have_comments_and_any_maximum():
+    red = [RED, (0,) * 3]
+    assert colours(open_image(b"P6\n# GIMP\n2 1\n# levels\n255\n\xff\0\0\0\0\0")) == red
+    assert colours(open_image(b"P6 2 1 100\n\x64\0\0\0\0\0")) == red
+    assert colours(open_image(b"P6 2 1 1023\n\x03\xff" + bytes(10))) == red
+    assert colours(open_image(b"P5 2 1 15\n\x0f\x05")) == [(255,) * 3, (85,) * 3]
+    assert colours(open_image(b"P4 2 1\n\x80")) == [(0,) * 3, (255,) * 3]
+    with pytest.raises(InvalidValueError, match="has no valid PPM header in its first 4096 bytes"):
+        open_image(b"P6\n" + b"#\n" * 2**18 + b"1 1 255 " + bytes(3))
+
+
+def gif_with(extension: bytes) -> bytes:
+    """Return a GIF with an extension before its first image."""
+    data = encoded(with_palette(), "GIF", transparency=0)
+    start = data.index(b"!\xf9")
+    return data[:start] + extension + data[start:]
+
+
+def test_a_gif_of_many_extensions_is_refused():
+    data = gif_with(b"!\xfe\x01a\0" * 2**16)
+    with pytest.raises(InvalidValueError, match=rf"image \({len(data)} bytes\) has more than 65536 blocks"):
+        open_image(data)
+
+
+@pytest.mark.parametrize(
+    "extension",
+    [b"!\xfe\x01a\0" * 2**15, b"!\xfe" + b"\x01a" * 2**18 + b"\0", b"!\xf9\x04\0\0\0\0\0", b"\0\0"],
+    ids=["comments", "long comment", "two controls", "padding"],
+)
+def test_extensions_before_the_image_of_a_gif_are_skipped(extension):
+    assert colours(open_image(gif_with(extension))) == [(255,) * 3, RED]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x89PNG\r\n\x1a\n" + b"\0\0\0\0abCd\0\0\0\0" * (2**16 + 1),
+        b"\xff\xd8" + b"\xff\xc4\0\x02" * (2**16 + 1),
+    ],
+    ids=["PNG", "JPEG"],
+)
+def test_a_file_of_many_blocks_is_refused(data):
+    with pytest.raises(InvalidValueError, match=rf"image \({len(data)} bytes\) has more than 65536 blocks"):
+        open_image(data)
+
+
+def run_length_bmp(width: int, height: int, codes: bytes) -> bytes:
+    palette = bytes(4) + b"\0\0\xff\0"
+    start = 14 + 40 + len(palette)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(codes), 0, 0, 2, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(codes), 0, 0, start) + header + palette + codes
+
+
+def test_a_jump_in_a_bmp_counts_as_pixels():
+    assert colours(open_image(run_length_bmp(2, 1, b"\x01\x01\x01\0\0\x01"))) == [RED, (0,) * 3]
+    with pytest.raises(InvalidValueError, match="image 1048576x1 has more than 67108864 pixels"):
+        open_image(run_length_bmp(2**20, 1, b"\0\x02\xff\xff"))
+
+
+def test_metadata_of_a_jpeg_changes_no_pixel():
+    plain = np.asarray(open_image(encoded(QUARTERS, "JPEG")))
+    photo = encoded(QUARTERS, "JPEG", exif=exif_of(1), icc_profile=bytes(200_000), comment=b"a comment")
+    assert np.array_equal(open_image(photo), plain)
+    several = encoded(QUARTERS, "MPO", save_all=True, append_images=[PICTURE])
+    assert np.array_equal(open_image(several), plain)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
