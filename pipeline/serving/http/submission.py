@@ -105,10 +105,8 @@ def _admit(service: Service, sender: Sender) -> VideoRecord | None:
     Raises:
         BusyError: The sender has sent too many, or no further job can be added.
     """
-    service.store.count_request(sender.owner)
-    known = service.store.replayed(sender.owner, sender.replay)
-    if known is None and not sender.is_retry:
-        service.store.check_room(sender.owner)
+    known = service.store.replayed(sender.owner, sender.replay) if sender.replay else None
+    service.store.count_request(sender.owner, is_new=known is None and not sender.is_retry)
     return known
 
 
@@ -126,7 +124,8 @@ def _added(
 
     Returns the job, and whether it is new.
     """
-    service.store.check_room(sender.owner)  # again for one that says it is sent again
+    if sender.is_retry:  # which was admitted without
+        service.store.check_room(sender.owner)
     video = read()
     job = video.job(
         service.preset,

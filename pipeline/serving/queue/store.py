@@ -100,11 +100,11 @@ class Store:
                 session.execute(select(func.pg_advisory_xact_lock(LIMITS_LOCK)))
             yield session
 
-    def count_request(self, owner: str) -> None:
-        """Count a request of an owner for a job, whatever comes of it.
+    def count_request(self, owner: str, *, is_new: bool = True) -> None:
+        """Count a request of an owner for a job, whatever comes of it; a new one requires room for a job.
 
         Raises:
-            BusyError: The owner has sent too many within a minute.
+            BusyError: The owner has sent too many within a minute, or no further job can be added.
         """
         now = self.clock()
         recent = select(func.count()).select_from(RateLimitEvent).where(RateLimitEvent.owner == owner)
@@ -113,6 +113,9 @@ class Store:
             if (session.scalar(recent) or 0) >= self.limits.max_per_minute:
                 raise BusyError("rate_limited", f"{self.limits.max_per_minute} requests within a minute", 60)
             session.add(RateLimitEvent(owner=owner, asked_at=now))
+            refusal = self._refusal(session, owner) if is_new else None
+        if refusal is not None:
+            raise refusal
 
     def check_room(self, owner: str) -> None:
         """Check that a further job of an owner can be added.
@@ -121,7 +124,9 @@ class Store:
             BusyError: The queue is full, or the owner has too many unfinished jobs.
         """
         with self.reader() as session:
-            self._check_room(session, owner)
+            refusal = self._refusal(session, owner)
+        if refusal is not None:
+            raise refusal
 
     def add(self, job: VideoRecord) -> VideoRecord:
         """Let a job wait; returns it, or the one that the same owner has asked for with the same replay mark before.
@@ -130,7 +135,9 @@ class Store:
         """
         try:
             with self.counting() as session:
-                self._check_room(session, job.owner)
+                refusal = self._refusal(session, job.owner)
+                if refusal is not None:
+                    raise refusal
                 session.add(job)
         except IntegrityError:  # the same request came before, or at the same moment
             winner = self.replayed(job.owner, job.replay)
@@ -328,7 +335,8 @@ class Store:
             waiting = session.execute(update(VideoRecord).where(lost).values(**again))
         return ended.rowcount, waiting.rowcount  # type: ignore[attr-defined]
 
-    def _check_room(self, session: Session, owner: str) -> None:
+    def _refusal(self, session: Session, owner: str) -> BusyError | None:
+        """Return why no further job of an owner can be added, if so."""
         is_own, limits = VideoRecord.owner == owner, self.limits
         for query, limit, code, message in (
             (_count(_WAITS), limits.max_queued, "queue_full", "videos wait already"),
@@ -336,7 +344,8 @@ class Store:
             (_count(is_own), limits.max_kept, "quota_exceeded", "of your videos are kept: delete some"),
         ):
             if (session.scalar(query) or 0) >= limit:
-                raise BusyError(code, f"{limit} {message}", retry_after_s=30)
+                return BusyError(code, f"{limit} {message}", retry_after_s=30)
+        return None
 
     def _write(self, claim: Claim, **values: Any) -> bool:  # noqa: ANN401 - columns
         with self.writer.begin() as session:

@@ -186,7 +186,7 @@ def test_clients_are_asked_to_poll_less_often_the_more_videos_wait_before_theirs
 
 def test_a_queue_that_fills_up_meanwhile_keeps_no_picture(running, monkeypatch):
     running.service.store.limits = QueueLimits(max_queued=0)
-    monkeypatch.setattr(running.service.store, "check_room", lambda owner: None)
+    monkeypatch.setattr(running.service.store, "count_request", lambda owner, is_new: None)
     answer = running.http().post("/v1/videos", files={"input_reference": picture()}, data={"prompt": "a fox"})
     assert answer.status_code == 429
     assert running.service.storage.list("uploads") == []

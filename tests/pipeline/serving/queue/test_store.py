@@ -62,7 +62,7 @@ def test_what_may_wait_is_limited(store, limits, code):
     store.limits = limits
     for number in range(3):
         store.add(job(number))
-    for asks in (lambda: store.add(job(3)), lambda: store.check_room("me")):
+    for asks in (lambda: store.add(job(3)), lambda: store.check_room("me"), lambda: store.count_request("me")):
         with pytest.raises(BusyError) as caught:
             asks()
         assert caught.value.code == code
