@@ -142,7 +142,7 @@ class Storage:
             StorageError: The path is refused, or there is no such file, or reading failed.
         """
         target = self._absolute(path)
-        return self._persist(f"read {self.url(path)}", lambda: bytes(self._fs.cat_file(target, start, stop)))
+        return self._persist(f"read {self.url(path)}", lambda: bytes(self._fs.cat_file(target, start=start, end=stop)))
 
     def signed_url(self, path: str, valid_s: int) -> str | None:
         """Returns a URL that gives anyone access to a file for a while, or None if the store cannot sign.

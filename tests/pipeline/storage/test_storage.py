@@ -580,3 +580,14 @@ def test_a_full_disk_keeps_the_old_file_and_nothing_else(two_mib, small_disk):
 def test_a_limit_of_file_sizes_counts_as_full(tmp_path, two_mib):
     with small_files():
         refuses_what_has_no_room(tmp_path / "out", two_mib)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "part"), [(2, 5, b"234"), (None, 3, b"012"), (8, None, b"89"), (9, 20, b"9")]
+)
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_a_part_of_a_file_is_read(tmp_path, scheme, start, stop, part):
+    storage = Storage(f"{scheme}://{tmp_path}/out")
+    storage.put("a", b"0123456789")
+    assert storage.get("a", start, stop) == part
+    assert storage.signed_url("a", 60) is None

@@ -9,6 +9,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec.config
+import httpx2 as httpx
 import pytest
 import s3fs
 
@@ -382,3 +383,10 @@ def test_no_credentials_at_all_is_said_at_once(s3, bucket, monkeypatch):
     with pytest.raises(StorageError, match=r"not writable: .*credentials"):
         Storage(f"s3://{bucket}/out", QUICK).probe()
     assert s3.requests == []
+
+
+def test_a_signed_url_gives_a_part_of_a_file_to_anyone(storage):
+    storage.put("a b.mp4", b"0123456789")
+    url = storage.signed_url("a b.mp4", 60)
+    assert httpx.get(url, headers={"Range": "bytes=2-4"}).content == b"234"
+    assert storage.get("a b.mp4", 2, 5) == b"234"
