@@ -24,7 +24,7 @@ serve: .venv/.installed ## answer the Videos API on this machine with the bundle
 test: .venv/.test-installed ## the default tests, 3 minutes on 2 cores
 	$(PYTEST) $(FLAGS)
 
-test-integration: .venv/.test-installed ## tests with Ray, servers, databases and browsers
+test-integration: .venv/.test-installed ## tests with Ray, servers, databases and browsers, 20 minutes on 2 cores
 	$(PYTEST) -m "integration and not slow" $(FLAGS)
 
 test-slow: .venv/.test-installed ## tests that take minutes each
