@@ -27,7 +27,7 @@ def plan_text(job: "RenderJob", gpu_hour_price: float | None) -> str:
         f"{fates[RowStatus.DUPLICATE]} equal to an earlier row, {fates[RowStatus.CONFLICT]} with a disputed id"
     )
     if fates[RowStatus.ELSEWHERE]:
-        rows += f", {fates[RowStatus.ELSEWHERE]} of other shards"
+        rows += f", {fates[RowStatus.ELSEWHERE]} outside of this shard or limit"
     if again := job.num_due - pending.num_rows:
         rows += f", {again} flagged ones to render again"
     lines = [rows, job.plan.describe(), f"up to {job.plan.batch_size} rows of one shape in a batch"]

@@ -81,6 +81,8 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     make_plan(target, resources)  # a plan that cannot fit is said before the input is read
     rules = RowRules(checkpoint.preset, settings.allow_untrained)
     worklist = scan(parts, rules)
+    if settings.limit:
+        worklist = worklist.head(settings.limit)
     if settings.shard:
         worklist = worklist.shard(*settings.shard_of)
     tile = None if settings.tile == "auto" and device == "cpu" else settings.tile

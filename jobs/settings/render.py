@@ -107,6 +107,7 @@ class RenderSettings(ClusterSettings):
     lora: list[str] = Field([], description=LORA)
     image_root: str | None = Field(None, description="image URIs must lie below it (default: the input's folder)")
     allow_image_host: Hosts = Field([], description="fetch http(s) images from this host; may be repeated")
+    limit: Count | None = Field(None, description="render only the first rows of the table, to try it")
     shard: str | None = Field(None, description="i/n: render the i-th of n parts of the input, n jobs share one output")
     allow_untrained: bool = Field(False, description="accept sizes and lengths the model was not trained for")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda if there is a GPU")

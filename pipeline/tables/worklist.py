@@ -5,7 +5,7 @@ import time
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from hashlib import blake2b
@@ -118,7 +118,7 @@ def _not_understood(values: dict[str, object], position: str, error: RequestErro
 class RowStatus(IntEnum):
     """What happens to a candidate; a byte each, and never a zero byte, which some array types strip.
 
-    RENDER goes through the pipeline, SKIP is in the ledger already, ELSEWHERE belongs to another shard of the job, the
+    RENDER goes through the pipeline, SKIP is in the ledger already, ELSEWHERE lies outside of the shard or limit, the
     others are written by the driver.
     """
 
@@ -241,12 +241,22 @@ class Worklist:
         """
         ids = self.ids.to_pylist()
         mine = np.fromiter((row_id is None or _shard_of(row_id, count) == number for row_id in ids), bool, len(ids))
-        echoes = tuple(echo for echo in self.echoes if _shard_of(echo.claimed, count) == number)
+        return self._keep(mine, (echo for echo in self.echoes if _shard_of(echo.claimed, count) == number))
+
+    def head(self, num_rows: int) -> "Worklist":
+        """Return the worklist with only the candidates of the input's first rows."""
+        parts = np.repeat(np.arange(len(self.parts)), np.diff(self.starts))
+        begins_row = np.ones(len(parts), bool)
+        begins_row[1:] = (np.diff(parts) != 0) | (np.diff(np.asarray(self.rows, np.int64)) != 0)
+        mine = np.cumsum(begins_row) <= num_rows
+        return self._keep(mine, (echo for echo in self.echoes if mine[self.starts[echo.part] + echo.index]))
+
+    def _keep(self, mine: np.ndarray, echoes: Iterable[UnrenderedRow]) -> "Worklist":
         return replace(
             self,
             ids=pc.if_else(pa.array(mine), self.ids, None),
             fates=np.where(mine, self.fates, np.uint8(RowStatus.ELSEWHERE)),
-            echoes=echoes,
+            echoes=tuple(echoes),
         )
 
     def first_of_each_shape(self, num_rows: int) -> "Worklist":

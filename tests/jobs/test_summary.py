@@ -88,7 +88,7 @@ def test_the_plan_counts_rows_by_fate(job):
     assert "up to 4 rows of one shape in a batch" in text
     assert "expected" not in text  # nothing is known about costs
     shard = replace(job, worklist=job.worklist.shard(999, 1000))
-    assert "of other shards" in plan_text(shard, None)
+    assert "outside of this shard or limit" in plan_text(shard, None)
 
 
 def test_the_expected_speed_and_cost_are_told_with_their_source():

@@ -22,6 +22,7 @@ import torch
 from jobs import cli
 from jobs.commands import render
 from jobs.settings import RenderSettings
+from jobs.summary import plan_text
 from pipeline.batch.job import StopRequest
 from pipeline.batch.planner import Resources
 from pipeline.ledger import ledger
@@ -261,6 +262,16 @@ def test_flagged_rows_are_rendered_again_with_another_seed(cluster, tmp_path, ca
     assert "rendered again with another seed: 2 rows" in printed
     assert cli.main(["render", *flags(source, tmp_path / "out", "--reroll", "3", "--dry-run")]) == 0
     assert "2 flagged ones to render again" in capsys.readouterr().out
+
+
+def test_a_limit_renders_the_first_rows_and_a_later_run_the_others(tmp_path):
+    rows = [{"id": name, "prompt": "a fox", **SMALL} for name in "abc"]
+    source = write_table(tmp_path / "in.parquet", rows)
+    first = render.prepare(settings(source, tmp_path / "out", limit=2), Resources(2, 0))
+    assert first.worklist.expected_ids().to_pylist() == ["a", "b"]
+    assert "1 outside of this shard or limit" in plan_text(first, None)
+    later = render.prepare(settings(source, tmp_path / "out"), Resources(2, 0))
+    assert later.worklist.expected_ids().to_pylist() == ["a", "b", "c"]
 
 
 def test_other_adapters_into_the_same_output_are_refused(tmp_path, caplog):

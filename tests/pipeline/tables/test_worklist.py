@@ -692,6 +692,17 @@ def test_shards_share_out_every_row_once_with_its_duplicates(tmp_path):
     assert sorted(worklist.shard(1, 1).expected_ids().to_pylist()) == together
 
 
+def test_the_head_of_a_table_is_its_first_rows_with_their_copies_and_duplicates(tmp_path):
+    rows = [{"prompt": "a", "num_videos_per_prompt": 2}, BAD, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "b"}]
+    worklist = table_of(tmp_path, *rows)
+    whole = worklist.expected_ids().to_pylist()
+    heads = [worklist.head(count) for count in range(1, 7)]
+    assert [len(head.expected_ids()) for head in heads] == [2, 3, 4, 5, 6, 6]
+    assert heads[-1].expected_ids().to_pylist() == whole
+    assert [batch.items[0].row.prompt for batch in batches(heads[0], 1)] == ["a", "a"]
+    assert [len(head.echoes) for head in heads] == [0, 0, 0, 0, 1, 1]
+
+
 def test_the_first_rows_of_each_shape_stand_for_all(tmp_path):
     rows = [{"prompt": f"{i}", "num_frames": 9 if i % 3 else 17} for i in range(12)]
     worklist = table_of(tmp_path, BAD, *rows)
