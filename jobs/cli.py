@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from jobs import settings
 from jobs.settings import EXIT_WRONG_JOB, JobSettings, parse
+from jobs.settings.base import suggestion
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def _dispatch(program: str, commands: Mapping[str, Command | Group], arguments: 
         print(_usage(program, commands))
         return 0
     if name not in commands:
-        print(f"{program}: no command {name!r}\n\n{_usage(program, commands)}", file=sys.stderr)
+        hint = suggestion(name, commands)
+        print(f"{program}: no command {name!r}{hint}\n\n{_usage(program, commands)}", file=sys.stderr)
         return EXIT_WRONG_JOB
     command = commands[name]
     if isinstance(command, Group):

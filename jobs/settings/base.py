@@ -4,7 +4,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -144,7 +145,7 @@ def parse(cls: type[Settings], argv: Sequence[str]) -> Settings:
         _check_names(cls, values)
         return CliApp.run(cls, cli_args=list(argv), **values)
     except (ValidationError, SettingsError, pydantic_settings.SettingsError) as error:
-        print(f"{cls.model_config.get('cli_prog_name')}: {_message(error)}", file=sys.stderr)
+        print(f"{cls.model_config.get('cli_prog_name')}: {_message(cls, error)}", file=sys.stderr)
         raise SystemExit(EXIT_WRONG_JOB) from error
 
 
@@ -173,13 +174,23 @@ def _yaml_values(path: str | None) -> dict[str, Any]:
 def _check_names(cls: type[JobSettings], values: dict[str, Any]) -> None:
     unknown = sorted(set(values) - set(cls.model_fields))
     if unknown:
-        raise SettingsError(f"config has no setting {unknown[0]!r}; there are: {', '.join(cls.model_fields)}")
+        hint = suggestion(unknown[0], cls.model_fields) or f"; there are: {', '.join(cls.model_fields)}"
+        raise SettingsError(f"config has no setting {unknown[0]!r}{hint}")
 
 
-def _message(error: ValidationError | SettingsError | pydantic_settings.SettingsError) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return a question for a misspelt name, such as `; did you mean --input?`, or nothing if no name is like it."""
+    [nearest, *_] = [*get_close_matches(name, list(known), n=1), ""]
+    return f"; did you mean {nearest}?" if nearest else ""
+
+
+def _message(cls: type[JobSettings], error: ValidationError | SettingsError | pydantic_settings.SettingsError) -> str:
     """Say in one line what is wrong first."""
     if not isinstance(error, ValidationError):
-        return " ".join(str(error).removeprefix("error parsing CLI: ").split())
+        message = " ".join(str(error).removeprefix("error parsing CLI: ").split())
+        flag = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
+        flags = [f"--{name.replace('_', '-')}" for name in cls.model_fields]
+        return message + (suggestion(flag[1], flags) if flag else "")
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
     if first["type"] == "missing":

@@ -35,12 +35,21 @@ def test_the_version_is_that_of_the_package(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == version("pyramid-render")
 
 
-@pytest.mark.parametrize("name", ["rendr", "", "--nope", "jobs.commands.render", "../render"])
-def test_an_unknown_subcommand_is_named(monkeypatch, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("rendr", "; did you mean render?"),
+        ("exprot", "; did you mean export?"),
+        ("", ""),
+        ("--nope", ""),
+        ("jobs.commands.render", ""),
+    ],
+)
+def test_an_unknown_subcommand_is_named(monkeypatch, capsys, name, hint):
     assert called(monkeypatch, name) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith(f"pyramid-render: no command {name!r}\n")
+    assert output.err.startswith(f"pyramid-render: no command {name!r}{hint}\n")
 
 
 def test_a_subcommand_runs_with_its_settings(monkeypatch):

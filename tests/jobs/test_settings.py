@@ -132,6 +132,8 @@ def test_no_environment_variable_changes_a_setting(monkeypatch, tmp_path):
         (["--ledger-seconds", "nan"], ["ledger-seconds 'nan'"]),
         (["--output", ""], ["output ''"]),
         (["--nope", "3"], ["--nope"]),
+        (["--imput", "x"], ["--imput", "did you mean --input?"]),
+        (["--allow-fail", "3"], ["did you mean --allow-failed?"]),
         (["--out", "x"], ["--out"]),
         (["--batch_size", "3"], ["--batch_size"]),
         (["--dry-run=false"], ["--dry-run"]),
@@ -164,7 +166,7 @@ def test_a_missing_setting_is_named_as_a_flag(capsys, tmp_path, missing):
     ("text", "words"),
     [
         ("nope: 2", ["'nope'", "batch_size"]),
-        ("batch-size: 2", ["'batch-size'", "batch_size"]),
+        ("batch-size: 2", ["'batch-size'; did you mean batch_size?"]),
         ("workers: 2", ["'workers'"]),
         ("cli_args: [a]", ["'cli_args'"]),
         ("model_cls: x", ["'model_cls'"]),
