@@ -78,32 +78,32 @@ class Sent:
 
 
 def sent(
-    model: PyramidFluxTransformer, params: SamplingParams, ways: ParallelConfig, text_tokens: int, itemsize: int
+    model: PyramidFluxTransformer, params: SamplingParams, config: ParallelConfig, text_tokens: int, itemsize: int
 ) -> Sent:
     """Return what the first process sends for a guided clip with a full history cache."""
     dim, num_blocks, patch = model.proj_out.in_features, len(model.blocks), model.proj_out.out_features
-    rows = 2 // ways.guidance
+    rows = 2 // config.cfg_degree
     total = exchanges = evaluations = 0
     for unit in range(params.num_units):
         for level in LEVELS:
             steps, frames = len(params.steps(unit, SCHEDULE.levels[level])), frames_of(params, unit, level)
             known = cached_frames(unit, level)
             streams = [0 if known else text_tokens, sum(frames[known:-1]), frames[-1]]
-            own, current = sum(share(each, ways) for each in streams), share(frames[-1], ways)
+            own, current = sum(share(each, config) for each in streams), share(frames[-1], config)
             asking = [(sum(streams), own)] * (num_blocks - 1) + [(frames[-1], current)]
-            others = ways.sequence - 1
+            others = config.ulysses_degree - 1
             tokens = sum((queries + 2 * own) * others + all_queries - queries for all_queries, queries in asking)
-            step = rows * (tokens * dim // ways.sequence + current * patch * others) * itemsize
-            branch = 4 * frames[-1] * patch * (ways.guidance - 1)  # float32
+            step = rows * (tokens * dim // config.ulysses_degree + current * patch * others) * itemsize
+            branch = 4 * frames[-1] * patch * (config.cfg_degree - 1)  # float32
             total += steps * ((step if others else 0) + branch)
-            exchanges += steps * ((2 * num_blocks + 1) * (others > 0) + ways.guidance - 1)
+            exchanges += steps * ((2 * num_blocks + 1) * (others > 0) + config.cfg_degree - 1)
             evaluations += steps
     return Sent(total, exchanges, evaluations)
 
 
-def share(tokens: int, ways: ParallelConfig) -> int:
+def share(tokens: int, config: ParallelConfig) -> int:
     """Return how many of so many tokens the first process holds."""
-    return tokens // ways.sequence
+    return tokens // config.ulysses_degree
 
 
 def measure_bytes(assumed: Assumed) -> dict[str, Any]:
@@ -115,15 +115,15 @@ def measure_bytes(assumed: Assumed) -> dict[str, Any]:
     for clip, params in CLIPS.items():
         work = sum(sampling_flops(model, params, has_image=False, text_tokens=TEXT_TOKENS))
         for size in (2, 4, 6, 10, 12):
-            ways = parallel_config(size, model.config["num_attention_heads"])
-            told = sent(model, params, ways, TEXT_TOKENS, itemsize=2)
+            config = parallel_config(size, model.config["num_attention_heads"])
+            told = sent(model, params, config, TEXT_TOKENS, itemsize=2)
             alone = work / assumed.device_flops
             talking = told.bytes / assumed.link_bytes + told.exchanges * assumed.exchange_s
             row = {
                 "clip": clip,
                 "gpus": size,
-                "guidance_ways": ways.guidance,
-                "sequence_ways": ways.sequence,
+                "guidance_ways": config.cfg_degree,
+                "sequence_ways": config.ulysses_degree,
                 "bytes_per_step": told.bytes / told.evaluations,
                 "bytes_per_clip": told.bytes,
                 "alone_s": alone,
@@ -131,7 +131,8 @@ def measure_bytes(assumed: Assumed) -> dict[str, Any]:
             }
             rows.append(row)
             print(
-                f"{clip:<12}{size:>5}{ways.guidance:>5} x {ways.sequence}{row['bytes_per_step'] / 1e6:>10.1f}"
+                f"{clip:<12}{size:>5}{config.cfg_degree:>5} x {config.ulysses_degree}"
+                f"{row['bytes_per_step'] / 1e6:>10.1f}"
                 f"{told.bytes / 1e9:>11.1f}{row['predicted_speedup']:>15.2f}"
             )
     return {"assumed": asdict(assumed), "published_speedup": PUBLISHED_SPEEDUP, "clips": rows}
@@ -153,22 +154,23 @@ def measure_cpu(sizes: Sequence[int], rounds: int) -> dict[str, Any]:
             sampler = ParallelSampler(checkpoint, torch.float32, "cpu", size, threads=1)
             with closing(sampler) as team, counting() as told:
                 together = run(transformer, prompts, rounds, team.generate)
-            ways = team.parallel.ways
-            expected = sent(transformer, MIDDLE_CLIP, ways, TEXT_TOKENS, itemsize=4)
+            config = team.parallel.config
+            expected = sent(transformer, MIDDLE_CLIP, config, TEXT_TOKENS, itemsize=4)
             if sum(told) != rounds * expected.bytes:
                 raise RuntimeError(f"sent {sum(told)} bytes, not {rounds * expected.bytes}")
             speedup = median(alone.seconds) / median(together.seconds)
             differs = float((together.latents - alone.latents).norm() / alone.latents.norm())
             per_step = expected.bytes / expected.evaluations
             print(
-                f"{size:>9}{ways.guidance:>5} x {ways.sequence}{median(together.seconds):>8.2f}{speedup:>15.2f}"
+                f"{size:>9}{config.cfg_degree:>5} x {config.ulysses_degree}"
+                f"{median(together.seconds):>8.2f}{speedup:>15.2f}"
                 f"{per_step / 1e6:>11.2f}{differs:>12.1e}"
             )
             rows.append(
                 {
                     "processes": size,
-                    "guidance_ways": ways.guidance,
-                    "sequence_ways": ways.sequence,
+                    "guidance_ways": config.cfg_degree,
+                    "sequence_ways": config.ulysses_degree,
                     "seconds": together.seconds,
                     "speedup": speedup,
                     "bytes_per_step": per_step,

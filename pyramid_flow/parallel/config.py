@@ -10,22 +10,24 @@ BRANCHES = 2
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How many processes a batch is split over: by guidance branch (1 or 2), and by tokens and heads."""
+    """How many processes share a batch."""
 
-    guidance: int = 1
-    sequence: int = 1
+    cfg_degree: int = 1
+    """Processes over which the guidance branches are split, 1 or 2."""
+    ulysses_degree: int = 1
+    """Processes over which tokens and attention heads are split (DeepSpeed-Ulysses)."""
 
     @property
     def size(self) -> int:
         """Number of processes."""
-        return self.guidance * self.sequence
+        return self.cfg_degree * self.ulysses_degree
 
 
 def possible_configs(num_heads: int) -> dict[int, ParallelConfig]:
     """Return how each possible number of processes works together; branches are split first, which costs least."""
     divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
-    ways = [ParallelConfig(guidance, n) for guidance in (1, BRANCHES) for n in divisors]
-    return {each.size: each for each in sorted(ways, key=lambda each: each.size)}
+    configs = [ParallelConfig(degree, n) for degree in (1, BRANCHES) for n in divisors]
+    return {each.size: each for each in sorted(configs, key=lambda each: each.size)}
 
 
 def parallel_config(size: int, num_heads: int) -> ParallelConfig:

@@ -45,7 +45,7 @@ class ParallelSampler:
 
         Raises InvalidValueError for a size that the model cannot be shared by, and ParallelError if a child fails.
         """
-        ways = parallel_config(size, checkpoint.num_attention_heads)
+        config = parallel_config(size, checkpoint.num_attention_heads)
         context = mp.get_context("spawn")
         self._closed = threading.Event()
         self._folder = tempfile.TemporaryDirectory()  # where they meet; NCCL comes back to it later
@@ -54,7 +54,7 @@ class ParallelSampler:
         meeting = (Path(self._folder.name) / "meeting").as_uri()
         for rank in range(1, size):
             own, other = context.Pipe()
-            arguments = (other, checkpoint, dtype, device_type, rank, ways, meeting, threads)
+            arguments = (other, checkpoint, dtype, device_type, rank, config, meeting, threads)
             child = context.Process(target=_member, args=arguments, name=f"sampler {rank}", daemon=True)
             child.start()
             other.close()
@@ -62,7 +62,7 @@ class ParallelSampler:
             self._children.append(child)
         self._await_children()
         threading.Thread(target=self._watch, name="sampler's children", daemon=True).start()
-        self.parallel: Parallel = join(ways, 0, _device(device_type, 0), meeting)
+        self.parallel: Parallel = join(config, 0, _device(device_type, 0), meeting)
 
     def generate(
         self,
@@ -147,7 +147,7 @@ def _member(
     dtype: torch.dtype,
     device_type: str,
     rank: int,
-    ways: ParallelConfig,
+    config: ParallelConfig,
     meeting: str,
     threads: int,
 ) -> None:
@@ -158,7 +158,7 @@ def _member(
     device = _device(device_type, rank)
     transformer = Placement(device).place(checkpoint.load_transformer(dtype, "cpu"))
     connection.send(True)
-    parallel = join(ways, rank, device, meeting)
+    parallel = join(config, rank, device, meeting)
     while True:
         task, is_watched = connection.recv()
         on_step = (lambda _: connection.recv()) if is_watched else None

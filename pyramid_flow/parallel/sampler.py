@@ -96,7 +96,7 @@ class HeadExchange:
         return sum(self._shares(self.asking)[self.group.rank])
 
     def to_heads(self, *projected: Tensor) -> list[Tensor]:
-        """Exchange q and k, v of one's own tokens, each [B,H,S',D], for those of all tokens: [B,H/ways,S,D]."""
+        """Exchange q and k, v of one's own tokens, each [B,H,S',D], for those of all tokens: [B,H/n,S,D]."""
         batch, num_heads, _, dim = projected[0].shape
         heads = num_heads // self.group.size
         pieces = [
@@ -115,7 +115,7 @@ class HeadExchange:
         return [_in_order(own, share, dim=2) for own, share in zip(zip(*parts, strict=True), shares, strict=True)]
 
     def to_tokens(self, mixed: Tensor) -> Tensor:
-        """Exchange the outputs of one's own heads, [B,Q,H/ways*D], for those of one's own tokens: [B,Q',H*D]."""
+        """Exchange the outputs of one's own heads, [B,Q,H/n*D], for those of one's own tokens: [B,Q',H*D]."""
         shares = self._shares(self.asking)
         split = [
             stream.split(share, dim=1)
@@ -143,7 +143,7 @@ class Parallel:
     They are called alike: with the same cached levels, and with the same answers of `on_step`.
     """
 
-    ways: ParallelConfig = field(default_factory=ParallelConfig)
+    config: ParallelConfig = field(default_factory=ParallelConfig)
     branches: dist.ProcessGroup | None = None
     sequence: SequenceGroup | None = None
 
@@ -163,16 +163,18 @@ class Parallel:
 SINGLE_PROCESS = Parallel()
 
 
-def join(ways: ParallelConfig, rank: int, device: torch.device, init_method: str) -> Parallel:
-    """Meet the other processes (torch.distributed; rank 0 ... ways.size-1, each with its device) and take one's place.
+def join(config: ParallelConfig, rank: int, device: torch.device, init_method: str) -> Parallel:
+    """Meet the other processes (torch.distributed; ranks 0 ... config.size-1, each with its device).
 
     init_method: where they meet, as `torch.distributed.init_process_group` takes it.
     """
     backend = dist.get_default_backend_for_device(device)
-    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=ways.size)
-    mesh = init_device_mesh(device.type, (ways.guidance, ways.sequence), mesh_dim_names=(GUIDANCE, SEQUENCE))
+    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=config.size)
+    mesh = init_device_mesh(
+        device.type, (config.cfg_degree, config.ulysses_degree), mesh_dim_names=(GUIDANCE, SEQUENCE)
+    )
     return Parallel(
-        ways,
-        mesh.get_group(GUIDANCE) if ways.guidance > 1 else None,
-        SequenceGroup(mesh.get_group(SEQUENCE)) if ways.sequence > 1 else None,
+        config,
+        mesh.get_group(GUIDANCE) if config.cfg_degree > 1 else None,
+        SequenceGroup(mesh.get_group(SEQUENCE)) if config.ulysses_degree > 1 else None,
     )

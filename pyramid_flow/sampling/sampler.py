@@ -172,7 +172,7 @@ def plan_cache(
     _, _, num_units, height, width = params.latent_shape(len(text), transformer.latent_channels)
     shape = CacheShape(
         num_blocks=len(transformer.blocks),
-        num_heads=transformer.num_attention_heads // parallel.ways.sequence,
+        num_heads=transformer.num_attention_heads // parallel.config.ulysses_degree,
         head_dim=transformer.attention_head_dim,
         text_tokens=max(int(prompt.mask.sum(dim=1).max()) for prompt in prompts),
         frame_tokens=(height // scale) * (width // scale),
@@ -180,7 +180,7 @@ def plan_cache(
     )
     dtype, device = dtype or transformer.dtype, transformer.device
     if cache == "auto":
-        branches = 2 // parallel.ways.guidance  # of a guided step
+        branches = 2 // parallel.config.cfg_degree  # of a guided step
         rows = [
             len(text) * sum(branches if step.guided else 1 for step in params.steps(1, level))
             for level in schedule.levels

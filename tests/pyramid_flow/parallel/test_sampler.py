@@ -165,10 +165,10 @@ def test_a_cache_is_shared_by_branches_and_heads(samplers):
 
     def stored(parallel: Parallel) -> int:
         cache = plan_cache(transformer, SCHEDULE, PARAMS, text, text, True, parallel=parallel)
-        rows = 2 // parallel.ways.guidance
+        rows = 2 // parallel.config.cfg_degree
         return sum(cache.shape.level_bytes(level, rows, torch.float32) for level in cache.levels)
 
-    assert stored(SINGLE_PROCESS) == parallel.ways.size * stored(parallel)
+    assert stored(SINGLE_PROCESS) == parallel.config.size * stored(parallel)
 
 
 LOSING = """
