@@ -180,7 +180,7 @@ def _check_names(cls: type[JobSettings], values: dict[str, Any]) -> None:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return a question for a misspelt name, such as `; did you mean --input?`, or nothing if no name is like it."""
-    [nearest, *_] = [*get_close_matches(name, list(known), n=1), ""]
+    [nearest, *_] = [*get_close_matches(name, list(known), n=1, cutoff=0.7), ""]
     return f"; did you mean {nearest}?" if nearest else ""
 
 
