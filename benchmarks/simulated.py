@@ -17,7 +17,7 @@ import torch
 
 from pipeline.batch.job import RenderJob
 from pipeline.batch.planner import Plan, Pool, StageSpec
-from pipeline.ledger.ledger import claim, new_run_id
+from pipeline.ledger.job_records import claim, new_run_id
 from pipeline.rows import Item
 from pipeline.stages.stage import Stage
 from pipeline.storage.storage import Storage

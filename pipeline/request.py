@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.storage.redaction import recorded
 from pyramid_flow import InvalidValueError, Preset, PyramidFlowError, PyramidSchedule, SamplingParams
-from pyramid_flow.images import ImageFit
-from pyramid_flow.presets import PRESETS, QUALITY_PRESETS, Quality
+from pyramid_flow.images.fitting import ImageFit
+from pyramid_flow.presets import QUALITY_PRESETS, Quality, published_variants
 from pyramid_flow.sampling.params import (
     MIN_GUIDANCE_SCALE,
     check_guidance,
@@ -351,20 +351,12 @@ def _check_trained(request: ResolvedRequest, preset: Preset) -> None:
     size = (request.height, request.width)
     if size not in preset.sizes:
         sizes = " or ".join(map(_by, preset.sizes))
-        variants = _variants(lambda other: size in other.sizes)
+        variants = published_variants(lambda other: size in other.sizes)
         raise _untrained("height", f"height x width {_by(size)} is not a trained size, which is {sizes}", variants)
     if request.num_frames > preset.max_num_frames:
-        variants = _variants(lambda other: request.num_frames <= other.max_num_frames)
+        variants = published_variants(lambda other: request.num_frames <= other.max_num_frames)
         most = f"more than the trained {preset.max_num_frames}"
         raise _untrained("num_frames", f"num_frames {request.num_frames} is {most}", variants)
-
-
-def _variants(fits: Callable[[Preset], bool]) -> list[str]:
-    """Return the published variants that fit, with their family unless each has one of that name."""
-    found = {family: [name for name, preset in presets.items() if fits(preset)] for family, presets in PRESETS.items()}
-    names = dict.fromkeys(name for fitting in found.values() for name in fitting)
-    owners = {name: [family for family, fitting in found.items() if name in fitting] for name in names}
-    return [name if len(owners[name]) == len(PRESETS) else f"{name} of {owners[name][0]}" for name in names]
 
 
 def _untrained(field: str, broken: str, variants: Sequence[str]) -> UntrainedError:

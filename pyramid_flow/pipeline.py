@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyramid_flow.checkpoints.checkpoint import Checkpoint, check_dtype, save_checkpoint
 from pyramid_flow.checkpoints.diffusers_models import CausalVideoVAE, TransformerModel
 from pyramid_flow.errors import InvalidValueError, NonFiniteError
-from pyramid_flow.images import ImageFit
+from pyramid_flow.images.fitting import ImageFit
 from pyramid_flow.memory.modes import Memory
 from pyramid_flow.memory.placement import Placement, check_device
 from pyramid_flow.memory.planner import choose_placement

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from pyramid_flow.errors import NonFiniteError
-from pyramid_flow.images import ImageFit, fit_image
+from pyramid_flow.images.fitting import ImageFit, fit_image
 from pyramid_flow.presets import LatentStatistics
 from pyramid_flow.vae.model import LatentDistribution, VAENetwork, temporal_chunks
 

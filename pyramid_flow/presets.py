@@ -1,6 +1,6 @@
 """What the published checkpoints were trained for; a checkpoint's own pyramid.json wins over these values."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -139,3 +139,11 @@ def _coerce(name: str, default: object, value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
         raise CheckpointError(f"pyramid.json: {name} is {value!r}, expected something like {default!r}")
     return value
+
+
+def published_variants(fits: Callable[[Preset], bool]) -> list[str]:
+    """Return the published variants that fit, with their family unless each has one of that name."""
+    found = {family: [name for name, preset in presets.items() if fits(preset)] for family, presets in PRESETS.items()}
+    names = dict.fromkeys(name for fitting in found.values() for name in fitting)
+    owners = {name: [family for family, fitting in found.items() if name in fitting] for name in names}
+    return [name if len(owners[name]) == len(PRESETS) else f"{name} of {owners[name][0]}" for name in names]

@@ -23,7 +23,7 @@ from pipeline.batch import runner
 from pipeline.batch.costs import Costs, expected_costs, flops_estimate, read_measured
 from pipeline.batch.job import RenderJob, StopRequest
 from pipeline.batch.planner import Plan, PlanError, PlanRequest, Resources, make_plan
-from pipeline.ledger import ledger
+from pipeline.ledger import job_records
 from pipeline.media.image_text import check_model
 from pipeline.media.provenance import Signing
 from pipeline.reports.report import REPORT
@@ -88,10 +88,10 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
     tile = None if settings.tile == "auto" and device == "cpu" else settings.tile
     pixels = {"model_fingerprint": checkpoint.fingerprint, "dtype": dtype, "tile": tile}
     if settings.dry_run and not settings.calibrate:
-        ledger.check_claim(storage, pixels)
+        job_records.check_claim(storage, pixels)
     else:
         storage.probe()
-        ledger.claim(storage, _job_record(settings), pixels)
+        job_records.claim(storage, _job_record(settings), pixels)
 
     def plan_for(costs: Costs | None) -> Plan:
         return make_plan(replace(target, costs=costs), resources)
@@ -101,7 +101,7 @@ def prepare(settings: RenderSettings, resources: Resources) -> RenderJob:
         estimate = flops_estimate(checkpoint, device, settings.tile, target.cache_gib, target.gpus_per_clip)
         costs = expected_costs(worklist.num_rows_by_shape, read_measured(storage), estimate)
     return RenderJob(
-        run=ledger.new_run_id(),
+        run=job_records.new_run_id(),
         storage=storage,
         worklist=worklist,
         rules=rules,
@@ -199,7 +199,7 @@ def calibrated(job: RenderJob, stop: StopRequest) -> RenderJob:
     """Render two batches of each shape, rows of the job like any other, and return it planned by their costs."""
     first = job.pending().first_of_each_shape(2 * job.plan.batch_size)
     logger.info("calibrating with %d rows", first.num_rows)
-    trial = replace(job, run=ledger.new_run_id(), worklist=first, reroll=0)
+    trial = replace(job, run=job_records.new_run_id(), worklist=first, reroll=0)
     with Progress(first.num_rows) as progress:
         trial.execute(progress.update, stop)
     costs = trial.measured.costs()

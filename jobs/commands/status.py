@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.settings import EXIT_WRONG_JOB, StatusSettings
 from jobs.summary import SUMMARY_COLUMNS, failures, num_failed
-from pipeline.ledger import ledger
+from pipeline.ledger import job_records, ledger
 from pipeline.storage.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
 
@@ -17,7 +17,7 @@ def run(settings: StatusSettings) -> int:
     """Print the state of the ledger and of the latest runs; returns the exit code."""
     try:
         storage = Storage(settings.output)
-        runs, view = ledger.read_runs(storage), ledger.read(storage, SUMMARY_COLUMNS)
+        runs, view = job_records.read_runs(storage), ledger.read(storage, SUMMARY_COLUMNS)
     except PyramidFlowError as error:
         print(f"pyramid-render status: {error}", file=sys.stderr)
         return EXIT_WRONG_JOB

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from pipeline.ledger.ledger import job_record, write_job_record
+from pipeline.ledger.job_records import job_record, write_job_record
 from pipeline.request import Shape
 from pipeline.rows import Batch
 from pipeline.storage.storage import Storage

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pipeline.batch import runner
 from pipeline.batch.costs import Costs, Measured, write_measured
 from pipeline.batch.planner import Plan
-from pipeline.ledger import ledger
+from pipeline.ledger import job_records, ledger
 from pipeline.ledger.failed import write_failed
 from pipeline.media.quality import Figures
 from pipeline.reports.contact_sheet import GalleryEntry, gallery
@@ -202,7 +202,7 @@ class RenderJob:
         """
         stop = stop or StopRequest()
         writer = ledger.LedgerWriter(self.storage, self.run, self.flush_rows, self.flush_seconds)
-        heartbeat = ledger.Heartbeat(self.storage, self.run, self.pending().num_rows)
+        heartbeat = job_records.Heartbeat(self.storage, self.run, self.pending().num_rows)
         heartbeat.write("running")
         report = LiveReport(self.storage, self.gpu_hour_price)
 

@@ -88,9 +88,10 @@ def local_path(storage: Storage) -> Path | None:
 
 
 def place(storage: Storage, path: str, target: Path) -> None:
-    """Put a video of the output where it shall be, as a link if it can be one; what is there already stays.
+    """Place a video of the output at a target, as a hard link if possible; an existing file of its size is kept.
 
-    Raises StorageError for a path, which comes from the ledger, that leads out of the output.
+    Raises:
+        StorageError: The path, which comes from the ledger, leads out of the output.
     """
     check_path(path)
     root = local_path(storage)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.ledger import ledger
+from pipeline.ledger import job_records, ledger
 from pipeline.storage.faults import StorageError
 from pipeline.storage.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
@@ -116,15 +116,15 @@ DAMAGED = "its record in runs/ is damaged"
 
 def _reasons_to_stay(storage: Storage) -> dict[str, str]:
     """Return for each run with a record why its parts must be left alone; "" if it has ended."""
-    names = [name for name in storage.list(ledger.RUNS) if name.endswith(".json")]
+    names = [name for name in storage.list(job_records.RUNS) if name.endswith(".json")]
     reasons = ledger.prefetched(partial(_reason_to_stay, storage), names)
-    runs = [name.removeprefix(f"{ledger.RUNS}/").removesuffix(".json") for name in names]
+    runs = [name.removeprefix(f"{job_records.RUNS}/").removesuffix(".json") for name in names]
     return dict(zip(runs, reasons, strict=True))
 
 
 def _reason_to_stay(storage: Storage, name: str) -> str:
     try:
-        record = ledger.read_run(storage, name)
+        record = job_records.read_run(storage, name)
         silence = datetime.now(UTC) - datetime.fromisoformat(record["at"])
     except (ledger.LedgerError, TypeError, ValueError):
         return DAMAGED
@@ -216,7 +216,7 @@ def _planned(parts: Sequence[_Part]) -> _Plan:
         return plan
     groups: list[_Group] = []
     keys = pa.concat_tables([part.keys for part in parts], promote_options="permissive")
-    rows = np.union1d(ledger.chosen(keys), ledger.last_rerolls(keys))
+    rows = np.union1d(ledger.latest_rows(keys), ledger.last_rerolls(keys))
     for part, mask in zip(parts, ledger.masks(rows, [len(part.keys) for part in parts]), strict=True):
         if not mask.any():
             plan.useless.append(part.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.ledger.ledger import joined
+from pipeline.ledger.ledger import concat
 from pipeline.storage.storage import Storage
 from pipeline.tables.readers import InputPart, read_blocks
 from pipeline.tables.worklist import Worklist
@@ -26,13 +26,13 @@ def write_failed(storage: Storage, name: str, worklist: Worklist, reasons: Mappi
     if not parts:
         storage.delete(name)
         return None
-    nothing = joined([_with_reason(next(read_blocks(part))[1].slice(0, 0), []) for part, _ in parts])
+    nothing = concat([_with_reason(next(read_blocks(part))[1].slice(0, 0), []) for part, _ in parts])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "failed.parquet"
         with pq.ParquetWriter(path, nothing.schema) as writer:
             for part, rows in parts:
                 for table in _failed(part, rows, reasons):
-                    writer.write_table(joined([nothing, table]))
+                    writer.write_table(concat([nothing, table]))
         storage.put(name, path)
     return storage.url(name)
 

@@ -1,18 +1,15 @@
-"""The ledger: append-only Parquet parts, read as a view that holds every row's best state; and the job's record."""
+"""The ledger: append-only Parquet parts, read as a view that holds every row's best state."""
 
 import io
-import json
 import logging
-import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +19,6 @@ from numpy.typing import NDArray
 
 from pipeline.rows import LEDGER_SCHEMA
 from pipeline.storage.faults import StorageError
-from pipeline.storage.redaction import redacted
 from pipeline.storage.storage import Storage
 from pyramid_flow.errors import PyramidFlowError
 
@@ -40,19 +36,12 @@ KEYS = ("id", "status", "run")
 REROLLS = "rerolls"
 """Parts of earlier versions lack this column: none of their rows was rerolled."""
 THREADS = 8
-RUNS = "runs"
-JOB_FILE = "job.json"
 FLUSH_ROWS = 1000
 FLUSH_SECONDS = 30.0
 
 
 class LedgerError(PyramidFlowError):
     """The output belongs to another job."""
-
-
-def new_run_id() -> str:
-    """Return an id that sorts by time: 20260131T235959-1a2b3c."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
 @dataclass
@@ -84,7 +73,7 @@ class LedgerWriter:
         if not self._tables:
             return
         sink = io.BytesIO()
-        pq.write_table(joined([decoded(table) for table in self._tables]), sink)
+        pq.write_table(concat([decoded(table) for table in self._tables]), sink)
         self.storage.put(f"{PARTS}/part-{self.run}-{self._parts:06d}.parquet", sink.getvalue())
         self._parts += 1
         self._tables = []
@@ -190,7 +179,7 @@ def prefetched(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
                 future.cancel()
 
 
-def chosen(keys: pa.Table) -> NDArray[np.int64]:
+def latest_rows(keys: pa.Table) -> NDArray[np.int64]:
     """Return which rows the view holds, as indices in the order of the view; keys: the `key_columns` of all rows."""
     num_rows = len(keys)
     run = pc.fill_null(keys["run"], "")
@@ -239,96 +228,6 @@ def decoded(table: pa.Table) -> pa.Table:
     return table
 
 
-def claim(storage: Storage, record: Mapping[str, Any], pixel_settings: Mapping[str, Any]) -> None:
-    """Write job.json, or check that the OUTPUT's own agrees in everything that changes pixels; raises LedgerError."""
-    if not check_claim(storage, pixel_settings):
-        write_job_record(storage, {**record, "pixels": dict(pixel_settings)})
-
-
-def check_claim(storage: Storage, pixel_settings: Mapping[str, Any]) -> bool:
-    """Return whether there is a job.json; raises LedgerError if it differs in what changes pixels."""
-    claimed = job_record(storage)
-    if claimed is None:
-        return False
-    earlier = claimed["pixels"]
-    for name in {**pixel_settings, **earlier}:
-        before, now = earlier.get(name), pixel_settings.get(name)
-        if before != now:
-            raise LedgerError(
-                f"{storage.url(JOB_FILE)} was rendered with {name} {before!r}, this job has {now!r}: "
-                "use another --output"
-            )
-    return True
-
-
-def job_record(storage: Storage) -> dict[str, Any] | None:
-    """Return job.json, None if there is none; raises LedgerError if it is damaged."""
-    if not storage.exists(JOB_FILE):
-        return None
-    try:
-        record: dict[str, Any] = json.loads(storage.get(JOB_FILE))
-        return {**record, "pixels": dict(record["pixels"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise LedgerError(f"{storage.url(JOB_FILE)} is damaged: use another --output") from error
-
-
-def write_job_record(storage: Storage, record: Mapping[str, Any]) -> None:
-    """Write job.json."""
-    storage.put(JOB_FILE, json.dumps(record, indent=2, default=str).encode())
-
-
-@dataclass
-class Heartbeat:
-    """The state of a run in runs/<run>.json, rewritten every 30 s: what `pyramid-render status` reads.
-
-    total: rows the run set out to render; done, failed: how many of them have arrived.
-    """
-
-    storage: Storage
-    run: str
-    total: int
-    seconds: float = FLUSH_SECONDS
-    done: int = 0
-    failed: int = 0
-    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    _written_at: float = field(default_factory=time.monotonic)
-
-    def count(self, done: int, failed: int) -> None:
-        """Count rows that have arrived, and write the state if it is due."""
-        self.done += done
-        self.failed += failed
-        if time.monotonic() - self._written_at >= self.seconds:
-            self.write("running")
-
-    def write(self, state: str, error: str | None = None) -> None:
-        """Write the state: running, finished, interrupted or broken (with its traceback)."""
-        self._written_at = time.monotonic()
-        record = {
-            "run": self.run,
-            "state": state,
-            "started_at": self.started_at.isoformat(),
-            "at": datetime.now(UTC).isoformat(),
-            "rows": {"total": self.total, "done": self.done, "failed": self.failed},
-            "error": error and redacted(error),
-        }
-        self.storage.put(f"{RUNS}/{self.run}.json", json.dumps(record, indent=2).encode())
-
-
-def read_runs(storage: Storage) -> list[dict[str, Any]]:
-    """Return the states of all runs, the earliest first; raises LedgerError if one is damaged."""
-    names = [name for name in storage.list(RUNS) if name.endswith(".json")]
-    return [read_run(storage, name) for name in names]
-
-
-def read_run(storage: Storage, name: str) -> dict[str, Any]:
-    """Return the state of one run, given the name of its record; raises LedgerError if it is damaged."""
-    try:
-        record: dict[str, Any] = json.loads(storage.get(name))
-        return {key: record[key] for key in ("run", "state", "started_at", "at", "rows", "error")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise LedgerError(f"{storage.url(name)} is damaged or of another version") from error
-
-
 def _rows(storage: Storage, name: str, *, columns: Sequence[str] | None, ids: frozenset[str] | None) -> pa.Table | None:
     """Return a part's rows; None if it is gone."""
     data = fetch(storage, name)
@@ -362,18 +261,18 @@ def _view(tables: Sequence[pa.Table]) -> pa.Table:
     if not tables:
         return LEDGER_SCHEMA.empty_table()
     keys = [table.select(key_columns(table.column_names)) for table in tables]
-    rows = chosen(pa.concat_tables(keys, promote_options="permissive"))
+    rows = latest_rows(pa.concat_tables(keys, promote_options="permissive"))
     kept = [
         table if mask.all() else table.filter(pa.array(mask))
         for table, mask in zip(tables, masks(rows, [len(table) for table in tables]), strict=True)
         if mask.any()
     ]
     in_place = np.sort(rows)
-    view = joined(kept)
+    view = concat(kept)
     return view if np.array_equal(rows, in_place) else view.take(pa.array(np.searchsorted(in_place, rows)))
 
 
-def joined(tables: list[pa.Table]) -> pa.Table:
+def concat(tables: list[pa.Table]) -> pa.Table:
     """Join tables whose columns may differ; a column whose types cannot be brought together becomes text."""
     try:
         return pa.concat_tables(tables, promote_options="permissive")

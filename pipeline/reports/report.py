@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.ledger import ledger
+from pipeline.ledger import job_records, ledger
 from pipeline.ledger.compact import SILENCE
 from pipeline.media.quality import Figures
 from pipeline.request import ResolvedRequest
@@ -194,13 +194,13 @@ def _running(storage: Storage, now: datetime) -> list[dict[str, Any]]:
     """Return how far each run is that runs."""
     return [
         {"run": run["run"], "done": run["rows"]["done"], "total": run["rows"]["total"]}
-        for run in ledger.read_runs(storage)
+        for run in job_records.read_runs(storage)
         if run["state"] == "running" and now - datetime.fromisoformat(run["at"]) < SILENCE
     ]
 
 
 def _gpus_per_clip(storage: Storage) -> int:
-    record = ledger.job_record(storage) or {}
+    record = job_records.job_record(storage) or {}
     return int(record.get("settings", {}).get("gpus_per_clip", 1))
 
 

@@ -16,7 +16,7 @@ from pipeline.stages.stage import Stage
 from pipeline.tables.batching import IMAGE
 from pipeline.tables.images import ImageRoot
 from pyramid_flow import TextEmbedding
-from pyramid_flow.images import open_image
+from pyramid_flow.images.decoding import open_image
 from pyramid_flow.memory.usage import VAE
 from pyramid_flow.pixels import encode_image, image_pixels
 

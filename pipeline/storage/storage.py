@@ -8,7 +8,7 @@ import mimetypes
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,9 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.dircache import DirCache
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import (
     Retrying,
@@ -38,6 +35,7 @@ from pipeline.storage.faults import (
     log_retry,
     presentable,
 )
+from pipeline.storage.filesystems import local_files, open_filesystem, protocols, replace_local
 from pipeline.storage.paths import TEMPORARY_PREFIX, check_path, check_url, is_temporary
 
 logger = logging.getLogger(__name__)
@@ -50,14 +48,8 @@ S3_PART_BYTES = 8 * 2**20
 DOWNLOAD_BYTES = 8 * 2**20
 """Read at a time of what is downloaded; so much may be fetched again after a fault."""
 
-S3_TRIES_PER_REQUEST = 2
-"""A failed part is sent again before the whole file is; more would multiply with `Retries.attempts`."""
-
 SLOWEST_UPLOAD = 2**18
 """Bytes per second; slower uploads count as stalled."""
-
-EXTRAS = {"s3": "s3", "s3a": "s3"}
-"""Extra of this package that brings the driver of a kind of URL."""
 
 
 class DamagedError(ConnectionError):
@@ -99,10 +91,10 @@ class Storage:
     def __init__(self, url: str, retries: Retries = Retries()) -> None:
         check_url(url)
         self.retries = retries
-        fs, root = _open(url)
+        fs, root = open_filesystem(url)
         self.root: str = root.rstrip("/")
         self._is_local = isinstance(fs, LocalFileSystem)
-        if not self.root and "memory" not in _protocols(fs):
+        if not self.root and "memory" not in protocols(fs):
             raise StorageError(f"storage {url} names no folder or bucket")
         self._url = self.root if self._is_local else url
         # event loops and connections do not survive a fork; the parent's must not be closed by the child either
@@ -258,7 +250,7 @@ class Storage:
     def _fs(self) -> Any:  # noqa: ANN401 - fsspec has no types
         process = os.getpid()
         if process not in self._fs_by_process:
-            self._fs_by_process.setdefault(process, _open(self._url)[0])
+            self._fs_by_process.setdefault(process, open_filesystem(self._url)[0])
         return self._fs_by_process[process]
 
     def _absolute(self, path: str) -> str:
@@ -282,7 +274,7 @@ class Storage:
 
     def _put(self, target: str, data: bytes | Path) -> None:
         if self._is_local:
-            _replace_local(Path(target), data)
+            replace_local(Path(target), data)
             return
         sent = data.stat().st_size if isinstance(data, Path) else len(data)
         options = self._upload_options(target, sent)
@@ -302,7 +294,7 @@ class Storage:
         if self._fs.async_impl:
             # fsspec's own limit: read time-outs of the drivers begin only when the last byte was taken
             options["timeout"] = self.retries.upload_timeout_s + sent / SLOWEST_UPLOAD
-        if "s3" in _protocols(self._fs):
+        if "s3" in protocols(self._fs):
             options["chunksize"] = S3_PART_BYTES
             # s3fs aborts a failed upload while other parts are in flight, and a part that arrives after the abort stays
             # in the bucket. One part at a time prevents that, but limits a large file to the speed of one connection.
@@ -316,7 +308,7 @@ class Storage:
 
         s3fs does so when the store refuses a part, but not after a timeout or an interrupt.
         """
-        if "s3" not in _protocols(self._fs):
+        if "s3" not in protocols(self._fs):
             return
         with suppress(Exception):  # the caller raises the cause; a lifecycle rule removes what is left
             bucket, key, _version = self._fs.split_path(target)
@@ -361,7 +353,7 @@ class Storage:
 
     def _find(self, folder: str) -> Iterable[str]:
         if self._is_local:
-            return tuple(_local_files(folder))
+            return tuple(local_files(folder))
         self._fs.invalidate_cache()
         try:
             return tuple(self._fs.find(folder))
@@ -386,52 +378,3 @@ class Storage:
         found = bytes(self._fs.cat_file(target))
         self._delete(target)
         return found
-
-
-def _open(url: str) -> tuple[AbstractFileSystem, str]:
-    try:
-        fs, root = url_to_fs(url, skip_instance_cache=True)
-    except ImportError as error:
-        scheme = url.partition("://")[0]
-        remedy = f"pip install 'pyramid-render[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
-        raise StorageError(f"cannot use {url} as storage, its driver is not installed: {remedy}") from error
-    except Exception as error:  # noqa: BLE001 - re-raised
-        raise explained(f"use {url} as storage", error) from presentable(error)
-    if isinstance(getattr(fs, "dircache", None), DirCache):
-        fs.dircache.use_listings_cache = False  # others write too
-    if "s3" in _protocols(fs):
-        # s3fs would repeat botocore's retries; what the user configured for s3fs goes before
-        fs.retries = 1
-        limits = {"mode": "standard", "total_max_attempts": S3_TRIES_PER_REQUEST}
-        fs.config_kwargs = {"retries": limits, **fs.config_kwargs}
-    return fs, root
-
-
-def _replace_local(target: Path, data: bytes | Path) -> None:
-    # not tempfile: its files are readable by their owner only
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
-    try:
-        if isinstance(data, Path):
-            shutil.copyfile(data, partial_file)
-        else:
-            partial_file.write_bytes(data)
-        partial_file.replace(target)
-    except BaseException:
-        partial_file.unlink(missing_ok=True)
-        raise
-
-
-def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def _local_files(folder: str) -> Iterator[str]:
-    # not fs.find(): it leaves out what cannot be listed
-    for parent, _, names in os.walk(folder, onerror=_raise_unless_absent):
-        yield from (f"{parent}/{name}" for name in names)
-
-
-def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise error

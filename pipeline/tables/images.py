@@ -11,10 +11,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.request import RequestError
 from pipeline.storage.faults import presentable
+from pipeline.storage.filesystems import protocols
 from pipeline.storage.redaction import redacted
 from pipeline.storage.urls import climbs, is_web
 from pipeline.tables.image_download import DownloadLimits, Fetcher, ImageError, is_public_address
-from pyramid_flow.images import MAX_BYTES
+from pyramid_flow.images.decoding import MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,9 @@ def _local(uri: str, root: str) -> str | None:
 def _remote(uri: str, root: str, fs: AbstractFileSystem) -> str | None:
     """Return the path of an object, or None if it lies outside the root."""
     base = root.rstrip("/") + "/"
-    full = any(uri.startswith(f"{protocol}://") for protocol in _protocols(fs))
+    full = any(uri.startswith(f"{protocol}://") for protocol in protocols(fs))
     path = str(fs._strip_protocol(uri)) if full else uri
     if (full or path.startswith("/")) and not path.startswith(base):
         return None
     name = path.removeprefix(base)
     return None if "://" in name or climbs(name) else base + name
-
-
-def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.batch import runner
 from pipeline.batch.job import STALL_S, RenderJob
 from pipeline.batch.planner import Labels, Plan, PlanRequest, Resources, make_plan
-from pipeline.ledger.ledger import claim, new_run_id
+from pipeline.ledger.job_records import claim, new_run_id
 from pipeline.rows import Batch
 from pipeline.storage.storage import Storage
 from pipeline.tables.readers import list_parts

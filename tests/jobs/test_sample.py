@@ -11,7 +11,7 @@ from pipeline.tables.images import ImageRoot
 from pipeline.tables.readers import REQUEST_COLUMNS, list_parts
 from pipeline.tables.worklist import RowRules, candidates, scan
 from pyramid_flow import Checkpoint
-from pyramid_flow.images import open_image
+from pyramid_flow.images.decoding import open_image
 
 
 @pytest.fixture(scope="module")

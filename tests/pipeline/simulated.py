@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.batch.job import RenderJob
 from pipeline.batch.planner import Plan, Pool, StageSpec
 from pipeline.batch.runner import RetryLimits
-from pipeline.ledger.ledger import claim, new_run_id
+from pipeline.ledger.job_records import claim, new_run_id
 from pipeline.rows import Batch, Item
 from pipeline.stages.stage import Stage
 from pipeline.storage.storage import Storage

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = {"accelerate", "diffusers", "peft", "scipy", "torchvision", "transformers"}
 VALUES = (
     "errors",
-    "images",
+    "images.decoding",
     "checkpoints.layout",
     "memory.modes",
     "parallel.config",

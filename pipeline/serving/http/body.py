@@ -132,7 +132,6 @@ def _multipart(content_type: str, body: bytes) -> tuple[dict[str, list[str]], di
     """Return the texts and the files of a form by their names."""
     texts: dict[str, list[str]] = {}
     files: dict[str, list[bytes]] = {}
-
     num_fields = 0
 
     def add(values: dict[str, list[Any]], name: bytes | None, value: object) -> None:

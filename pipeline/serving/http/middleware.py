@@ -155,7 +155,7 @@ def _is_foreign(headers: Headers, method: str) -> bool:
 
 def is_own_origin(headers: Headers) -> bool:
     """Compare the Origin header with the address that the browser asked for, as a proxy passes it on."""
-    host = headers.get("x-forwarded-host", headers.get("host", ""))
+    host = headers.get("x-forwarded-host", headers.get("host", "")).partition(",")[0].strip()
     try:
         origin = urlsplit(headers.get("origin", ""))
     except ValueError:

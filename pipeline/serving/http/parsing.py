@@ -19,7 +19,7 @@ from pipeline.storage.urls import is_web
 from pipeline.tables.image_download import ImageError
 from pipeline.tables.images import NO_IMAGES, ImageRoot
 from pyramid_flow import InvalidValueError, Preset
-from pyramid_flow.images import open_image
+from pyramid_flow.images.decoding import open_image
 from pyramid_flow.sampling.params import TEMPORAL_FACTOR
 
 ID_BYTES = 16

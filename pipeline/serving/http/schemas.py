@@ -11,7 +11,7 @@ from pipeline.request import ImageFormat, ResolvedRequest
 from pipeline.serving.queue.records import Status, VideoRecord
 from pyramid_flow import Preset
 from pyramid_flow.errors import PyramidFlowError
-from pyramid_flow.images import ImageFit
+from pyramid_flow.images.fitting import ImageFit
 from pyramid_flow.presets import Quality
 
 

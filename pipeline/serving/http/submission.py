@@ -23,6 +23,7 @@ from pipeline.serving.queue.store import BusyError
 logger = logging.getLogger(__name__)
 
 REPLAY_S = 60.0
+MAX_REMIX_BYTES = 2**18
 MAX_PICTURES = 4
 """Pictures of one owner that a replica reads at once."""
 
@@ -55,8 +56,7 @@ async def ask_for_video(request: Request, service: Service, owner: str) -> tuple
     known = await run_in_threadpool(_admit, service, sender)
     fields, upload = await body_fields(request)
     content = await run_in_threadpool(_content_of, fields, upload)
-    if known is None and sender.is_retry:
-        known = await run_in_threadpool(service.store.asked_before, owner, content, REPLAY_S)
+    known = known or await run_in_threadpool(_retried, service, sender, content)
     if known is not None:
         return _same(known, content), False
     read = partial(new_video, fields, upload, service.preset, service.model, service.images)
@@ -72,14 +72,13 @@ async def ask_for_remix(request: Request, service: Service, job: VideoRecord) ->
     """Return the job of a video with another prompt, the same seed and image."""
     sender = Sender(job.owner, request.headers)
     known = await run_in_threadpool(_admit, service, sender)
-    fields, _ = await body_fields(request)
+    fields, _ = await body_fields(request, MAX_REMIX_BYTES)
     try:
         prompt = Remix.model_validate(fields).prompt
     except ValidationError as error:
         raise APIError(400, "invalid_value", "a remix has a prompt and nothing else", "prompt") from error
     content = hash_of({"remix": job.id, "prompt": prompt})
-    if known is None and sender.is_retry:
-        known = await run_in_threadpool(service.store.asked_before, job.owner, content, REPLAY_S)
+    known = known or await run_in_threadpool(_retried, service, sender, content)
     if known is not None:
         return _same(known, content)
 
@@ -108,6 +107,11 @@ def _admit(service: Service, sender: Sender) -> VideoRecord | None:
     known = service.store.replayed(sender.owner, sender.replay) if sender.replay else None
     service.store.count_request(sender.owner, is_new=known is None and not sender.is_retry)
     return known
+
+
+def _retried(service: Service, sender: Sender, content: str) -> VideoRecord | None:
+    """Return the job of the same content, if the sender says that it sends the request again."""
+    return service.store.asked_before(sender.owner, content, REPLAY_S) if sender.is_retry else None
 
 
 def _same(job: VideoRecord, content: str) -> VideoRecord:

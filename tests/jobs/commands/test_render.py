@@ -25,7 +25,7 @@ from jobs.settings import RenderSettings
 from jobs.summary import plan_text
 from pipeline.batch.job import StopRequest
 from pipeline.batch.planner import Resources
-from pipeline.ledger import ledger
+from pipeline.ledger import job_records, ledger
 from pipeline.ledger.compact import find_orphans
 from pipeline.media.provenance import KEY, REQUEST
 from pipeline.storage.storage import Storage
@@ -343,7 +343,7 @@ def test_an_unwritable_output_exits_2(tmp_path, caplog):
 
 def test_another_model_into_the_same_output_is_refused(tmp_path, caplog):
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
-    ledger.claim(Storage(str(tmp_path / "out")), {}, {"model_fingerprint": "other"})
+    job_records.claim(Storage(str(tmp_path / "out")), {}, {"model_fingerprint": "other"})
     assert cli.main(["render", *flags(source, tmp_path / "out")]) == 2
     assert "model_fingerprint 'other'" in caplog.text
 
@@ -375,7 +375,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
 def test_a_dry_run_says_that_the_output_belongs_to_another_job(tmp_path, caplog):
     source = write_table(tmp_path / "in.parquet", [{"prompt": "x"}])
     pixels = {"model_fingerprint": "another", "dtype": "float32", "tile": None}
-    ledger.claim(Storage(str(tmp_path / "out")), {}, pixels)
+    job_records.claim(Storage(str(tmp_path / "out")), {}, pixels)
     assert cli.main(["render", *flags(source, tmp_path / "out", "--dry-run")]) == 2
     assert "was rendered with model_fingerprint 'another'" in caplog.records[-1].message
 

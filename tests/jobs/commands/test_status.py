@@ -4,7 +4,7 @@ import pytest
 
 from jobs import cli
 from jobs.commands import status
-from pipeline.ledger.ledger import Heartbeat
+from pipeline.ledger.job_records import Heartbeat
 from pipeline.storage.storage import Storage
 from tests.pipeline.sample_tables import write_table
 from tests.pipeline.simulated import AsRead, simulated_job

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.batch import job as job_module
 from pipeline.batch.job import SHARE_FROM_ROWS, Breaker, RowsMissing, Stalled, Stopping, StopRequest
-from pipeline.ledger import ledger
+from pipeline.ledger import job_records, ledger
 from pipeline.ledger.compact import compact
 from pipeline.request import derived_seed
 from pipeline.rows import Batch, Item, RenderRow, RowError
@@ -240,13 +240,13 @@ def test_duplicates_follow_a_rerolled_row(tmp_path, rendered):
 
 
 def test_signs_of_life_do_not_wait_for_the_ledger(tmp_path, rendered, monkeypatch):
-    made, real = [], ledger.Heartbeat
+    made, real = [], job_records.Heartbeat
 
     def heartbeat(*arguments, **options):
         made.append(real(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr(ledger, "Heartbeat", heartbeat)
+    monkeypatch.setattr(job_records, "Heartbeat", heartbeat)
     table = write_table(tmp_path / "in.parquet", [{"id": "a", "prompt": "1", **SHAPE}])
     replace(simulated_job(table, tmp_path / "out"), flush_seconds=900.0).execute(lambda batch: None)
     assert [each.seconds for each in made] == [ledger.FLUSH_SECONDS]

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from jobs import cli
 from pipeline.datasets.export import ExportError, Options, _first_of_alike, export, select, shards
-from pipeline.ledger import ledger
+from pipeline.ledger import job_records
 from pipeline.rows import LEDGER_SCHEMA
 from pipeline.storage.storage import Storage
 from pipeline.training.record import RecordError
@@ -66,7 +66,7 @@ def output(tmp_path) -> Storage:
 
 
 def ledger_part() -> str:
-    return f"metadata/part-{ledger.new_run_id()}-000000.parquet"
+    return f"metadata/part-{job_records.new_run_id()}-000000.parquet"
 
 
 def as_parquet(table: pa.Table) -> bytes:

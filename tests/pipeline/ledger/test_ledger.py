@@ -12,18 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.ledger import ledger
-from pipeline.ledger.ledger import (
-    COMPACTED,
-    Heartbeat,
-    LedgerError,
-    LedgerWriter,
-    claim,
-    new_run_id,
-    prefetched,
-    read,
-    read_run,
-    read_runs,
-)
+from pipeline.ledger.job_records import Heartbeat, claim, new_run_id, read_run, read_runs
+from pipeline.ledger.ledger import COMPACTED, LedgerError, LedgerWriter, prefetched, read
 from pipeline.rows import LEDGER_SCHEMA
 from pipeline.storage.faults import StorageError
 from pipeline.storage.storage import Storage

@@ -12,7 +12,7 @@ from threading import Event
 import pyarrow as pa
 import pytest
 
-from pipeline.ledger.ledger import claim
+from pipeline.ledger.job_records import claim
 from pipeline.media.quality import Figures
 from pipeline.reports import report as html_report
 from pipeline.reports.report import COST_FACTOR, REFRESH_S, REPORT, LiveReport, contents, packed, page, write_report

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.settings import RenderSettings
-from pipeline.ledger.ledger import Heartbeat, LedgerWriter, claim
+from pipeline.ledger.job_records import Heartbeat, claim
+from pipeline.ledger.ledger import LedgerWriter
 from pipeline.reports.report import write_report
 from pipeline.request import RenderRequest
 from pipeline.rows import Batch, Item, RenderRow, RowError, ledger_table

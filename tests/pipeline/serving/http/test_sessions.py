@@ -124,7 +124,8 @@ def test_another_site_signs_nobody_in(browser):
     assert not browser.cookies
 
 
-def test_behind_a_proxy_the_origin_is_that_of_the_proxy(browser):
-    forwarded = {"X-Forwarded-Host": "render.example", "Origin": "https://render.example"}
+@pytest.mark.parametrize("host", ["render.example", "render.example, inner.example"])
+def test_behind_a_proxy_the_origin_is_that_of_the_outermost_proxy(browser, host):
+    forwarded = {"X-Forwarded-Host": host, "Origin": "https://render.example"}
     sign_in(browser, **forwarded)
     assert browser.post("/v1/videos", json={"prompt": "a fox"}, headers=forwarded).status_code == 200

@@ -1,26 +1,20 @@
-"""Input images: decoding a file, bringing it upright and to RGB, and fitting it to a video's size."""
+"""Picture files without the metadata that Pillow would parse without a limit, and the orientation in their EXIF."""
 
-import io
 import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
-from math import prod
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image
 
 from pyramid_flow.errors import InvalidValueError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Picture formats that are read: none whose decoder runs another program."""
-
-MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 2**26
-"""Default limits of an input image; both are checked before it is decoded."""
 
 MAX_SCANS = 100
 """Limit of scans in a JPEG. Each costs the time of a whole image, however few bytes it has; encoders write about 10."""
@@ -36,50 +30,8 @@ MAX_PPM_HEADER_BYTES = 2**12
 MAX_EXIF_BYTES = 2**17
 """Decompressed bytes in which the orientation of a PNG's compressed EXIF is looked up."""
 
-BACKGROUND = "white"
-"""What shows through where an input image is transparent."""
 
-BARS = "black"
-"""What a padded image has above and below, or left and right."""
-
-ImageFit = Literal["crop", "pad"]
-
-
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file and return it upright in RGB, see `upright`.
-
-    Pillow copies, inflates or parses metadata without a limit, so it receives the file without metadata.
-
-    Args:
-        data: The file. An animation yields its first frame.
-        max_pixels: Largest width x height. The file's header decides, before any pixel is decoded.
-
-    Raises:
-        InvalidValueError: The file does not decode, or exceeds `MAX_BYTES`, `max_pixels` or a limit of its format.
-    """
-    if len(data) > MAX_BYTES:
-        raise _invalid(data, f"is larger than {MAX_BYTES} bytes")
-    with _decoding(f"({len(data)} bytes)"):
-        file_format = _detect_format(data)
-        pixels, exif = _READERS[file_format](data)
-        with Image.open(io.BytesIO(pixels), formats=(file_format,)) as image:
-            if _num_decoded_pixels(image) > max_pixels:
-                raise InvalidValueError("image", f"{image.width}x{image.height}", f"has more than {max_pixels} pixels")
-            if _num_strip_bytes(image) > len(data):
-                raise _invalid(data, "has TIFF strips or tiles that overlap or end after the file")
-            if file_format == "JPEG":
-                image.decodermaxblock = len(pixels)  # Pillow appends and rescans blocks that libjpeg does not consume
-            return _decode(image, _orientation(image.info.get("exif", exif)))
-
-
-def _decode(image: Image.Image, orientation: int) -> Image.Image:
-    method = _TRANSPOSES.get(orientation)
-    rgb = _to_rgb(image.copy() if method is None else image.transpose(method))
-    rgb.info.clear()  # otherwise `upright` would apply an orientation again
-    return rgb
-
-
-def _invalid(data: bytes, rule: str) -> InvalidValueError:
+def invalid(data: bytes, rule: str) -> InvalidValueError:
     return InvalidValueError("image", f"({len(data)} bytes)", rule)
 
 
@@ -94,21 +46,21 @@ _SIGNATURES: dict[str, tuple[bytes, ...]] = {
 }
 
 
-def _detect_format(data: bytes) -> str:
+def detect_format(data: bytes) -> str:
     for file_format, signatures in _SIGNATURES.items():
         if data.startswith(signatures):
             return file_format
-    raise _invalid(data, _UNKNOWN_FORMAT)
+    raise invalid(data, UNKNOWN_FORMAT)
 
 
-_UNKNOWN_FORMAT = f"is not in a known picture format ({', '.join(FORMATS)})"
+UNKNOWN_FORMAT = f"is not in a known picture format ({', '.join(FORMATS)})"
 
 
 def _bounded(data: bytes, blocks: Iterator[bytes]) -> list[bytes]:
     """Return the blocks of a file, whose number is at most `MAX_BLOCKS`."""
     found = list(islice(blocks, MAX_BLOCKS + 1))
     if len(found) > MAX_BLOCKS:
-        raise _invalid(data, f"has more than {MAX_BLOCKS} blocks of metadata or pixels")
+        raise invalid(data, f"has more than {MAX_BLOCKS} blocks of metadata or pixels")
     return found
 
 
@@ -155,7 +107,7 @@ def _read_jpeg(data: bytes) -> tuple[bytes, bytes]:
     segments = _bounded(data, _jpeg_segments(data))
     pixels = data[:2] + b"".join(segment for segment in segments if segment[1] in _JPEG_PIXELS)
     if _num_scans(pixels) > MAX_SCANS:
-        raise _invalid(data, f"has more than {MAX_SCANS} JPEG scans")
+        raise invalid(data, f"has more than {MAX_SCANS} JPEG scans")
     exif = (segment[10:] for segment in segments if segment[1] == 0xE1 and segment[4:10] == b"Exif\0\0")
     return pixels, next(exif, b"")
 
@@ -228,10 +180,10 @@ def _read_ppm(data: bytes) -> tuple[bytes, bytes]:
     Raises InvalidValueError for a plain PPM and for a header that is too long.
     """
     if data[1:2] in b"123":
-        raise _invalid(data, f"is a plain PPM (P{data[1:2].decode()}); use a binary one (P4, P5 or P6) or a PNG")
+        raise invalid(data, f"is a plain PPM (P{data[1:2].decode()}); use a binary one (P4, P5 or P6) or a PNG")
     header = _PPM_HEADER.match(data[:MAX_PPM_HEADER_BYTES])
     if not header:
-        raise _invalid(data, f"has no valid PPM header in its first {MAX_PPM_HEADER_BYTES} bytes")
+        raise invalid(data, f"has no valid PPM header in its first {MAX_PPM_HEADER_BYTES} bytes")
     kind, maximum = header[3], int(header[6] or 255)
     if maximum == 255 or not 0 < maximum < 2**16 or (kind, maximum) == (b"5", 2**16 - 1):
         return data, b""
@@ -278,13 +230,13 @@ def _read_tiff(data: bytes) -> tuple[bytes, bytes]:
     kept = [entry for entry in directory.entries if directory.header(entry)[0] in _TIFF_PIXELS]
     tags = [directory.header(entry)[0] for entry in kept]
     if len(set(tags)) < len(tags):
-        raise _invalid(data, "repeats a tag of its TIFF directory")
+        raise invalid(data, "repeats a tag of its TIFF directory")
     for tag, kind, count in map(directory.header, kept):
         if kind not in _TIFF_TYPES:
-            raise _invalid(data, f"has type {kind} in its TIFF tag {tag}, which is not one of {_TIFF_TYPES}")
+            raise invalid(data, f"has type {kind} in its TIFF tag {tag}, which is not one of {_TIFF_TYPES}")
         limit = MAX_BLOCKS if tag in _TIFF_STRIPS else MAX_TAG_VALUES
         if count > limit:
-            raise _invalid(data, f"has {count} values in its TIFF tag {tag}, more than {limit}")
+            raise invalid(data, f"has {count} values in its TIFF tag {tag}, more than {limit}")
     return _with_directory(data, directory._replace(entries=kept)), data
 
 
@@ -316,7 +268,7 @@ def _read_unchanged(data: bytes) -> tuple[bytes, bytes]:
     return data, b""
 
 
-_READERS: dict[str, Callable[[bytes], tuple[bytes, bytes]]] = {
+READERS: dict[str, Callable[[bytes], tuple[bytes, bytes]]] = {
     "BMP": _read_unchanged,
     "GIF": _read_gif,
     "JPEG": _read_jpeg,
@@ -328,30 +280,9 @@ _READERS: dict[str, Callable[[bytes], tuple[bytes, bytes]]] = {
 """For each format: the file without the metadata that Pillow would parse, and its EXIF, empty if there is none."""
 
 
-def _num_decoded_pixels(image: Image.Image) -> int:
-    """Return the number of pixels that the decoder writes, which may exceed those of the image."""
-    sides = image.size
-    if isinstance(image, TiffImagePlugin.TiffImageFile):  # a decoder decodes whole tiles
-        tiles = (image.tag_v2.get(tag, 1) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
-        return prod(-(-side // int(tile)) * int(tile) for side, tile in zip(sides, tiles, strict=True))
-    if image.format == "BMP" and image.info["compression"] in _BMP_RUN_LENGTH:
-        return image.width * (image.height + 256)  # a run-length code may jump 255 rows ahead of the last row
-    return prod(sides)
-
-
-_BMP_RUN_LENGTH = (1, 2)
-
-
-def _num_strip_bytes(image: Image.Image) -> int:
-    """Return the sum of the strips of a compressed TIFF, whose decoder reads a strip several times if they overlap."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile) or image.info["compression"] == "raw":
-        return 0
-    return max(sum(map(int, image.tag_v2.get(tag, ()))) for tag in (279, 325))
-
-
 _ORIENTATION, _SHORT = 0x0112, 3
 
-_TRANSPOSES = {
+TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -362,7 +293,7 @@ _TRANSPOSES = {
 }
 
 
-def _orientation(exif: bytes) -> int:
+def orientation_of(exif: bytes) -> int:
     """Return the orientation of an EXIF; 1, which is upright, if it has none or is damaged."""
     data = exif.removeprefix(b"Exif\0\0")
     if data.startswith(_SIGNATURES["TIFF"]):
@@ -373,82 +304,3 @@ def _orientation(exif: bytes) -> int:
                     (orientation,) = struct.unpack_from(f"{directory.order}H", entry, 12 if directory.is_big else 8)
                     return int(orientation)
     return 1
-
-
-@contextmanager
-def _decoding(shown: str) -> Iterator[None]:
-    """Turn what Pillow raises while it decodes into InvalidValueError."""
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        raise InvalidValueError("image", shown, _UNKNOWN_FORMAT) from error
-    except InvalidValueError:
-        raise
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-        struct.error,
-    ) as error:
-        raise InvalidValueError("image", shown, f"does not decode: {error}") from error
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says and bring it to RGB: transparency over `BACKGROUND`, 16-bit grey scaled to 8.
-
-    Raises InvalidValueError if its levels are neither of 8 nor of 16 bits.
-    """
-    return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    background = Image.new("RGBA", image.size, BACKGROUND)
-    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey levels of 16 bits, which Pillow would clip; integers of 32 bits may hold levels of 8."""
-    levels = np.asarray(image)
-    if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() >= 2**16:
-        raise InvalidValueError("image", f"of mode {image.mode}", "has levels of neither 8 nor 16 bits")
-    has_8_bits = image.mode == "I" and levels.max() < 2**8
-    return Image.fromarray((levels if has_8_bits else levels >> 8).astype(np.uint8))
-
-
-def fit_image(image: Image.Image, height: int, width: int, fit: ImageFit = "crop") -> Image.Image:
-    """Return an image upright, in RGB and of a size.
-
-    fit: "crop" = scaled to cover the size and cropped around the centre; "pad" = scaled to lie within it, centred, with
-    `BARS` around. Raises InvalidValueError for another fit, another type than an image, or an image that does not
-    decode.
-    """
-    if not isinstance(image, Image.Image):
-        raise InvalidValueError("image", f"of type {type(image).__name__}", "is not a PIL.Image.Image")
-    if fit not in get_args(ImageFit):
-        raise InvalidValueError("image_fit", fit, f"is not one of {', '.join(get_args(ImageFit))}")
-    with _decoding(f"{image.width}x{image.height}"):
-        rgb = upright(image)
-    size = (width, height)
-    return _padded(rgb, size) if fit == "pad" else ImageOps.fit(rgb, size, Image.Resampling.LANCZOS)
-
-
-def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Do what ImageOps.pad does, which makes a very thin image 0 pixels thin."""
-    scale = min(size[0] / image.width, size[1] / image.height)
-    inner = image.resize(
-        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
-    )
-    padded = Image.new("RGB", size, BARS)
-    padded.paste(inner, ((size[0] - inner.width) // 2, (size[1] - inner.height) // 2))
-    return padded

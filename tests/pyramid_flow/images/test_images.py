@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, features
 
-from pyramid_flow import InvalidValueError, images
-from pyramid_flow.images import fit_image, open_image, upright
+from pyramid_flow import InvalidValueError
+from pyramid_flow.images import decoding, fitting, formats
+from pyramid_flow.images.decoding import open_image
+from pyramid_flow.images.fitting import fit_image, upright
 
 AVIF = ["AVIF"] if features.check("avif") else []
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))
@@ -44,7 +46,7 @@ def test_a_photo_is_turned_upright():
     exif[0x0112] = 6  # the camera was held sideways: turn right
     upright = open_image(encoded(PICTURE, "PNG", exif=exif))
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(PICTURE), -1))
-    assert np.array_equal(np.asarray(images.upright(upright)), np.asarray(upright))
+    assert np.array_equal(np.asarray(fitting.upright(upright)), np.asarray(upright))
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 32), (128, 128)])
@@ -139,7 +141,7 @@ def test_levels_that_cannot_be_scaled_are_refused(image):
 
 
 def test_a_file_that_is_too_large_is_not_looked_at(monkeypatch):
-    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    monkeypatch.setattr(decoding, "MAX_BYTES", 100)
     with pytest.raises(InvalidValueError, match=r"image \(101 bytes\) is larger than 100 bytes"):
         open_image(bytes(101))
 
@@ -157,11 +159,11 @@ def test_a_bomb_is_refused_before_it_is_decoded():
         open_image(bomb)
 
 
-@pytest.mark.parametrize("file_format", images.FORMATS)
+@pytest.mark.parametrize("file_format", formats.FORMATS)
 def test_a_caller_lowers_the_limit_on_pixels_for_every_format(file_format, monkeypatch):
     data = encoded(PICTURE, file_format)
     assert open_image(data, max_pixels=PICTURE.width * PICTURE.height).size == PICTURE.size
-    monkeypatch.setattr(images, "upright", lambda image: pytest.fail("pixels were decoded"))
+    monkeypatch.setattr(decoding, "_decode", lambda *_: pytest.fail("pixels were decoded"))
     with pytest.raises(InvalidValueError, match="image 16x12 has more than 191 pixels"):
         open_image(data, max_pixels=191)
 
@@ -247,14 +249,14 @@ def progressive_jpeg(repeats: int) -> bytes:
 
 
 def test_a_jpeg_of_many_scans_is_refused():
-    data = progressive_jpeg(images.MAX_SCANS)
+    data = progressive_jpeg(formats.MAX_SCANS)
     with pytest.raises(InvalidValueError, match=rf"image \({len(data)} bytes\) has more than 100 JPEG scans"):
         open_image(data)
 
 
 @pytest.mark.parametrize("marker", [0x01, 0x02, 0x05, 0xBF, 0xD0])
 def test_scans_behind_a_marker_that_libjpeg_skips_are_counted(marker):
-    data = progressive_jpeg(images.MAX_SCANS)
+    data = progressive_jpeg(formats.MAX_SCANS)
     start = data.index(b"\xff\xda") + 10  # within the first scan, where it would be found at a restart
     data = data[:start] + bytes([0xFF, marker]) + struct.pack(">H", len(data) - start - 2) + data[start:]
     with pytest.raises(InvalidValueError, match="has more than 100 JPEG scans"):
@@ -262,7 +264,7 @@ def test_scans_behind_a_marker_that_libjpeg_skips_are_counted(marker):
 
 
 def test_bytes_after_the_end_of_a_jpeg_are_no_scans():
-    data = progressive_jpeg(20) + b"\xff\xda" * images.MAX_SCANS  # a phone appends a video, a gain map or a preview
+    data = progressive_jpeg(20) + b"\xff\xda" * formats.MAX_SCANS  # a phone appends a video, a gain map or a preview
     assert open_image(data).size == (16, 16)
 
 
